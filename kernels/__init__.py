@@ -1,0 +1,81 @@
+"""The one door to the two operations a transformer spends its time in, and the choice of who computes them.
+
+An implementation is `torch` (the fastest plain PyTorch) or `reference` (dense and obvious, the oracle of all tests).
+`impl=None` picks by device and says once which.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from kernels import plain, reference
+
+IMPLEMENTATIONS = {"torch": plain, "reference": reference}
+_said = set()
+
+
+@torch.compiler.assume_constant_result
+def _choose(impl: str | None, device_type: str) -> str:
+    if impl is None:
+        impl = "torch"
+        if device_type not in _said:
+            _said.add(device_type)
+            print(f"kernels: {impl} on {device_type}", file=sys.stderr)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    return impl
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor | None = None,
+    hi: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention in which query t reads the keys lo[t] ≤ s < hi[t].
+
+    q: [B, T, H, D]; k, v: [B, S, G, D], where query head h reads key head h // (H // G).
+    lo, hi: int32 [B, T], both non-decreasing along t. None: lo = 0, and hi = S - T + t + 1, causal with the last query
+    reading all keys. scale: 1/√D by default.
+    Returns [B, T, H, D]. A query with an empty interval returns zeros and gives zero gradient.
+    """
+    B, T, H, D = q.shape
+    S, G = k.shape[1:3]
+    if k.shape != (B, S, G, D) or v.shape != k.shape or H % G:
+        raise ValueError(f"attention takes q [B,T,H,D] and k, v [B,S,G,D] with H a multiple of G, "
+                         f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")  # fmt: skip
+    scale = D**-0.5 if scale is None else scale
+    impl = _choose(impl, q.device.type)
+    if impl == "reference":
+        t = torch.arange(T, device=q.device).expand(B, T)
+        lo, hi = torch.zeros_like(t) if lo is None else lo, t + (S - T + 1) if hi is None else hi
+    return IMPLEMENTATIONS[impl].attention(q, k, v, lo, hi, scale)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """Cross-entropy of the logits x weightᵀ, which are never in memory whole, and never computed for masked rows.
+
+    x: [N, C]; weight: [V, C]; targets: int64 [N], `ignore_index` where a row has no loss.
+    reduction: "mean" over the live rows, or "sum". Returns a scalar, float32 or wider, in nats; with no live row the
+    loss and all gradients are 0.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+        raise ValueError(f"linear_cross_entropy takes x [N,C], weight [V,C] and targets [N], "
+                         f"not {list(x.shape)}, {list(weight.shape)}, {list(targets.shape)}")  # fmt: skip
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} is neither 'mean' nor 'sum'")
+    impl = _choose(impl, x.device.type)
+    return IMPLEMENTATIONS[impl].linear_cross_entropy(x, weight, targets, ignore_index, reduction)

@@ -1,0 +1,1 @@
+"""nanopause: pause tokens for language models, from pretraining to inference."""

@@ -1,0 +1,159 @@
+"""Checkpoints that survive a kill at any moment, and say so when they did not.
+
+    out_dir/step_00000500/    model.safetensors, optimizer.pt, checkpoint.json (step, config, versions, sha256s)
+    out_dir/latest            the name of the newest
+
+A checkpoint is written beside its final name, fsynced and renamed; `latest` moves last; then all but the newest two go.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from nanopause.config import Config
+from nanopause.errors import UserError
+from nanopause.model import GPT, GPTConfig
+from nanopause.tokenizer import Tokenizer, load_tokenizer
+
+KEEP = 2
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new."""
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text(text)
+    _sync(beside)
+    os.replace(beside, file)
+    _sync(file.parent)
+
+
+def _folders(out_dir: Path) -> list[Path]:
+    """Finished checkpoints, newest first."""
+    return sorted((path for path in out_dir.glob("step_*") if path.suffix != ".tmp"), reverse=True)
+
+
+def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config) -> Path:
+    """Write the state after `step` steps. On a full disk the half-written folder is removed and OSError raised; the
+    checkpoints before it stand."""
+    for leftover in out_dir.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    folder = out_dir / f"step_{step:08d}"
+    beside = folder.with_name(folder.name + ".tmp")
+    beside.mkdir(parents=True)
+    try:
+        safetensors.torch.save_model(model, str(beside / "model.safetensors"), metadata={"format": "pt"})
+        torch.save([optimizer.state_dict() for optimizer in optimizers], beside / "optimizer.pt")
+        state = {
+            "step": step,
+            "config": asdict(config),
+            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+            "sha256": {file.name: _sha256(file) for file in sorted(beside.iterdir())},
+        }
+        (beside / "checkpoint.json").write_text(json.dumps(state, indent=2))
+        for file in [*beside.iterdir(), beside]:
+            _sync(file)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, (safetensors.SafetensorError, RuntimeError)):
+            raise OSError(f"checkpoint {folder} could not be written: {error}") from error
+        raise
+    if folder.exists():  # a damaged one that the run went back behind
+        shutil.rmtree(folder)
+    os.rename(beside, folder)
+    _sync(out_dir)
+    replace_file(out_dir / "latest", folder.name)
+    for old in _folders(out_dir)[KEEP:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        for name, digest in json.loads((folder / "checkpoint.json").read_text())["sha256"].items():
+            if not (folder / name).exists():
+                return f"{name} is missing"
+            if _sha256(folder / name) != digest:
+                return f"{name} does not have its sha256"
+    except FileNotFoundError:
+        return "checkpoint.json is missing"
+    except (ValueError, KeyError):
+        return "checkpoint.json is cut short"
+    return None
+
+
+def find(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint, or None where there is none at all; damaged ones are named through `warn` and
+    skipped. Raises UserError where all are damaged."""
+    folders = _folders(out_dir)
+    latest = out_dir / "latest"
+    if latest.exists():
+        folders.sort(key=lambda folder: folder.name != latest.read_text())
+    for folder in folders:
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        warn(f"checkpoint {folder} is damaged ({damage}): going back to the one before")
+    if folders:
+        raise UserError(f"no checkpoint in {out_dir} is intact: start anew with another --out_dir")
+    return None
+
+
+def read_state(folder: Path) -> dict:
+    """checkpoint.json: step, config, versions."""
+    return json.loads((folder / "checkpoint.json").read_text())
+
+
+def restore(folder: Path, model: nn.Module, optimizers: list[Optimizer], config: Config) -> int:
+    """Puts weights and optimizer states back and returns the step that follows. Raises UserError where the config asks
+    for another model, corpus or order than the checkpoint's."""
+    state = read_state(folder)
+    fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
+    for key in sorted(fixed | {"dataset", "tokenizer", "batch_size", "optimizer", "seed"}):
+        then, now = state["config"][key], getattr(config, key)
+        if then != now:
+            raise UserError(f"{folder} was made with {key}={then}, not {now}: resume with --{key}={then}, "
+                            f"or start anew with another --out_dir")  # fmt: skip
+    safetensors.torch.load_model(model, str(folder / "model.safetensors"))
+    for optimizer, saved in zip(optimizers, torch.load(folder / "optimizer.pt", weights_only=True)):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+def load(out_dir: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
+    """Model, tokenizer and checkpoint.json of the newest intact checkpoint of a run."""
+    folder = find(out_dir, warn=lambda text: print(text, file=sys.stderr))
+    if folder is None:
+        raise UserError(f"{out_dir} holds no checkpoint: train one with `python train.py config/pause.py`, "
+                        f"or name another --out_dir")  # fmt: skip
+    state = read_state(folder)
+    tokenizer = load_tokenizer(state["config"]["tokenizer"])
+    model = GPT(Config(**state["config"]).gpt(tokenizer.vocab_size))
+    safetensors.torch.load_model(model, str(folder / "model.safetensors"), device=str(device))
+    return model.to(device).eval(), tokenizer, state

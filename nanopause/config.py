@@ -1,0 +1,140 @@
+"""Every setting of a training run: one typed dataclass, flat config files, and --key=value."""
+
+import runpy
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nanopause.errors import UserError
+from nanopause.model import GPTConfig
+
+
+@dataclass
+class Config(GPTConfig):
+    """A training run: the model's shape and everything else. Config files come first and compose, a later one wins;
+    then --key=value."""
+
+    vocab_size: tyro.conf.Suppress[int] = 0  # the tokenizer's
+
+    out_dir: str = ""
+    """Folder of checkpoints, metrics.jsonl and loss.png. Empty: out/ and the names of the config files."""
+    resume: bool = False
+    """Continue the run in out_dir from its newest intact checkpoint."""
+
+    dataset: str = "pydocs"
+    """Corpus: a folder in data/ that one of its scripts prepared, or a path."""
+    tokenizer: str = "bytes"
+    """"bytes" or "gpt2"; the corpus must have been prepared with it."""
+    batch_size: int = 16
+    """Sequences a step, over all processes."""
+    micro_batch_size: int | None = None
+    """Most sequences in one pass of a process: gradients of several passes add up. None: its whole share at once."""
+
+    pause_rate: float = 0.0
+    """Pauses inserted at random into a sequence, per token of it. The sequence is then trimmed back to its length, so
+    that a share of rate/(1+rate) of its positions are pauses. 0: standard pretraining."""
+
+    max_steps: int = 300
+    """Optimizer steps."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """"adamw" for everything, or "muon" for the matrices of the blocks and AdamW for the rest."""
+    learning_rate: float = 0.01
+    """Peak learning rate of AdamW."""
+    matrix_learning_rate: float = 0.05
+    """Peak learning rate of Muon."""
+    warmup_steps: int = 10
+    """Steps of linear warmup."""
+    decay: Literal["cosine", "linear", "wsd"] = "linear"
+    """Learning rate after the warmup: cosine or linear to the last step, or "wsd": constant, then linear."""
+    wsd_share: float = 0.2
+    """Share of max_steps in which "wsd" decays."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on parameters of two dimensions."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment, and Muon's momentum."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+    eval_interval: int = 100
+    """Steps between validations."""
+    eval_blocks: int = 64
+    """Blocks that a validation reads, evenly spread over the split; the last one reads all."""
+    checkpoint_interval: int = 100
+    """Steps between checkpoints."""
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl."""
+    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+
+    seed: int = 1337
+    """Of the weights, the order of the blocks and the places of the pauses."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1"…; "auto": a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; weights stay float32. "auto": bfloat16 by autocast on a GPU, float32 on a CPU."""
+    compile: bool | None = None
+    """torch.compile the model. None: on a GPU only, as on a CPU compiling takes longer than it saves."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.micro_batch_size = self.micro_batch_size or self.batch_size
+        positive = ("batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_blocks",
+                    "checkpoint_interval", "log_interval")  # fmt: skip
+        for key in positive:
+            if getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)} must be at least 1")
+        if not 0 <= self.pause_rate:
+            raise UserError(f"pause_rate={self.pause_rate} must be 0 or more (0.1 is the paper's)")
+
+    def gpt(self, vocab_size: int) -> GPTConfig:
+        """The model's part, with the tokenizer's vocabulary."""
+        shape = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
+        return GPTConfig(**shape | {"vocab_size": vocab_size})
+
+
+def _arguments(file: str) -> list[str]:
+    """A config file's assignments as --key=value."""
+    if not Path(file).is_file():
+        raise UserError(f"config file {file} does not exist; settings are written --key=value")
+    try:
+        values = runpy.run_path(file)
+    except Exception as error:
+        raise UserError(f"config file {file} does not run: {type(error).__name__}: {error}") from error
+    return [f"--{key}={value}" for key, value in values.items() if not key.startswith("_")]
+
+
+def _parse(args: list[str]) -> Config:
+    """Command-line arguments to a Config; a wrong one ends the program with its name, its help and exit code 2."""
+    return tyro.cli(
+        Config,
+        prog="python train.py [config/a.py config/b.py …]",
+        args=args,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
+
+
+def load_config(args: list[str]) -> Config:
+    """A Config from config files and --key=value, as on train.py's command line: `["config/pause.py", "--seed=1"]`.
+
+    A boolean key alone means True. Raises UserError, or SystemExit where an argument is not understood.
+    """
+    files = [arg for arg in args if not arg.startswith("-")]
+    booleans = {f"--{field.name}" for field in fields(Config) if field.type in (bool, bool | None)}
+    settings = [f"{arg}=True" if arg in booleans else arg for arg in args if arg.startswith("-")]
+    for file in files:
+        try:
+            _parse(_arguments(file))
+        except SystemExit:
+            print(f"error: this is in {file}", file=sys.stderr)
+            raise
+    config = _parse([arg for file in files for arg in _arguments(file)] + settings)
+    config.out_dir = config.out_dir or str(Path("out", "-".join(Path(file).stem for file in files) or "default"))
+    return config

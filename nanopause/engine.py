@@ -1,0 +1,68 @@
+"""Generation: the prompt and its pauses are one parallel pass, every further token one step on the cache."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nanopause.errors import UserError
+from nanopause.model import GPT
+from nanopause.pauses import append
+from nanopause.tokenizer import Tokenizer
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """A token id, int64 [], of logits [V]. temperature 0: the likeliest. top_k 0 and top_p 1 do not restrict; else the
+    k likeliest tokens, and the fewest whose probabilities reach top_p, stay."""
+    if temperature == 0:
+        return logits.argmax()
+    logits, ids = (logits / temperature).sort(descending=True)
+    if top_k:
+        logits[top_k:] = -torch.inf
+    probability = logits.softmax(0)
+    probability[probability.cumsum(0) - probability >= top_p] = 0
+    return ids[torch.multinomial(probability, 1, generator=generator)[0]]
+
+
+@torch.inference_mode()
+def stream(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    pauses: int = 0,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 1337,
+) -> Iterator[int]:
+    """Token ids that follow a prompt and its pauses [Goyal et al. 2023, Algorithm 3], one at a time, until the end of
+    text, max_new_tokens or the model's context. The pause and padded ids are never sampled.
+
+    An empty prompt starts after an end of text. Raises UserError where prompt and pauses leave no room for a token.
+    """
+    tokens = append(tokenizer.encode(prompt) or [tokenizer.eot_id], pauses, tokenizer.pause_id)
+    room = model.config.block_size - len(tokens)
+    if room < 1:
+        raise UserError(
+            f"prompt and pauses are {len(tokens)} tokens, and the model reads {model.config.block_size} at most, "
+            f"one of them new: shorten the prompt or lower --pauses"
+        )
+    device = model.head.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    length = len(tokens) + min(room, max_new_tokens)
+    cache = model.new_cache(1, length)
+    start, new = 0, torch.tensor([tokens], device=device)
+    while True:
+        positions = torch.arange(start, start + new.shape[1], device=device)[None]
+        logits = model.head(model.hidden(new, positions=positions, cache=cache)[0, -1]).float()
+        logits[tokenizer.pause_id :] = -torch.inf
+        start += new.shape[1]
+        token = sample(logits, temperature, top_k, top_p, generator)
+        if token == tokenizer.eot_id:
+            return
+        yield token.item()
+        if start == length:
+            return
+        new = token[None, None]

@@ -1,0 +1,25 @@
+"""What a person did wrong or a machine ran out of, told in one sentence."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input. Its text is one sentence: what is wrong, where, and how to mend it."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main: bad input and failing disks end in one sentence on stderr and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {os.strerror(error.errno) if error.errno else error}{where}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,200 @@
+"""The transformer. GPT-2's and Llama's decoders, and what lies between, are settings of one block.
+
+Shapes: B sequences, T tokens, C width, H query heads, G key-value heads, D head width, S cache slots, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import kernels
+from nanopause.errors import UserError
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. The defaults are the small modern model that `train.py` pretrains in minutes."""
+
+    vocab_size: int = 258
+    """Rows of the embedding, the pause's and any padding included."""
+    block_size: int = 256
+    """Longest sequence, in tokens, pauses included."""
+    n_layer: int = 4
+    """Transformer blocks."""
+    n_head: int = 4
+    """Query heads a block."""
+    n_kv_head: int | None = None
+    """Key-value heads a block; divides n_head. None: n_head."""
+    n_embd: int = 128
+    """Width of the residual stream; a multiple of n_head."""
+    n_mlp: int | None = None
+    """Hidden width of the MLP. None: 4·n_embd."""
+    norm: Literal["layer", "rms"] = "rms"
+    """Normalisation before every sublayer and at the end."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys, a head at a time."""
+    position: Literal["learned", "rope"] = "rope"
+    """Position embeddings, or rotary positions on queries and keys."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths, in tokens."""
+    mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
+    """GELU (tanh approximation), SwiGLU, or the square of ReLU."""
+    tied: bool = False
+    """Head and token embedding are one matrix."""
+    bias: bool = False
+    """Biases in linear layers and layer norms."""
+    zero_init: bool = True
+    """Residual projections and an untied head start at zero, rather than with GPT-2's scaled normal."""
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_mlp = self.n_mlp or 4 * self.n_embd
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        if self.position == "rope" and (D := self.n_embd // self.n_head) % 2:
+            raise UserError(f"position=rope needs an even head width, and n_embd/n_head is {D}")
+
+
+def norm(config: GPTConfig, width: int) -> nn.Module:
+    return nn.LayerNorm(width, bias=config.bias) if config.norm == "layer" else nn.RMSNorm(width, eps=1e-5)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions [Su et al. 2021], halves as in Llama. x: [B, T, H, D]; cos, sin: [B or 1, T, 1, D/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        D = config.n_embd // config.n_head
+        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * D, bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity() for _ in "qk")
+
+    def forward(self, x, rope, positions, lo, hi, cache):
+        q, k, v = rearrange(self.qkv(x), "b t (h d) -> b t h d", h=self.n_head + 2 * self.n_kv_head).split(
+            (self.n_head, self.n_kv_head, self.n_kv_head), dim=2
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            for slots, new in zip(cache, (k, v)):
+                slots[rows, positions] = new.to(slots.dtype)
+            k, v = cache.to(q.dtype)
+        y = kernels.attention(q, k, v.to(q.dtype), lo, hi)
+        return self.out(rearrange(y, "b t h d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.activation = config.mlp
+        # SwiGLU's gate and value are one product.
+        self.up = nn.Linear(config.n_embd, config.n_mlp * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
+        self.down = nn.Linear(config.n_mlp, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.activation == "gelu":
+            x = F.gelu(x, approximate="tanh")
+        elif self.activation == "relu2":
+            x = F.relu(x).square()
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.down(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attention_norm, self.attention = norm(config, config.n_embd), Attention(config)
+        self.mlp_norm, self.mlp = norm(config, config.n_embd), MLP(config)
+
+    def forward(self, x, rope, positions, lo, hi, cache):
+        x = x + self.attention(self.attention_norm(x), rope, positions, lo, hi, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            D = config.n_embd // config.n_head
+            frequency = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+            angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequency)
+            self.register_buffer("rope_cos", angle.cos().float(), persistent=False)  # [block_size, D/2]
+            self.register_buffer("rope_sin", angle.sin().float(), persistent=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = norm(config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.token_embedding.weight
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """GPT-2's: normal, std 0.02; residual projections 0.02/√(2·n_layer), or zero with zero_init."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):
+            std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
+            for projection in (module.attention.out, module.mlp.down):
+                nn.init.normal_(projection.weight, std=std)
+        if module is self and self.config.zero_init and not self.config.tied:
+            nn.init.zeros_(self.head.weight)
+
+    def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None) -> Tensor:
+        """The residual stream after the last norm, [B, T, C], of tokens [B, T].
+
+        positions: int [B, T], places in the sequence; 0, 1, 2… by default. Packed documents count from 0 each.
+        lo, hi: int32 [B, T], the keys a query reads (kernels.attention); causal by default.
+        cache: from new_cache; the tokens' keys and values are written to the slots `positions`, which must be given,
+        and hi defaults to positions + 1.
+        """
+        if cache is not None and hi is None:
+            hi = (positions + 1).int()
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        x, rope = self.token_embedding(tokens), None
+        if self.config.position == "learned":
+            x = x + self.position_embedding(positions)
+        else:
+            rope = self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, positions, lo, hi, None if cache is None else cache[i])
+        return self.norm(x)
+
+    def forward(
+        self, tokens, targets=None, *, reduction="mean", positions=None, lo=None, hi=None, cache=None
+    ) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T]; with targets int64 [B, T] (IGNORE where there is no loss) their
+        cross-entropy in nats, a scalar, without the logits. The rest is as in `hidden`."""
+        x = self.hidden(tokens, positions=positions, lo=lo, hi=hi, cache=cache)
+        if targets is None:
+            return self.head(x)
+        return kernels.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction=reduction)
+
+    def new_cache(self, batch_size: int, length: int) -> Tensor:
+        """Keys and values of `length` tokens for `batch_size` sequences, zeros [n_layer, 2, B, S, G, D]."""
+        config = self.config
+        D = config.n_embd // config.n_head
+        weight = self.token_embedding.weight
+        return weight.new_zeros(config.n_layer, 2, batch_size, length, config.n_kv_head, D)

@@ -1,0 +1,276 @@
+"""Documents to shards: data_dir/corpus/tokenizer/ with meta.json, train_000000.bin, ..., val_000000.bin, ...
+
+A shard is a bare little-endian array of token ids. Each document is followed by eot_id and may straddle two shards.
+The folder is built beside its final name, as `<tokenizer>.partial`, and renamed at the end: a prepared folder is a
+complete one. Until then shards only grow, and meta.json, replaced atomically, counts what is safely on disk: a
+preparation that was cut short goes on from there and ends in the same bytes as one that was not.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from nanopause.errors import UserError
+from nanopause.tokenizer import load_tokenizer
+
+SPLITS = ("train", "val")
+COUNTS = ("tokens", "documents", "bytes")
+BATCH_CHARACTERS = 1 << 18
+
+Read = Callable[[str], Iterable[str]]
+Position = tuple[int, int]  # of the next document: index of its source, index in the source
+
+
+def prepare(
+    corpus: str,
+    sources: list[str],
+    read: Read,
+    data_dir: str | Path,
+    tokenizer: str,
+    *,
+    val_fraction: float,
+    limit: int | None = None,
+    shard_tokens: int = 100_000_000,
+    workers: int | None = None,
+    commit_seconds: float = 10.0,
+) -> Path:
+    """Tokenize a corpus into the folder data_dir/corpus/tokenizer, and return that folder.
+
+    read(source): the documents of one source, always in the same order; blank ones are skipped.
+    val_fraction: the share of documents held out; the text of a document alone decides (see `split_of`).
+    limit: take only the first so many documents. shard_tokens: the most that a file holds.
+    workers: processes that tokenize; None is one a core, 1 starts none. commit_seconds: how often the work done is
+    made safe on disk. Neither changes a byte of the result.
+
+    Raises UserError if the folder is already there, an unfinished one was begun with other settings, the disk is
+    full (run again, it goes on), or a split is left without a document.
+    """
+    folder = Path(data_dir) / corpus / tokenizer
+    if folder.exists():
+        raise UserError(f"{folder} is already prepared: delete it to prepare it again")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction={val_fraction} must lie between 0 and 1")
+    for key, value in {"limit": limit, "workers": workers}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{key}={value} must be at least 1")
+    ids = load_tokenizer(tokenizer)
+    settings = {
+        "corpus": corpus,
+        "tokenizer": tokenizer,
+        "vocab_size": ids.vocab_size,
+        "eot_id": ids.eot_id,
+        "dtype": "uint16" if ids.vocab_size <= 1 << 16 else "uint32",
+        "sources": sources,
+        "val_fraction": val_fraction,
+        "limit": limit,
+        "shard_tokens": shard_tokens,
+    }
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    lock = os.open(unfinished, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that want the same folder, the second waits and finds it
+        if not folder.exists():
+            shards = Shards(unfinished, settings)
+            if "next" in shards.meta:
+                _fill(shards, read, workers or os.cpu_count(), commit_seconds)
+                shards.finish()
+            os.rename(unfinished, folder)
+            _sync(folder.parent)
+            print(f"{folder}: " + ", ".join(f"{shards.counts[s]['tokens']:,} tokens of {s}" for s in SPLITS))
+        else:
+            with suppress(OSError):
+                unfinished.rmdir()
+    except OSError as error:
+        why = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        raise UserError(f"preparing {folder} stopped: {why}; run it again to go on from there") from error
+    except BrokenProcessPool as error:
+        raise UserError("a worker died, perhaps for want of memory: run it again with fewer workers") from error
+    finally:
+        os.close(lock)
+    return folder
+
+
+def split_of(text: str, val_fraction: float) -> str:
+    """'train' or 'val', by a hash of the text without its case and spacing: copies are on the same side."""
+    normal = " ".join(text.lower().split()).encode("utf-8", "replace")
+    number = int.from_bytes(hashlib.blake2b(normal, digest_size=8).digest(), "big")
+    return "val" if number < val_fraction * 2**64 else "train"
+
+
+class Shards:
+    """A folder being filled. Its meta.json has the settings, the counts of each split and `next`, the Position."""
+
+    def __init__(self, folder: Path, settings: dict):
+        """Start a folder, or cut one that was left unfinished back to what its meta.json counts."""
+        self.folder, self.unsynced = folder, set()
+        self.meta = {**settings, "splits": {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}, "next": (0, 0)}
+        if (folder / "meta.json").exists():
+            self.meta = json.loads((folder / "meta.json").read_text())
+        for key, value in settings.items():
+            if self.meta[key] != value:
+                raise UserError(f"{folder} was begun with another {key}: give the same again, or delete that folder")
+        self.counts, self.dtype = self.meta["splits"], np.dtype(self.meta["dtype"]).newbyteorder("<")
+        sizes = {path: tokens * self.dtype.itemsize for split in SPLITS for path, tokens in self.files(split)}
+        for path in {*folder.glob("*.bin"), *sizes}:
+            if path not in sizes:
+                path.unlink()
+            elif path.exists() and path.stat().st_size >= sizes[path]:
+                os.truncate(path, sizes[path])
+            else:
+                raise UserError(f"{path} is shorter than when it was written: delete {folder}")
+
+    def total(self, count: str) -> int:
+        return sum(self.counts[split][count] for split in SPLITS)
+
+    def files(self, split: str) -> list[tuple[Path, int]]:
+        """The shards of a split and the tokens in each: all are full but the last."""
+        total, size = self.counts[split]["tokens"], self.meta["shard_tokens"]
+        starts = range(0, total, size)
+        return [(self.folder / f"{split}_{start // size:06d}.bin", min(size, total - start)) for start in starts]
+
+    def append(self, split: str, tokens: np.ndarray, documents: int, size: int) -> None:
+        """Add documents, of `size` bytes of text in all, to a split."""
+        counts, rest = self.counts[split], tokens.astype(self.dtype)
+        counts["documents"] += documents
+        counts["bytes"] += size
+        while len(rest):
+            shard, used = divmod(counts["tokens"], self.meta["shard_tokens"])
+            head, rest = np.split(rest, [self.meta["shard_tokens"] - used])
+            path = self.folder / f"{split}_{shard:06d}.bin"
+            with open(path, "ab") as file:
+                file.write(head.tobytes())
+            self.unsynced.add(path)
+            counts["tokens"] += len(head)
+
+    def commit(self) -> None:
+        """Make safe what was appended, then count it."""
+        for path in self.unsynced:
+            _sync(path)
+        self.unsynced.clear()
+        temporary = self.folder / "meta.tmp"
+        temporary.write_text(json.dumps(self.meta, indent=1) + "\n")
+        _sync(temporary)
+        os.replace(temporary, self.folder / "meta.json")
+        _sync(self.folder)
+
+    def finish(self) -> None:
+        """Put the hashes in the place of `next`: the folder is complete."""
+        for split in SPLITS:
+            if not self.counts[split]["tokens"]:
+                shutil.rmtree(self.folder)
+                raise UserError(f"no document for the {split} split: give more documents or another val_fraction")
+            self.counts[split]["shards"] = [
+                {"file": path.name, "tokens": tokens, "sha256": hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+                for path, tokens in self.files(split)
+            ]
+        del self.meta["next"]
+        self.commit()
+
+
+def _fill(shards: Shards, read: Read, workers: int, commit_seconds: float) -> None:
+    meta, terminal = shards.meta, sys.stdout.isatty()
+    begin = committed = time.monotonic()
+    bytes_before = shards.total("bytes")
+    encode = partial(_encode, meta["tokenizer"], meta["val_fraction"])
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("sources")
+    with Progress(*columns, disable=not terminal) as bar:
+        task = bar.add_task("", total=len(meta["sources"]))
+        for position, added in _map(encode, _batches(shards, read), workers):
+            for split in SPLITS:
+                shards.append(split, *added[split])
+            meta["next"] = position
+            speed = (shards.total("bytes") - bytes_before) / 1e6 / (time.monotonic() - begin)
+            line = f"{shards.total('documents'):,} documents, {shards.total('tokens'):,} tokens, {speed:.1f} MB/s"
+            bar.update(task, completed=position[0], description=line)
+            if time.monotonic() - committed >= commit_seconds:
+                shards.commit()
+                committed = time.monotonic()
+                if not terminal:
+                    print(line, flush=True)
+
+
+def _batches(shards: Shards, read: Read) -> Iterator[tuple[Position, list[str]]]:
+    """The documents from `next` on, many at a time, each time with the position after them."""
+
+    def documents() -> Iterator[tuple[Position, str]]:
+        first, skip = shards.meta["next"]
+        for i, source in enumerate(shards.meta["sources"][first:], first):
+            for j, text in enumerate(islice(read(source), skip, None), skip):
+                if text.strip():
+                    yield (i, j + 1), text
+            skip = 0
+
+    limit = shards.meta["limit"]
+    texts, size = [], 0
+    for position, text in islice(documents(), limit and limit - shards.total("documents")):
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield position, texts
+            texts, size = [], 0
+    if texts:
+        yield position, texts
+
+
+def _encode(tokenizer: str, val_fraction: float, texts: list[str]) -> dict[str, tuple[np.ndarray, int, int]]:
+    """What a batch adds to each split: tokens, documents, bytes of UTF-8."""
+    ids, added = load_tokenizer(tokenizer), {}
+    for split in SPLITS:
+        chosen = [text for text in texts if split_of(text, val_fraction) == split]
+        tokens = []
+        for text in chosen:
+            tokens += ids.encode(text)
+            tokens.append(ids.eot_id)
+        size = sum(len(text.encode("utf-8", "replace")) for text in chosen)
+        added[split] = np.array(tokens, np.uint32), len(chosen), size
+    return added
+
+
+def _map(function: Callable, batches: Iterable[tuple[Position, list[str]]], workers: int) -> Iterator[tuple]:
+    """(position, function(texts)) of the batches, in order, with a few of them under way at a time."""
+    if workers == 1:
+        yield from ((position, function(texts)) for position, texts in batches)
+        return
+    # Spawned, because a forked child can inherit a lock that a thread of the parent holds.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent) as pool:
+        waiting = deque()
+        for position, texts in batches:
+            waiting.append((position, pool.submit(function, texts)))
+            if len(waiting) > 2 * workers:
+                position, future = waiting.popleft()
+                yield position, future.result()
+        for position, future in waiting:
+            yield position, future.result()
+
+
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it ends, even killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,35 @@
+"""What a person watches: one live line in a terminal, plain lines elsewhere."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Ticker:
+    """Progress of a run of `total` steps. Only the main process shows anything."""
+
+    def __init__(self, total: int, enabled: bool):
+        # A pipe has no width: a line must not be folded.
+        self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal
+        self._bar = Progress(
+            BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+            TextColumn("eta"), TimeRemainingColumn(), console=self.console, disable=not (self.live and enabled),
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+
+    def step(self, done: int, text: str, logged: bool) -> None:
+        """`done` steps are done. Without a terminal a step shows when it is `logged`."""
+        self._bar.update(self._task, completed=done, description=text)
+        if logged and not self.live:
+            self.say(text)

@@ -1,0 +1,108 @@
+"""Config files compose, later wins, --key=value last; a mistake is named."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanopause.config import Config, load_config
+from nanopause.errors import UserError
+from nanopause.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def config_file(tmp_path, text, name="mine.py"):
+    file = tmp_path / name
+    file.write_text(text)
+    return str(file)
+
+
+def test_later_wins_and_command_line_is_last(tmp_path):
+    one = config_file(tmp_path, "n_layer = 2\nn_embd = 64\nlearning_rate = 1", "one.py")
+    two = config_file(tmp_path, "n_layer = 3\n_hidden = 'not a key'", "two.py")
+    config = load_config([one, two, "--seed=7", "--compile=False", "--resume"])
+    assert (config.n_layer, config.n_embd, config.seed, config.compile, config.resume) == (3, 64, 7, False, True)
+    assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float)
+    assert config.n_mlp == 256  # derived from what was composed, not from the defaults
+    assert config.out_dir == "out/one-two"
+    assert load_config([two, one, "--n_layer=5"]).n_layer == 5
+
+
+def test_pause_and_standard_differ_in_nothing_but_the_pauses():
+    pause, standard = (dataclasses.asdict(load_config([f"config/{name}.py"])) for name in ("pause", "standard"))
+    assert {key for key in pause if pause[key] != standard[key]} == {"pause_rate", "out_dir"}
+    assert (pause["pause_rate"], standard["pause_rate"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize("first", ["pause", "standard"])
+def test_openwebtext_composes_with_either(first):
+    config = load_config([f"config/{first}.py", "config/openwebtext.py"])
+    assert config.pause_rate == (0.1 if first == "pause" else 0.0)
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (12, 12, 768, 1024)
+    assert (config.dataset, config.tokenizer) == ("openwebtext", "gpt2")
+
+
+def test_table_5_of_goyal_et_al():
+    shape = lambda name: [getattr(load_config([f"config/{name}.py"]), key)  # noqa: E731
+                          for key in ("n_layer", "n_head", "n_embd", "n_mlp", "block_size", "pause_rate")]  # fmt: skip
+    assert shape("pause_130m") == [12, 12, 768, 3072, 2048, 0.1]
+    assert shape("pause_1b") == [24, 32, 2048, 8092, 2048, 0.1]
+
+
+def test_the_model_takes_the_tokenizers_vocabulary():
+    assert Config().gpt(load_tokenizer("gpt2").vocab_size).vocab_size == 50304
+
+
+@pytest.mark.parametrize(
+    "arg, named",
+    [
+        ("--n_layr=3", "n_layer"),  # the nearest key is offered
+        ("--n_layer=three", "three"),
+        ("--norm=batch", "batch"),
+        ("--compile=perhaps", "perhaps"),
+        ("--vocab_size=3", "vocab_size"),
+    ],
+)
+def test_a_wrong_argument_is_named(arg, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        load_config([arg])
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (["config/nowhere.py"], "config file config/nowhere.py does not exist"),
+        (["--batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--pause_rate=-0.1"], "pause_rate=-0.1 must be 0 or more"),
+        (["--n_head=3"], "n_head=3"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(args, sentence):
+    with pytest.raises(UserError) as error:
+        load_config(args)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, named", [("n_layr = 3", "n_layr"), ("n_layer = 'three'", "three")])
+def test_a_wrong_file_is_named(tmp_path, text, named, capsys):
+    file = config_file(tmp_path, text)
+    with pytest.raises(SystemExit):
+        load_config([file])
+    printed = capsys.readouterr().err
+    assert named in printed and file in printed
+
+
+def test_a_file_that_does_not_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="mine.py does not run: ZeroDivisionError"):
+        load_config([config_file(tmp_path, "n_layer = 1 / 0")])
+
+
+def test_help_explains_every_key():
+    shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for field in dataclasses.fields(Config):
+        assert (f"--{field.name} " in shown.stdout) == (field.name != "vocab_size")

@@ -1,0 +1,196 @@
+"""Pretrain a GPT, with pauses or without.
+
+On a laptop, minutes; on a GPU, seconds:
+    python train.py config/pause.py
+GPT-2 124M with pauses on OpenWebText, on one GPU, then on eight:
+    python train.py config/pause.py config/openwebtext.py
+    torchrun --standalone --nproc_per_node=8 train.py config/pause.py config/openwebtext.py
+Continue a run that was stopped or killed:
+    python train.py config/pause.py --resume
+Every setting:
+    python train.py --help
+"""
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from data.pydocs import prepare_pydocs
+from nanopause import checkpoint, engine, errors, flops, metrics
+from nanopause.config import load_config
+from nanopause.data import Corpus, TrainingBatches, prefetch, validation_batches
+from nanopause.distributed import Processes
+from nanopause.errors import UserError
+from nanopause.model import GPT
+from nanopause.optimizer import make_optimizers, set_learning_rates
+from nanopause.pauses import IGNORE
+from nanopause.progress import Ticker
+from nanopause.tokenizer import load_tokenizer
+
+DATA = Path(__file__).resolve().parent / "data"
+BAD_STEPS = 5  # non-finite steps in a row that end the run
+
+
+def main():
+    stop = []  # SIGTERM ends the run after the step it arrives in
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    config = load_config(sys.argv[1:])
+    processes = Processes(config.device)
+    device, out_dir = processes.device, Path(config.out_dir)
+    if config.batch_size % processes.count:
+        raise UserError(f"batch_size={config.batch_size} must be a multiple of the {processes.count} processes")
+    if not config.resume and out_dir.exists() and any(out_dir.iterdir()):
+        raise UserError(f"{out_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
+
+    with Ticker(config.max_steps, enabled=processes.is_main) as ticker:
+        # Data. The default corpus prepares itself.
+        tokenizer = load_tokenizer(config.tokenizer)
+        folder = DATA / config.dataset / config.tokenizer
+        if config.dataset == "pydocs" and not folder.exists() and processes.is_main:
+            prepare_pydocs(config.tokenizer)
+        processes.wait()
+        training, held_out = (Corpus(folder, split, tokenizer, config.block_size) for split in ("train", "val"))
+        batches = TrainingBatches(
+            training, config.batch_size, config.pause_rate, config.seed, processes.rank, processes.count
+        )
+
+        # Model and optimizers, new or from the newest intact checkpoint.
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")
+        model = GPT(config.gpt(tokenizer.vocab_size)).to(device)
+        optimizers = make_optimizers(model, config)
+        start = 0
+        if config.resume:
+            found = checkpoint.find(out_dir, warn=ticker.say)
+            start = checkpoint.restore(found, model, optimizers, config) if found else 0
+            ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
+        forward = model
+        if config.compile or (config.compile is None and device.type == "cuda"):
+            forward = torch.compile(forward)
+        if processes.count > 1:
+            forward = DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
+        bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+        peak, peak_source = flops.peak_flops(device, torch.bfloat16 if bfloat16 else torch.float32)
+        processes.wait()
+        log = metrics.Metrics(config, start) if processes.is_main else None
+        ticker.say(
+            f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.n_layer} layers, "
+            f"{config.n_embd} wide, {config.block_size} tokens long\n"
+            f"data: {folder.relative_to(DATA.parent) if folder.is_relative_to(DATA) else folder}, "
+            f"{len(training):,} blocks to train on, {len(held_out):,} held out; pause_rate {config.pause_rate}\n"
+            f"device: {processes.count} × {device.type}, {'bfloat16' if bfloat16 else 'float32'}, "
+            f"{peak / 1e12:.3g} TFLOP/s each ({peak_source})"
+        )
+
+        def evaluate(n_blocks: int, pause_rate: float) -> tuple[float, float]:
+            """Held-out loss in nats a live target, and bits a byte of text."""
+            nats = n_live = n_bytes = 0
+            share = validation_batches(
+                held_out, n_blocks, config.batch_size, pause_rate, config.seed, processes.rank, processes.count
+            )
+            with torch.no_grad(), autocast:
+                for batch in share:
+                    live = batch.targets[batch.targets != IGNORE]
+                    n_live, n_bytes = n_live + batch.n_live, n_bytes + int(tokenizer.token_bytes[live].sum())
+                    batch = batch.to(device)
+                    nats += model(batch.inputs, batch.targets, reduction="sum").item()
+            nats, n_live, n_bytes = processes.sum(nats, n_live, n_bytes)
+            return nats / n_live, nats / math.log(2) / n_bytes
+
+        n_bad, seconds, since, done = 0, 0.0, start, start
+        for batch in prefetch(batches, start, config.max_steps, device):
+            n_live, n_pauses, stopping = processes.sum(batch.n_live, batch.n_pauses, len(stop))
+            if stopping:
+                break
+            begin = time.perf_counter()
+            share = set_learning_rates(optimizers, done, config)
+            loss = torch.zeros((), device=device)
+            micro_batches = list(batch.split(config.micro_batch_size))
+            for micro in micro_batches:
+                # Gradients meet once a step. Losses are summed over the tokens of the whole step, wherever they are.
+                alone = processes.count > 1 and micro is not micro_batches[-1]
+                with forward.no_sync() if alone else contextlib.nullcontext():
+                    with autocast:
+                        part = forward(micro.inputs, micro.targets, reduction="sum") / max(1, n_live)
+                    (part * processes.count).backward()  # DDP averages
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            loss, norm = torch.stack((loss, norm)).tolist()
+            (loss,) = processes.sum(loss)
+            if math.isfinite(loss) and math.isfinite(norm):
+                n_bad = 0
+                for optimizer in optimizers:
+                    optimizer.step()
+            else:
+                n_bad += 1
+                ticker.say(f"step {done}: loss {loss}, gradient norm {norm}: skipped")
+            model.zero_grad(set_to_none=True)
+            if n_bad == BAD_STEPS:
+                raise UserError(
+                    f"loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {done}: "
+                    f"the checkpoints in {out_dir} stand; lower --learning_rate"
+                )
+            seconds += time.perf_counter() - begin
+            done += 1
+
+            n_tokens = config.batch_size * config.block_size
+            rate = (done - since) * n_tokens / seconds
+            step_flops = flops.training_flops(
+                model.config, config.block_size, batch_size=config.batch_size, n_live=int(n_live)
+            )
+            mfu = (done - since) * step_flops / seconds / peak / processes.count
+            last = done == config.max_steps
+            logged, evaluated = done % config.log_interval == 0 or last, done % config.eval_interval == 0 or last
+            ticker.step(
+                done, f"step {done}: loss {loss:.3f}, {rate:,.0f} tokens/s, MFU {mfu:.0%}", logged and not evaluated
+            )
+            row = {
+                "step": done,
+                "loss": loss,
+                "tokens": done * n_tokens,
+                "tokens_per_second": rate,
+                "mfu": mfu,
+                "learning_rate": config.learning_rate * share,
+                "grad_norm": norm,
+                "pause_share": n_pauses / n_tokens,
+            }
+            if evaluated:
+                n_blocks = len(held_out) if last else config.eval_blocks
+                row["val_loss"], row["val_bpb"] = evaluate(n_blocks, 0)
+                text = f"loss {row['val_loss']:.3f}, {row['val_bpb']:.3f} bits per byte"
+                if config.pause_rate:
+                    row["val_loss_pauses"], row["val_bpb_pauses"] = evaluate(n_blocks, config.pause_rate)
+                    text += f"; with pauses {row['val_loss_pauses']:.3f}, {row['val_bpb_pauses']:.3f}"
+                ticker.say(f"step {done}: training loss {loss:.3f}; held out {text}")
+            if processes.is_main and (logged or evaluated):
+                log.log(row)
+            if logged:
+                seconds, since = 0.0, done
+            if processes.is_main and (done % config.checkpoint_interval == 0 or last):
+                checkpoint.save(out_dir, done, model, optimizers, config)
+
+        if done < config.max_steps:
+            if processes.is_main:
+                checkpoint.save(out_dir, done, model, optimizers, config)
+            ticker.say(f"stopped by SIGTERM after step {done}, saved in {out_dir}: continue with --resume")
+        elif processes.is_main:
+            metrics.plot(log.rows, out_dir / "loss.png", out_dir.name)
+            ids = engine.stream(
+                model, tokenizer, "", max_new_tokens=config.block_size, temperature=0.7, seed=config.seed
+            )
+            ticker.say(f"\na sample:\n{tokenizer.decode(list(ids))}\n\nwritten: {out_dir} (checkpoints, metrics.jsonl, "
+                       f"loss.png); try: python sample.py --out_dir={out_dir}")  # fmt: skip
+        if processes.is_main:
+            log.finish()
+        processes.close()
+
+
+if __name__ == "__main__":
+    errors.run(main)
