@@ -1,4 +1,4 @@
-# GPT-2's architecture and recipe, at the size of whatever it composes with: python train.py config/pause.py config/gpt2.py
+# GPT-2's architecture and recipe, at whatever size: python train.py config/pause.py config/gpt2.py
 norm = "layer"
 qk_norm = False
 position = "learned"

@@ -1,5 +1,5 @@
-# PausePT of Goyal et al. 2023, Table 5, 1B: N = 2048. The paper's tokenizer and corpus (C4, 200 B tokens) are not public
-# configurations: this takes GPT-2's and OpenWebText, so the embedding differs from the paper's.
+# PausePT of Goyal et al. 2023, Table 5, 1B: N = 2048. The paper trains on C4 with a tokenizer it
+# does not name; this takes OpenWebText and GPT-2's, so the embedding differs, and [G]'s 200 B tokens are many epochs.
 pause_rate = 0.1
 dataset = "openwebtext"
 tokenizer = "gpt2"

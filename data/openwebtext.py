@@ -14,10 +14,9 @@ import tyro
 from nanopause.errors import UserError, run
 from nanopause.prepare import prepare
 
-# A commit, so that everyone prepares the same bytes: the 80 files, 24 GB, that replaced the old loading script.
-# (The hub's own conversion, refs/convert/parquet, held only the first 5 GB of a corpus with a script.)
-OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c/plain_text/train-*.parquet"
-MISSING = "reading a corpus needs huggingface_hub and pyarrow: pip install -e '.[data]'"
+# The branch in which the hub keeps every corpus as Parquet, whatever the main one holds.
+OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs%2Fconvert%2Fparquet/**/*.parquet"
+MISSING = "reading a corpus needs datasets: pip install -e '.[data]'"
 EXTENSIONS = (".parquet", ".txt", ".txt.gz", ".txt.xz")
 
 
@@ -75,14 +74,15 @@ def read(source: str) -> Iterator[str]:
 
 
 def _read_parquet(source: str) -> Iterator[str]:
-    from pyarrow.parquet import ParquetFile
+    import datasets
 
-    with fsspec.open(source) as file:
-        parquet = ParquetFile(file)
-        if "text" not in parquet.schema_arrow.names:
-            raise UserError(f"{source} has no column text, only {', '.join(parquet.schema_arrow.names)}")
-        for batch in parquet.iter_batches(1000, columns=["text"]):
-            yield from (text or "" for text in batch["text"].to_pylist())
+    rows = datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
+    columns = {name: getattr(feature, "dtype", "list") for name, feature in rows.features.items()}
+    if columns.get("text") not in ("string", "large_string"):
+        shown = ", ".join(f"{name} ({dtype})" for name, dtype in columns.items())
+        raise UserError(f"{source} has no column text of strings, only {shown}")
+    for batch in rows.select_columns(["text"]).iter(batch_size=1000):
+        yield from (text or "" for text in batch["text"])
 
 
 def _read_text(source: str) -> Iterator[str]:

@@ -37,7 +37,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, ignore_index, with_grad):
         live = (targets != ignore_index).nonzero()[:, 0]
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        dx, dw = (torch.zeros_like(x), torch.zeros_like(weight)) if with_grad else (None, None)
+        # dw sums over chunks: in bfloat16 every sum would round.
+        dx, dw = (torch.zeros_like(x), torch.zeros_like(weight, dtype=loss.dtype)) if with_grad else (None, None)
         for rows in live.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
             x_rows, target = x[rows], targets[rows, None]
             logits = (x_rows @ weight.T).to(loss.dtype)

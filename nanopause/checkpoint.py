@@ -6,7 +6,6 @@
 A checkpoint is written beside its final name, fsynced and renamed; `latest` moves last; then all but the newest two go.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,35 +21,11 @@ from torch.optim import Optimizer
 
 from nanopause.config import Config
 from nanopause.errors import UserError
+from nanopause.files import replace_file, sha256, sync
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
 KEEP = 2
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new."""
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text)
-    _sync(beside)
-    os.replace(beside, file)
-    _sync(file.parent)
 
 
 def _folders(out_dir: Path) -> list[Path]:
@@ -73,11 +48,11 @@ def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer]
             "step": step,
             "config": asdict(config),
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-            "sha256": {file.name: _sha256(file) for file in sorted(beside.iterdir())},
+            "sha256": {file.name: sha256(file) for file in sorted(beside.iterdir())},
         }
         (beside / "checkpoint.json").write_text(json.dumps(state, indent=2))
         for file in [*beside.iterdir(), beside]:
-            _sync(file)
+            sync(file)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, (safetensors.SafetensorError, RuntimeError)):
@@ -86,7 +61,7 @@ def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer]
     if folder.exists():  # a damaged one that the run went back behind
         shutil.rmtree(folder)
     os.rename(beside, folder)
-    _sync(out_dir)
+    sync(out_dir)
     replace_file(out_dir / "latest", folder.name)
     for old in _folders(out_dir)[KEEP:]:
         shutil.rmtree(old)
@@ -99,7 +74,7 @@ def _damage(folder: Path) -> str | None:
         for name, digest in json.loads((folder / "checkpoint.json").read_text())["sha256"].items():
             if not (folder / name).exists():
                 return f"{name} is missing"
-            if _sha256(folder / name) != digest:
+            if sha256(folder / name) != digest:
                 return f"{name} does not have its sha256"
     except FileNotFoundError:
         return "checkpoint.json is missing"

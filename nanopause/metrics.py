@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from nanopause.checkpoint import replace_file
 from nanopause.config import Config
 from nanopause.errors import UserError
+from nanopause.files import replace_file
 
 
 def read(file: Path) -> list[dict]:

@@ -29,6 +29,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nanopause.errors import UserError
+from nanopause.files import replace_file, sha256, sync
 from nanopause.tokenizer import load_tokenizer
 
 SPLITS = ("train", "val")
@@ -94,7 +95,7 @@ def prepare(
                 _fill(shards, read, workers or os.cpu_count(), commit_seconds)
                 shards.finish()
             os.rename(unfinished, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
             print(f"{folder}: " + ", ".join(f"{shards.counts[s]['tokens']:,} tokens of {s}" for s in SPLITS))
         else:
             with suppress(OSError):
@@ -164,13 +165,9 @@ class Shards:
     def commit(self) -> None:
         """Make safe what was appended, then count it."""
         for path in self.unsynced:
-            _sync(path)
+            sync(path)
         self.unsynced.clear()
-        temporary = self.folder / "meta.tmp"
-        temporary.write_text(json.dumps(self.meta, indent=1) + "\n")
-        _sync(temporary)
-        os.replace(temporary, self.folder / "meta.json")
-        _sync(self.folder)
+        replace_file(self.folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
 
     def finish(self) -> None:
         """Put the hashes in the place of `next`: the folder is complete."""
@@ -179,7 +176,7 @@ class Shards:
                 shutil.rmtree(self.folder)
                 raise UserError(f"no document for the {split} split: give more documents or another val_fraction")
             self.counts[split]["shards"] = [
-                {"file": path.name, "tokens": tokens, "sha256": hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+                {"file": path.name, "tokens": tokens, "sha256": sha256(path)}
                 for path, tokens in self.files(split)
             ]
         del self.meta["next"]
@@ -206,6 +203,7 @@ def _fill(shards: Shards, read: Read, workers: int, commit_seconds: float) -> No
                 committed = time.monotonic()
                 if not terminal:
                     print(line, flush=True)
+        bar.update(task, completed=len(meta["sources"]))
 
 
 def _batches(shards: Shards, read: Read) -> Iterator[tuple[Position, list[str]]]:
@@ -268,9 +266,3 @@ def _follow_parent() -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
 
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

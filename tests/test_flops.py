@@ -44,7 +44,7 @@ def test_forward(config):
 
 
 @SHAPES
-@pytest.mark.parametrize("n_live", [B * T, B * T // 2, 1, 0])
+@pytest.mark.parametrize("n_live", [B * T // 2, 0])
 def test_training(config, n_live):
     model, (tokens, targets) = GPT(config), batch(config, n_live)
     assert counted(lambda: model(tokens, targets).backward()) == training_flops(config, T, batch_size=B, n_live=n_live)
@@ -54,7 +54,7 @@ def test_training(config, n_live):
 def test_masked_rows_cost_no_head(config):
     all_live, half, none = (training_flops(config, T, batch_size=B, n_live=n) for n in (B * T, B * T // 2, 0))
     assert all_live - none == 2 * (half - none) == 3 * B * T * 2 * config.n_embd * config.vocab_size
-    assert training_flops(config, T, batch_size=B) == all_live
+    assert training_flops(config, T, batch_size=B) == all_live == 3 * forward_flops(config, T, batch_size=B)
 
 
 @SHAPES
@@ -97,7 +97,7 @@ def test_paper():
 
 def test_gpt2_by_hand():
     """GPT-2 124M at T = 1024 trains at 6·N + 12·l·h·T a token [PaLM, appendix B], N its matrices with the head once."""
-    config = replace(GPT2, vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_mlp=3072)
+    config = replace(GPT2, vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_mlp=3072)
     matrices = 12 * 12 * 768**2 + 50304 * 768
     assert training_flops(config, 1024, batch_size=8) == 8 * 1024 * (6 * matrices + 12 * 12 * 768 * 1024)
 

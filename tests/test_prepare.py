@@ -278,6 +278,7 @@ def test_bad_files_end_in_a_sentence(capsys, tmp_path):
     good = [f"document {i} of many, with some words in it" for i in range(3000)]
     write_parquet(tmp_path / "good.parquet", good)
     write_parquet(tmp_path / "column.parquet", good[:9], column="body")
+    write_parquet(tmp_path / "lists.parquet", [["not", "text"]] * 9)
     write_text(tmp_path / "good.txt.xz", good)
     data = (tmp_path / "good.parquet").read_bytes()
     (tmp_path / "short.parquet").write_bytes(data[:-100])
@@ -288,7 +289,8 @@ def test_bad_files_end_in_a_sentence(capsys, tmp_path):
     (tmp_path / "table.csv").write_text("a,b")
     for file, said in {
         "missing*.parquet": "no file matches",
-        "column.parquet": "has no column text, only url, body",
+        "column.parquet": r"has no column text of strings, only url \(string\), body",
+        "lists.parquet": "has no column text of strings",
         "short.parquet": "cannot read .*short.parquet",
         "flipped.parquet": "cannot read .*flipped.parquet",
         "short.txt.xz": "cannot read .*short.txt.xz",
@@ -307,7 +309,7 @@ def test_bad_settings_end_in_a_sentence(capsys, tmp_path, monkeypatch):
     assert "val_fraction=1.5 must lie" in command(capsys, **keys, val_fraction=1.5)
     assert "no document for the val split" in command(capsys, **keys)
     assert not any((tmp_path / "x").iterdir())
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install -e '.[data]'" in command(capsys, **keys)
 
 

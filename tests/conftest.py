@@ -1,0 +1,42 @@
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanopause.prepare import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=32", "--batch_size=4", "--eval_interval=1000",
+        "--eval_blocks=8", "--device=cpu"]  # fmt: skip
+
+
+def tiny_documents():
+    rng = random.Random(0)
+    words = "a pause gives the model room to think before it has to say the next word of its answer".split()
+    for _ in range(120):
+        yield " ".join(rng.choices(words, k=rng.randint(5, 60)))
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """A prepared corpus of about 20,000 bytes in several shards: the folder above its tokenizer."""
+    data_dir = tmp_path_factory.mktemp("data")
+    for tokenizer in ("bytes", "gpt2"):
+        prepare("tiny", ["words"], lambda _: tiny_documents(), data_dir, tokenizer, val_fraction=0.2,
+                shard_tokens=4000, workers=1)  # fmt: skip
+    return data_dir / "tiny"
+
+
+@pytest.fixture
+def train(tiny_corpus):
+    """Runs train.py as a person does, on the tiny corpus: train(out_dir, "--max_steps=2", …)."""
+
+    def run(out_dir, *args, launcher=(sys.executable,), check=True, **options):
+        command = [*launcher, "train.py", *TINY, f"--dataset={tiny_corpus}", f"--out_dir={out_dir}", *args]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+        assert not check or ended.returncode == 0, ended.stdout + ended.stderr
+        return ended
+
+    return run

@@ -1,0 +1,418 @@
+"""The kernels against the oracle in float64, by the rule of FlashAttention's tests: an implementation may err twice as
+much as plain torch in the same precision does, and three times in its gradients.
+
+Every comparison also rejects mutants: the same operation with a mistake built in.
+"""
+
+import math
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from kernels import attention, linear_cross_entropy, plain
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMPLS = pytest.mark.parametrize("impl", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+properties = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+
+
+def check(got, same, truth, what):
+    """got errs no more than twice (gradients: three times) as much as `same`, which is as precise, against the truth.
+
+    Dictionaries of tensors. Errors of a few roundings in float32 are chance, and are let pass.
+    """
+    for name in truth:
+        assert got[name].dtype == same[name].dtype and got[name].shape == truth[name].shape, f"{name} of {what}"
+        error, allowed = ((x[name].double() - truth[name]).abs().max() for x in (got, same))
+        tiny = 16 * torch.finfo(torch.float32).eps * truth[name].abs().max().clamp(min=1)
+        bound = (3 if name.startswith("d") else 2) * allowed + tiny
+        # Written so that NaN fails.
+        assert error <= bound, f"{name} of {what}: off by {error:.2g}, allowed {bound:.2g}"
+
+
+# Attention
+
+
+def intervals(kind, B, T, S, seed=0):
+    """lo, hi of a kind of mask for T queries, the last T places of a sequence of S (S < T: the first have no key)."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.arange(S - T, S).expand(B, T)
+    zeros, causal = torch.zeros_like(place), place + 1
+    if kind == "causal":
+        return None, None
+    if kind == "packed":  # documents of 1 to 2·√S tokens, other ones in every row
+        starts = torch.zeros(B, S, dtype=torch.int64)
+        for row in starts:
+            lengths = torch.randint(1, 2 * math.isqrt(S) + 1, (S,), generator=generator)
+            for start in accumulate(lengths.tolist()):
+                row[start:] = start
+        lo, hi = starts.gather(1, place.clamp(min=0)), causal
+    elif kind == "prefix":  # prefixes of a third to two thirds of S read themselves both ways
+        lo, hi = zeros, causal.maximum(torch.randint(S // 3, 2 * S // 3 + 1, (B, 1), generator=generator))
+    elif kind == "window":
+        lo, hi = place + 1 - max(1, S // 5), causal
+    elif kind == "padding":  # the last half of row 0 and all of row 1 have no keys, later rows some
+        length = torch.tensor([S - T // 2, 0, *(S - T // 3 for _ in range(B - 2))])[:B, None]
+        lo, hi = torch.where(place < length, zeros, length), torch.where(place < length, causal, length)
+    elif kind == "ragged":  # a decode step: T new tokens after caches of different lengths
+        cached = torch.randint(0, S - T + 1, (B, 1), generator=generator)
+        lo, hi = zeros, cached + torch.arange(T) + 1
+    return lo.int().to(DEVICE), hi.int().to(DEVICE)
+
+
+def attention_inputs(B, T, S, H, G, D, dtype, seed=0):
+    """q, k, v and the output's gradient; queries twice as long as usual, so that the scale and the order matter."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, T, H, D), (B, S, G, D), (B, S, G, D), (B, T, H, D)
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
+    return 2 * q, k, v, dout
+
+
+def plain_attention(q, k, v, lo=None, hi=None, *, scale=None):
+    """As everybody writes it: products in the precision of the inputs, the softmax in float32 or wider."""
+    (B, T), S = q.shape[:2], k.shape[1]
+    s, ends = torch.arange(S, device=DEVICE), torch.arange(S - T + 1, S + 1, device=DEVICE).expand(B, T)
+    lo, hi = torch.zeros_like(ends) if lo is None else lo, ends if hi is None else hi
+    visible = ((lo[..., None] <= s) & (s < hi[..., None]))[:, None]
+    k, v = (repeat(x, "b s g d -> b s (g r) d", r=q.shape[2] // k.shape[2]) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q * (q.shape[-1] ** -0.5 if scale is None else scale), k)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~visible, -1e30)
+    return torch.einsum("bhts,bshd->bthd", (scores.softmax(-1) * visible).to(q.dtype), v)
+
+
+def attention_results(function, q, k, v, dout, lo, hi, dtype, **options):
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+    out = function(q, k, v, lo, hi, **options)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+    return dict(out=out.detach(), dq=dq, dk=dk, dv=dv)
+
+
+def check_attention(function, inputs, lo=None, hi=None, what="", **options):
+    """A function with attention's signature against the reference. Rows without keys give exact zeros."""
+    dtype, (B, T), S = inputs[0].dtype, inputs[0].shape[:2], inputs[1].shape[1]
+    got = attention_results(function, *inputs, lo, hi, dtype, **options)
+    options.pop("impl", None)
+    same = attention_results(plain_attention, *inputs, lo, hi, dtype, **options)
+    truth = attention_results(attention, *inputs, lo, hi, torch.float64, impl="reference", **options)
+    check(got, same, truth, what)
+    causal = torch.arange(S - T + 1, S + 1, device=DEVICE).expand(B, T)
+    empty = (causal if hi is None else hi.clamp(max=S)) <= (torch.zeros_like(causal) if lo is None else lo.clamp(min=0))
+    assert not got["out"][empty].any() and not got["dq"][empty].any(), f"empty rows of {what}"
+
+
+@pytest.mark.parametrize("kind", ["causal", "packed", "window", "padding"])
+def test_reference_attention_is_a_loop(kind):
+    B, T, S, H, G, D = 2, 5, 7, 4, 2, 3
+    q, k, v, _ = attention_inputs(B, T, S, H, G, D, torch.float64)
+    lo, hi = intervals(kind, B, T, S)
+    out = attention(q, k, v, lo, hi, impl="reference")
+    for b in range(B):
+        for t in range(T):
+            first, end = (0, S - T + t + 1) if kind == "causal" else (lo[b, t], hi[b, t])
+            keys = range(max(0, first), min(S, end))
+            for h in range(H):
+                g = h // (H // G)
+                weight = {s: math.exp(q[b, t, h] @ k[b, s, g] / math.sqrt(D)) for s in keys}
+                total = sum(weight.values())
+                expected = sum((w / total * v[b, s, g] for s, w in weight.items()), torch.zeros(D, device=DEVICE))
+                torch.testing.assert_close(out[b, t, h], expected.double(), rtol=1e-12, atol=1e-12)
+
+
+SHAPES = [  # B, T, S, H, G, D
+    (2, 1, 1, 2, 1, 16),
+    (2, 1, 300, 4, 2, 64),
+    (2, 63, 63, 3, 3, 40),
+    (2, 63, 127, 4, 1, 16),
+    (2, 127, 127, 2, 2, 128),
+    (1, 127, 300, 2, 1, 64),
+    (2, 129, 129, 4, 2, 64),
+    (1, 300, 300, 2, 1, 40),
+    (2, 129, 63, 2, 1, 16),
+    (1, 300, 1, 2, 2, 64),
+]
+
+
+@IMPLS
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(impl, dtype, shape):
+    B, T, S = shape[:3]
+    inputs = attention_inputs(*shape, dtype)
+    for kind in ("causal", "packed", "prefix", "window", "padding") + (("ragged",) if T <= S else ()):
+        check_attention(attention, inputs, *intervals(kind, B, T, S), what=kind, impl=impl)
+
+
+@IMPLS
+def test_attention_with_one_bound_and_a_scale(impl):
+    B, T, S = 2, 33, 65
+    inputs = attention_inputs(B, T, S, 4, 2, 16, torch.float32)
+    lo, hi = intervals("window", B, T, S)
+    check_attention(attention, inputs, lo, None, what="lo alone", impl=impl)
+    check_attention(attention, inputs, None, hi - 3, what="hi alone", impl=impl)
+    check_attention(attention, inputs, scale=0.1, what="scale", impl=impl)
+
+
+@IMPLS
+@properties
+@given(data=st.data(), B=st.integers(1, 2), T=st.integers(1, 40), S=st.integers(1, 40), G=st.integers(1, 2),
+       r=st.integers(1, 3), D=st.sampled_from([8, 16, 24]))  # fmt: skip
+def test_attention_with_any_monotone_intervals(impl, data, B, T, S, G, r, D):
+    """Also bounds outside 0…S, and hi below lo."""
+    bounds = st.lists(st.integers(-3, S + 3), min_size=T, max_size=T).map(sorted)
+    rows = st.lists(bounds, min_size=B, max_size=B)
+    lo, hi = (torch.tensor(data.draw(rows), dtype=torch.int32, device=DEVICE) for _ in "lh")
+    check_attention(attention, attention_inputs(B, T, S, G * r, G, D, torch.float32), lo, hi, impl=impl)
+
+
+def attention_mutants(B, T, S):
+    """attention with one mistake each."""
+    zeros, ends = torch.zeros(B, T, dtype=torch.int32, device=DEVICE), torch.arange(S - T + 1, S + 1, device=DEVICE)
+    ends = ends.int().expand(B, T)
+
+    def shifted(d_lo, d_hi):
+        def mutant(q, k, v, lo, hi, **options):
+            lo, hi = zeros if lo is None else lo, ends if hi is None else hi
+            return attention(q, k, v, lo + d_lo, hi + d_hi, **options)
+
+        return mutant
+
+    def dense_rows_of_nan(q, k, v, lo, hi, **options):
+        lo, hi = zeros if lo is None else lo, ends if hi is None else hi
+        s = torch.arange(S, device=DEVICE)
+        mask = (lo[..., None] <= s) & (s < hi[..., None])
+        k, v = (repeat(x, "b s g d -> b s (g r) d", r=q.shape[2] // k.shape[2]) for x in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+        return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1), v)
+
+    def heads_interleaved(q, k, v, lo, hi, **options):
+        r, g = q.shape[2] // k.shape[2], k.shape[2]
+        out = attention(rearrange(q, "b t (r g) d -> b t (g r) d", g=g), k, v, lo, hi, **options)
+        return rearrange(out, "b t (g r) d -> b t (r g) d", r=r)
+
+    def gradient_of_values_forgotten(q, k, v, lo, hi, **options):
+        return attention(q, k, v.detach(), lo, hi, **options) + 0 * v.sum()
+
+    return {
+        "hi one more": shifted(0, 1),
+        "hi one less": shifted(0, -1),
+        "lo one less": shifted(-1, 0),
+        "lo one more": shifted(1, 0),
+        "scale dropped": lambda q, k, v, lo, hi, **options: attention(q, k, v, lo, hi, **options | {"scale": 1.0}),
+        "NaN in empty rows": dense_rows_of_nan,
+        "heads of a group interleaved": heads_interleaved,
+        "gradient of values forgotten": gradient_of_values_forgotten,
+    }
+
+
+@DTYPES
+@pytest.mark.parametrize("mutant", attention_mutants(1, 1, 1))
+def test_attention_mutants_are_rejected(dtype, mutant):
+    B, T, S = 2, 63, 63
+    inputs, mask = attention_inputs(B, T, S, 4, 2, 16, dtype), intervals("padding", B, T, S)
+    check_attention(attention, inputs, *mask, impl="torch")
+    with pytest.raises(AssertionError, match="off by"):
+        check_attention(attention_mutants(B, T, S)[mutant], inputs, *mask, impl="torch")
+
+
+@IMPLS
+def test_attention_shapes_are_checked(impl):
+    q, k, v, _ = attention_inputs(2, 5, 7, 4, 2, 8, torch.float32)
+    for wrong in ((q[..., :4], k, v), (q[:1], k, v), (q[:, :, :3], k, v), (q, k[:, :6], v), (q, k, v[..., :4])):
+        with pytest.raises(ValueError, match="attention takes"):
+            attention(*wrong, impl=impl)
+
+
+# Linear cross-entropy
+
+
+def loss_inputs(N, C, V, live, dtype, seed=0):
+    """x, weight and targets, of which `live` at random places are not −100."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((N, C), (V, C)))
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[torch.randperm(N, generator=generator)[live:]] = -100
+    # Logits of standard deviation 2: neither uniform nor sure.
+    return x.to(DEVICE, dtype), (weight * 2 / math.sqrt(C)).to(DEVICE, dtype), targets.to(DEVICE)
+
+
+def plain_loss(x, weight, targets, ignore_index=-100, reduction="mean"):
+    """As everybody writes it: all logits in the precision of the inputs, the softmax in float32."""
+    loss = F.cross_entropy((x @ weight.T).to(torch.promote_types(x.dtype, torch.float32)), targets,
+                           ignore_index=ignore_index, reduction="sum")  # fmt: skip
+    return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
+
+
+def loss_results(function, x, weight, targets, dtype, **options):
+    x, weight = (a.detach().to(dtype).requires_grad_() for a in (x, weight))
+    loss = function(x, weight, targets, **options)
+    dx, dw = torch.autograd.grad(loss * 3, (x, weight))
+    return dict(loss=loss.detach(), dx=dx, dw=dw)
+
+
+def check_loss(function, x, weight, targets, what="", impl=None, **options):
+    """A function with linear_cross_entropy's signature against the reference; masked rows have exactly no gradient."""
+    got = loss_results(function, x, weight, targets, x.dtype, **options, **({"impl": impl} if impl else {}))
+    same = loss_results(plain_loss, x, weight, targets, x.dtype, **options)
+    truth = loss_results(linear_cross_entropy, x, weight, targets, torch.float64, impl="reference", **options)
+    check(got, same, truth, what)
+    assert not got["dx"][targets == options.get("ignore_index", -100)].any(), f"masked rows of {what}"
+
+
+def test_reference_loss_is_a_loop():
+    x, weight, targets = loss_inputs(6, 5, 7, 4, torch.float64)
+    losses = []
+    for row, target in zip(x, targets):
+        logits = [float(row @ w) for w in weight]
+        if target != -100:
+            losses.append(math.log(sum(map(math.exp, logits))) - logits[target])
+    assert len(losses) == 4
+    for reduction, expected in (("sum", sum(losses)), ("mean", sum(losses) / 4)):
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction, impl="reference")
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@IMPLS
+@DTYPES
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("live", [200, 60, 1, 0])
+@pytest.mark.parametrize("chunks", [1, 50])
+def test_loss(impl, dtype, reduction, live, chunks, monkeypatch):
+    N, C, V = 200, 48, 301
+    monkeypatch.setattr(plain, "CHUNK_ELEMENTS", N // chunks * V)
+    check_loss(linear_cross_entropy, *loss_inputs(N, C, V, live, dtype), impl=impl, reduction=reduction)
+
+
+@IMPLS
+@DTYPES
+def test_loss_without_a_live_row_is_zero(impl, dtype):
+    x, weight, targets = loss_inputs(9, 16, 33, 0, dtype)
+    for name, result in loss_results(linear_cross_entropy, x, weight, targets, dtype, impl=impl).items():
+        assert torch.equal(result, torch.zeros_like(result)), name
+
+
+@IMPLS
+@pytest.mark.parametrize("ignore_index", [-1, 5])
+def test_loss_with_another_ignore_index(impl, ignore_index):
+    x, weight, targets = loss_inputs(60, 16, 33, 40, torch.float32)
+    targets[targets == -100] = ignore_index
+    check_loss(linear_cross_entropy, x, weight, targets, ignore_index=ignore_index, impl=impl)
+
+
+@IMPLS
+@properties
+@given(N=st.integers(1, 50), C=st.integers(1, 40), V=st.integers(1, 60), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_loss_of_any_shape(impl, N, C, V, share, seed):
+    check_loss(linear_cross_entropy, *loss_inputs(N, C, V, round(share * N), torch.float32, seed), impl=impl)
+
+
+@IMPLS
+def test_loss_with_tied_embedding(impl):
+    """The weight is also where x comes from; its gradient is the sum of both uses."""
+    _, embedding, targets = loss_inputs(40, 16, 33, 30, torch.float32)
+    tokens = targets.roll(1).clamp(min=0)
+
+    def gradient(function, dtype, **options):
+        weight = embedding.to(dtype).requires_grad_()
+        return dict(dw=torch.autograd.grad(function(weight[tokens].tanh(), weight, targets, **options), weight)[0])
+
+    check(
+        gradient(linear_cross_entropy, torch.float32, impl=impl),
+        gradient(plain_loss, torch.float32),
+        gradient(linear_cross_entropy, torch.float64, impl="reference"),
+        "tied weight",
+    )
+
+
+@IMPLS
+def test_loss_under_autocast(impl):
+    """Inputs in float32, products in bfloat16, as mixed-precision training has it: gradients come in float32."""
+    x, weight, targets = loss_inputs(200, 48, 301, 100, torch.float32)
+    truth = loss_results(linear_cross_entropy, x, weight, targets, torch.float64, impl="reference")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = loss_results(linear_cross_entropy, x, weight, targets, torch.float32, impl=impl)
+        same = loss_results(plain_loss, x, weight, targets, torch.float32)
+    check(got, same, truth, "autocast")
+
+
+@IMPLS
+@pytest.mark.parametrize("grad", [True, False])
+def test_masked_rows_cost_no_products(impl, grad):
+    N, C, V = 64, 16, 33
+
+    def flops(live):
+        x, weight, targets = loss_inputs(N, C, V, live, torch.float32)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
+            loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets, impl=impl)
+            if grad:
+                loss.backward()
+        return counter.get_total_flops()
+
+    assert flops(N) == 2 * flops(N // 2) == (3 if grad else 1) * 2 * N * C * V
+    assert flops(0) == 0
+
+
+def row_forgotten(x, weight, targets, **options):
+    targets = targets.clone()
+    targets[(targets != -100).nonzero()[0]] = -100
+    return linear_cross_entropy(x, weight, targets, **options)
+
+
+LOSS_MUTANTS = {
+    "a live row forgotten": row_forgotten,
+    "mean over all rows": lambda x, weight, targets: linear_cross_entropy(x, weight, targets, reduction="sum") / len(x),
+    "masked rows have target 0": lambda x, weight, targets: linear_cross_entropy(x, weight, targets.clamp(min=0)),
+    "last class left out": lambda x, weight, targets: linear_cross_entropy(
+        x, weight[:-1], targets.clamp(max=len(weight) - 2)
+    ),
+    "gradient of the weight forgotten": lambda x, weight, targets: (
+        linear_cross_entropy(x, weight.detach(), targets) + 0 * weight.sum()
+    ),
+    "upstream gradient ignored": lambda x, weight, targets: (
+        linear_cross_entropy(x, weight, targets).detach() + linear_cross_entropy(x, weight, targets) / 3
+    ),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("mutant", LOSS_MUTANTS)
+def test_loss_mutants_are_rejected(dtype, mutant):
+    inputs = loss_inputs(200, 48, 301, 150, dtype)
+    check_loss(linear_cross_entropy, *inputs)
+    with pytest.raises(AssertionError, match="off by|masked rows"):
+        check_loss(LOSS_MUTANTS[mutant], *inputs)
+
+
+@IMPLS
+def test_loss_shapes_are_checked(impl):
+    x, weight, targets = loss_inputs(6, 8, 9, 6, torch.float32)
+    for wrong in ((x[:5], weight), (x, weight[:, :7]), (x[None], weight), (x, weight[0])):
+        with pytest.raises(ValueError, match="linear_cross_entropy takes"):
+            linear_cross_entropy(*wrong, targets, impl=impl)
+    with pytest.raises(ValueError, match="reduction='none'"):
+        linear_cross_entropy(x, weight, targets, reduction="none", impl=impl)
+
+
+# The choice
+
+
+def test_choice_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "_said", set())
+    q, k, v, _ = attention_inputs(1, 3, 3, 1, 1, 8, torch.float32)
+    attention(q, k, v)
+    attention(q, k, v, impl="reference")
+    linear_cross_entropy(*loss_inputs(3, 4, 5, 3, torch.float32))
+    assert capsys.readouterr().err.count("kernels: ") == 1
+
+
+def test_unknown_implementation_is_refused():
+    q, k, v, _ = attention_inputs(1, 3, 3, 1, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match="impl='fast' is none of torch, reference"):
+        attention(q, k, v, impl="fast")

@@ -1,0 +1,198 @@
+"""train.py as a person runs it: in its own process, on real files, killed for real."""
+
+import json
+import math
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY
+from safetensors.numpy import load_file
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def rows(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out_dir):
+    folder = out_dir / (out_dir / "latest").read_text()
+    return {name: array.tobytes() for name, array in load_file(folder / "model.safetensors").items()}
+
+
+def start(out_dir, tiny_corpus, *args):
+    command = [sys.executable, "train.py", *TINY, f"--dataset={tiny_corpus}", f"--out_dir={out_dir}", *args]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_run_leaves_everything(train, tmp_path):
+    out = tmp_path / "run"
+    ended = train(out, "config/pause.py", "--max_steps=30", "--log_interval=10", "--eval_interval=20")
+    assert [row["step"] for row in rows(out)] == [10, 20, 30]
+    last = rows(out)[-1]
+    keys = "loss val_loss val_bpb val_loss_pauses val_bpb_pauses tokens tokens_per_second mfu learning_rate".split()
+    assert all(math.isfinite(last[key]) for key in keys)
+    assert last["tokens"] == 30 * 4 * 32
+    assert last["loss"] < rows(out)[0]["loss"] and last["val_bpb"] < 5.5
+    assert 0.05 < last["pause_share"] < 0.15
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "a sample:" in ended.stdout and "step 10: loss" in ended.stdout and "\x1b" not in ended.stdout
+    assert "kernels: torch on cpu" in ended.stderr
+
+    sample = [sys.executable, "sample.py", f"--out_dir={out}", "--prompt=the model", "--max_new_tokens=5"]
+    plain = subprocess.run(sample, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert plain.stdout.startswith("the model") and "<|pause|>" not in plain.stdout
+    shown = subprocess.run([*sample, "--pauses=3", "--show_pauses=True"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.startswith("the model<|pause|><|pause|><|pause|>") and shown.stdout.count("<|pause|>") == 3
+    long = subprocess.run([*sample, "--pauses=30"], cwd=ROOT, capture_output=True, text=True)
+    assert long.returncode == 1 and long.stderr.count("\n") == 1 and "lower --pauses" in long.stderr, long.stderr
+
+
+def test_killed_twenty_times_it_ends_with_the_same_bits(train, tiny_corpus, tmp_path):
+    args = ("config/pause.py", "--max_steps=400", "--checkpoint_interval=7", "--log_interval=20")
+    train(tmp_path / "whole", *args)
+    out, rng = tmp_path / "killed", random.Random(0)
+    for _ in range(20):
+        process = start(out, tiny_corpus, *args, "--resume")
+        for line in process.stdout:  # up to the first step, so that most kills fall into training and saving
+            if line.startswith("device:"):
+                break
+        time.sleep(rng.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = int((out / "latest").read_text().removeprefix("step_"))
+    assert 0 < done < 400, f"the kills must fall inside the run, but it is at step {done}"
+    train(out, *args, "--resume")
+    assert weights(out) == weights(tmp_path / "whole")
+    same = lambda row: {key: row[key] for key in row if key not in ("tokens_per_second", "mfu")}  # noqa: E731
+    assert list(map(same, rows(out))) == list(map(same, rows(tmp_path / "whole")))
+
+
+def test_sigterm_saves_and_exits_0(train, tiny_corpus, tmp_path):
+    args = ("--max_steps=100000", "--log_interval=1")
+    process = start(tmp_path / "run", tiny_corpus, *args)
+    for line in process.stdout:
+        if line.startswith("step 5:"):
+            process.terminate()
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 0 and "stopped by SIGTERM after step" in rest, rest
+    step = int((tmp_path / "run" / "latest").read_text().removeprefix("step_"))
+    assert step >= 5
+    ended = train(tmp_path / "run", f"--max_steps={step + 2}", "--resume")
+    assert f"from step {step}" in ended.stdout
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_processes_give_the_losses_of_one(train, tmp_path, optimizer):
+    args = ("config/pause.py", "--max_steps=20", "--log_interval=1", f"--optimizer={optimizer}", "--eval_interval=10")
+    train(tmp_path / "one", *args)
+    train(tmp_path / "two", *args, launcher=TORCHRUN)
+    train(tmp_path / "parts", *args, "--micro_batch_size=3")
+    for other in ("two", "parts"):
+        for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / other), strict=True):
+            for key in ("loss", "val_loss", "val_loss_pauses"):
+                assert abs(a.get(key, 0) - b.get(key, 0)) <= 1e-5, (other, a["step"], key)
+
+
+def test_an_existing_run_is_not_overwritten(train, tmp_path):
+    train(tmp_path / "run", "--max_steps=2")
+    before = weights(tmp_path / "run")
+    again = train(tmp_path / "run", "--max_steps=2", "--seed=5", check=False)
+    sentence(again, "already holds a run: add --resume")
+    assert weights(tmp_path / "run") == before
+
+
+def sentence(ended, text):
+    """One sentence that names the thing, exit code 1, no traceback."""
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert ended.returncode == 1 and len(errors) == 1 and text in errors[0], ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(train, tmp_path):
+    out = tmp_path / "run"
+    train(out, "--max_steps=20", "--checkpoint_interval=10")
+    whole = weights(out)
+    with open(out / "step_00000020" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    ended = train(out, "--max_steps=20", "--checkpoint_interval=10", "--resume")
+    assert "step_00000020 is damaged (model.safetensors does not have its sha256)" in ended.stdout
+    assert "from step 10" in ended.stdout and weights(out) == whole
+    (out / "step_00000020" / "optimizer.pt").unlink()
+    (out / "step_00000010" / "checkpoint.json").write_text('{"step"')
+    ended = train(out, "--max_steps=20", "--resume", check=False)
+    assert "optimizer.pt is missing" in ended.stdout and "checkpoint.json is cut short" in ended.stdout
+    sentence(ended, "no checkpoint in")
+
+
+@pytest.mark.parametrize("arg, text", [("--n_layer=1", "n_layer=2, not 1"), ("--seed=2", "seed=1337, not 2")])
+def test_another_model_or_order_does_not_resume(train, tmp_path, arg, text):
+    train(tmp_path / "run", "--max_steps=1")
+    sentence(train(tmp_path / "run", arg, "--resume", check=False), text)
+
+
+def test_non_finite_steps_are_skipped_and_end_the_run(train, tmp_path):
+    out = tmp_path / "run"
+    train(out, "--max_steps=10", "--checkpoint_interval=10")
+    good = weights(out)
+    ended = train(out, "--max_steps=100", "--learning_rate=1e38", "--warmup_steps=0", "--matrix_learning_rate=1e38",
+                  "--checkpoint_interval=1", "--resume", check=False)  # fmt: skip
+    assert "skipped" in ended.stdout
+    sentence(ended, "not finite 5 steps in a row")
+    assert weights(out) == good
+
+
+def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(train, tmp_path):
+    """A file-size limit stands in for the disk: writing beyond it fails in the middle of a file, as there."""
+    out = tmp_path / "run"
+    train(out, "--max_steps=10", "--checkpoint_interval=10")
+    good = weights(out)
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    ended = train(out, "--max_steps=20", "--checkpoint_interval=5", "--resume", check=False, preexec_fn=limit)
+    sentence(ended, "step_00000015")
+    assert weights(out) == good and not list(out.glob("*.tmp"))
+    train(out, "--max_steps=20", "--resume")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_is_the_same_model(train, tmp_path):
+    args = ("config/pause.py", "--max_steps=3", "--log_interval=1")
+    train(tmp_path / "eager", *args)
+    train(tmp_path / "compiled", *args, "--compile=True")
+    for a, b in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4
+
+
+def test_tensorboard_gets_the_metrics(train, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path / "run", "--max_steps=4", "--log_interval=2", "--tracker=tensorboard")
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["--tokenizer=latin"], "tokenizer 'latin' is not known"),
+        (["--dataset=nowhere"], "nowhere/bytes has no meta.json: prepare"),
+        (["--device=tpu"], "device='tpu' cannot be used"),
+        (["--block_size=100000"], "lower --block_size"),
+        (["config/missing.py"], "config/missing.py does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence(train, tmp_path, args, text):
+    sentence(train(tmp_path / "run", *args, check=False), text)
+    assert not (tmp_path / "run").exists()
