@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 import tyro
 
 from nanopause import checkpoint, engine, errors
@@ -59,5 +58,4 @@ def main(
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     errors.run(lambda: tyro.cli(main, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

@@ -83,13 +83,13 @@ class Config(GPTConfig):
     """torch.compile the model. None: on a GPU only, as on a CPU compiling takes longer than it saves."""
 
     def __post_init__(self):
+        positive = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch_size", "max_steps",
+                    "eval_interval", "eval_blocks", "checkpoint_interval", "log_interval")  # fmt: skip
+        for key in positive:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)} must be at least 1")
         super().__post_init__()
         self.micro_batch_size = self.micro_batch_size or self.batch_size
-        positive = ("batch_size", "micro_batch_size", "max_steps", "eval_interval", "eval_blocks",
-                    "checkpoint_interval", "log_interval")  # fmt: skip
-        for key in positive:
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)} must be at least 1")
         if not 0 <= self.pause_rate:
             raise UserError(f"pause_rate={self.pause_rate} must be 0 or more (0.1 is the paper's)")
 
@@ -132,6 +132,8 @@ def load_config(args: list[str]) -> Config:
     for file in files:
         try:
             _parse(_arguments(file))
+        except UserError:
+            pass  # keys and types are right; whether the values fit is asked of all files together
         except SystemExit:
             print(f"error: this is in {file}", file=sys.stderr)
             raise

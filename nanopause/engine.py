@@ -20,7 +20,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if top_k:
         logits[top_k:] = -torch.inf
     probability = logits.softmax(0)
-    probability[probability.cumsum(0) - probability >= top_p] = 0
+    probability[1:][probability.cumsum(0)[:-1] >= top_p] = 0
     return ids[torch.multinomial(probability, 1, generator=generator)[0]]
 
 
@@ -40,18 +40,19 @@ def stream(
     """Token ids that follow a prompt and its pauses [Goyal et al. 2023, Algorithm 3], one at a time, until the end of
     text, max_new_tokens or the model's context. The pause and padded ids are never sampled.
 
-    An empty prompt starts after an end of text. Raises UserError where prompt and pauses leave no room for a token.
+    An empty prompt starts after an end of text. Raises UserError where prompt and pauses are longer than the context.
     """
     tokens = append(tokenizer.encode(prompt) or [tokenizer.eot_id], pauses, tokenizer.pause_id)
-    room = model.config.block_size - len(tokens)
-    if room < 1:
+    if len(tokens) > model.config.block_size:
         raise UserError(
-            f"prompt and pauses are {len(tokens)} tokens, and the model reads {model.config.block_size} at most, "
-            f"one of them new: shorten the prompt or lower --pauses"
+            f"prompt and pauses are {len(tokens)} tokens, and the model reads {model.config.block_size} at most: "
+            f"shorten the prompt or lower --pauses"
         )
+    if max_new_tokens < 1:
+        return
     device = model.head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    length = len(tokens) + min(room, max_new_tokens)
+    length = min(model.config.block_size, len(tokens) + max_new_tokens - 1)  # the last new token is not read
     cache = model.new_cache(1, length)
     start, new = 0, torch.tensor([tokens], device=device)
     while True:

@@ -176,8 +176,7 @@ class Shards:
                 shutil.rmtree(self.folder)
                 raise UserError(f"no document for the {split} split: give more documents or another val_fraction")
             self.counts[split]["shards"] = [
-                {"file": path.name, "tokens": tokens, "sha256": sha256(path)}
-                for path, tokens in self.files(split)
+                {"file": path.name, "tokens": tokens, "sha256": sha256(path)} for path, tokens in self.files(split)
             ]
         del self.meta["next"]
         self.commit()
@@ -265,4 +264,3 @@ def _follow_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
-

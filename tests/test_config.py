@@ -29,6 +29,8 @@ def test_later_wins_and_command_line_is_last(tmp_path):
     assert config.n_mlp == 256  # derived from what was composed, not from the defaults
     assert config.out_dir == "out/one-two"
     assert load_config([two, one, "--n_layer=5"]).n_layer == 5
+    heads = config_file(tmp_path, "n_head = 6", "heads.py")  # fits no width but what another file sets
+    assert load_config([heads, config_file(tmp_path, "n_embd = 96", "width.py")]).n_head == 6
 
 
 def test_pause_and_standard_differ_in_nothing_but_the_pauses():
@@ -80,6 +82,7 @@ def test_a_wrong_argument_is_named(arg, named, capsys):
         (["--batch_size=0"], "batch_size=0 must be at least 1"),
         (["--pause_rate=-0.1"], "pause_rate=-0.1 must be 0 or more"),
         (["--n_head=3"], "n_head=3"),
+        (["--n_head=0"], "n_head=0 must be at least 1"),
     ],
 )
 def test_a_wrong_value_is_one_sentence(args, sentence):
