@@ -16,25 +16,78 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from data.pydocs import prepare_pydocs
 from nanopause import checkpoint, engine, errors, flops, metrics
 from nanopause.config import load_config
-from nanopause.data import Corpus, TrainingBatches, prefetch, validation_batches
+from nanopause.data import Batch, Corpus, TrainingBatches, prefetch, validation_batches
 from nanopause.distributed import Processes
 from nanopause.errors import UserError
 from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates
 from nanopause.pauses import IGNORE
 from nanopause.progress import Ticker
-from nanopause.tokenizer import load_tokenizer
+from nanopause.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
 BAD_STEPS = 5  # non-finite steps in a row that end the run
+
+
+def train_step(
+    forward: nn.Module,
+    optimizers: list[Optimizer],
+    micro_batches: list[Batch],
+    n_live: float,
+    grad_clip: float,
+    autocast: torch.autocast,
+    processes: Processes,
+) -> tuple[float, float, bool]:
+    """One step of the optimizers on this process's share of a batch with n_live targets in all processes.
+
+    Returns the mean loss over those targets in nats, the norm of its gradient, and whether both are finite; where they
+    are not, the weights stay as they were.
+    """
+    loss = torch.zeros((), device=processes.device)
+    for micro_batch in micro_batches:
+        # The processes' gradients meet once a step, with the last micro-batch.
+        alone = processes.count > 1 and micro_batch is not micro_batches[-1]
+        with forward.no_sync() if alone else contextlib.nullcontext():
+            with autocast:
+                part = forward(micro_batch.inputs, micro_batch.targets, reduction="sum") / n_live
+            (part * processes.count).backward()  # DDP averages where a sum is due
+        loss += part.detach()
+    norm = torch.nn.utils.clip_grad_norm_(forward.parameters(), grad_clip or math.inf)
+    loss, norm = torch.stack((loss, norm)).tolist()
+    (loss,) = processes.sum(loss)
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    return loss, norm, finite
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, batches: Iterable[Batch], tokenizer: Tokenizer, autocast: torch.autocast, processes: Processes
+) -> tuple[float, float]:
+    """Loss of all processes' batches: nats a live target, and bits a byte of their text."""
+    nats = n_live = n_bytes = 0
+    for batch in batches:
+        live = batch.targets[batch.targets != IGNORE]
+        n_live, n_bytes = n_live + batch.n_live, n_bytes + int(tokenizer.token_bytes[live].sum())
+        batch = batch.to(processes.device)
+        with autocast:
+            nats += model(batch.inputs, batch.targets, reduction="sum").item()
+    nats, n_live, n_bytes = processes.sum(nats, n_live, n_bytes)
+    return nats / n_live, nats / math.log(2) / n_bytes
 
 
 def main():
@@ -89,21 +142,12 @@ def main():
             f"{peak / 1e12:.3g} TFLOP/s each ({peak_source})"
         )
 
-        def evaluate(n_blocks: int, pause_rate: float) -> tuple[float, float]:
-            """Held-out loss in nats a live target, and bits a byte of text."""
-            nats = n_live = n_bytes = 0
-            share = validation_batches(
+        def validation(n_blocks: int, pause_rate: float) -> Iterable[Batch]:
+            return validation_batches(
                 held_out, n_blocks, config.batch_size, pause_rate, config.seed, processes.rank, processes.count
             )
-            with torch.no_grad(), autocast:
-                for batch in share:
-                    live = batch.targets[batch.targets != IGNORE]
-                    n_live, n_bytes = n_live + batch.n_live, n_bytes + int(tokenizer.token_bytes[live].sum())
-                    batch = batch.to(device)
-                    nats += model(batch.inputs, batch.targets, reduction="sum").item()
-            nats, n_live, n_bytes = processes.sum(nats, n_live, n_bytes)
-            return nats / n_live, nats / math.log(2) / n_bytes
 
+        evaluation = tokenizer, autocast, processes
         n_bad, seconds, since, done = 0, 0.0, start, start
         for batch in prefetch(batches, start, config.max_steps, device):
             n_live, n_pauses, stopping = processes.sum(batch.n_live, batch.n_pauses, len(stop))
@@ -111,27 +155,13 @@ def main():
                 break
             begin = time.perf_counter()
             share = set_learning_rates(optimizers, done, config)
-            loss = torch.zeros((), device=device)
             micro_batches = list(batch.split(config.micro_batch_size))
-            for micro in micro_batches:
-                # Gradients meet once a step. Losses are summed over the tokens of the whole step, wherever they are.
-                alone = processes.count > 1 and micro is not micro_batches[-1]
-                with forward.no_sync() if alone else contextlib.nullcontext():
-                    with autocast:
-                        part = forward(micro.inputs, micro.targets, reduction="sum") / max(1, n_live)
-                    (part * processes.count).backward()  # DDP averages
-                loss += part.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            loss, norm = torch.stack((loss, norm)).tolist()
-            (loss,) = processes.sum(loss)
-            if math.isfinite(loss) and math.isfinite(norm):
-                n_bad = 0
-                for optimizer in optimizers:
-                    optimizer.step()
-            else:
-                n_bad += 1
+            loss, norm, finite = train_step(
+                forward, optimizers, micro_batches, max(1, n_live), config.grad_clip, autocast, processes
+            )
+            n_bad = 0 if finite else n_bad + 1
+            if n_bad:
                 ticker.say(f"step {done}: loss {loss}, gradient norm {norm}: skipped")
-            model.zero_grad(set_to_none=True)
             if n_bad == BAD_STEPS:
                 raise UserError(
                     f"loss or gradient was not finite {BAD_STEPS} steps in a row, up to step {done}: "
@@ -163,10 +193,11 @@ def main():
             }
             if evaluated:
                 n_blocks = len(held_out) if last else config.eval_blocks
-                row["val_loss"], row["val_bpb"] = evaluate(n_blocks, 0)
+                row["val_loss"], row["val_bpb"] = evaluate(model, validation(n_blocks, 0.0), *evaluation)
                 text = f"loss {row['val_loss']:.3f}, {row['val_bpb']:.3f} bits per byte"
                 if config.pause_rate:
-                    row["val_loss_pauses"], row["val_bpb_pauses"] = evaluate(n_blocks, config.pause_rate)
+                    pauses = validation(n_blocks, config.pause_rate)
+                    row["val_loss_pauses"], row["val_bpb_pauses"] = evaluate(model, pauses, *evaluation)
                     text += f"; with pauses {row['val_loss_pauses']:.3f}, {row['val_bpb_pauses']:.3f}"
                 ticker.say(f"step {done}: training loss {loss:.3f}; held out {text}")
             if processes.is_main and (logged or evaluated):

@@ -34,8 +34,11 @@ def _folders(out_dir: Path) -> list[Path]:
 
 
 def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config) -> Path:
-    """Write the state after `step` steps. On a full disk the half-written folder is removed and OSError raised; the
-    checkpoints before it stand."""
+    """Write the state after `step` steps. Raises UserError where a weight is not finite, and OSError on a full disk,
+    with the half-written folder removed; either way the checkpoints before it stand."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"after step {step} there are weights that are not finite: they are not saved, and the "
+                        f"checkpoints in {out_dir} stand; lower --learning_rate")  # fmt: skip
     for leftover in out_dir.glob("step_*.tmp"):
         shutil.rmtree(leftover)
     folder = out_dir / f"step_{step:08d}"

@@ -67,9 +67,10 @@ def norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions [Su et al. 2021], halves as in Llama. x: [B, T, H, D]; cos, sin: [B or 1, T, 1, D/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotary positions [Su et al. 2021], halves as in Llama. x: [B, T, H, D]; cos, sin: [B or 1, T, 1, D].
+
+    Entry i < D/2 pairs with i + D/2: roll swaps the halves, and sin is negative in the first."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -139,8 +140,9 @@ class GPT(nn.Module):
             D = config.n_embd // config.n_head
             frequency = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
             angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequency)
-            self.register_buffer("rope_cos", angle.cos().float(), persistent=False)  # [block_size, D/2]
-            self.register_buffer("rope_sin", angle.sin().float(), persistent=False)
+            cos, sin = angle.cos().float(), angle.sin().float()
+            self.register_buffer("rope_cos", torch.cat((cos, cos), dim=1), persistent=False)  # [block_size, D]
+            self.register_buffer("rope_sin", torch.cat((-sin, sin), dim=1), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -172,6 +174,8 @@ class GPT(nn.Module):
         if cache is not None and hi is None:
             hi = (positions + 1).int()
         if positions is None:
+            if tokens.shape[1] > self.config.block_size:
+                raise UserError(f"{tokens.shape[1]} tokens are more than block_size={self.config.block_size}")
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x, rope = self.token_embedding(tokens), None
         if self.config.position == "learned":

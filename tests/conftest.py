@@ -1,7 +1,11 @@
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+
+# Operations this small take longer on several threads, which wait for each other, than on one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -24,15 +24,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 properties = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Operations this small take longer on two threads, which wait for each other, than on one."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def check(got, same, truth, what):
     """got errs no more than twice (gradients: three times) as much as `same`, which is as precise, against the truth.
 
