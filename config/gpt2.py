@@ -11,3 +11,4 @@ optimizer = "adamw"
 learning_rate = 1e-3
 min_lr_ratio = 0.1
 decay = "cosine"
+weight_decay = 0.1

@@ -24,6 +24,7 @@ optimizer = "adamw"
 learning_rate = 2e-4
 min_lr_ratio = 0.1
 decay = "cosine"
+weight_decay = 0.1
 max_steps = 380_000  # 200 B tokens
 warmup_steps = 2000
 

@@ -25,10 +25,10 @@ class Config(GPTConfig):
     """Continue the run in out_dir from its newest intact checkpoint."""
 
     dataset: str = "pydocs"
-    """Corpus: a folder in data/ that one of its scripts prepared, or a path."""
+    """Corpus: a folder in data/ that one of its scripts prepared, or an absolute path."""
     tokenizer: str = "bytes"
     """"bytes" or "gpt2"; the corpus must have been prepared with it."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences a step, over all processes."""
     micro_batch_size: int | None = None
     """Most sequences in one pass of a process: gradients of several passes add up. None: its whole share at once."""
@@ -37,15 +37,17 @@ class Config(GPTConfig):
     """Pauses inserted at random into a sequence, per token of it. The sequence is then trimmed back to its length, so
     that a share of rate/(1+rate) of its positions are pauses. 0: standard pretraining."""
 
-    max_steps: int = 300
+    max_steps: int = 900
     """Optimizer steps."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """"adamw" for everything, or "muon" for the matrices of the blocks and AdamW for the rest."""
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     """Peak learning rate of AdamW."""
-    matrix_learning_rate: float = 0.05
+    matrix_learning_rate: float = 0.03
     """Peak learning rate of Muon."""
-    warmup_steps: int = 10
+    momentum: float = 0.85
+    """Muon's."""
+    warmup_steps: int = 20
     """Steps of linear warmup."""
     decay: Literal["cosine", "linear", "wsd"] = "linear"
     """Learning rate after the warmup: cosine or linear to the last step, or "wsd": constant, then linear."""
@@ -53,16 +55,16 @@ class Config(GPTConfig):
     """Share of max_steps in which "wsd" decays."""
     min_lr_ratio: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.0
     """Decoupled weight decay, on parameters of two dimensions."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment, and Muon's momentum."""
+    """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
 
-    eval_interval: int = 100
+    eval_interval: int = 300
     """Steps between validations."""
     eval_blocks: int = 64
     """Blocks that a validation reads, evenly spread over the split; the last one reads all."""

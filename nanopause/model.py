@@ -24,7 +24,7 @@ class GPTConfig:
     """Rows of the embedding, the pause's and any padding included."""
     block_size: int = 256
     """Longest sequence, in tokens, pauses included."""
-    n_layer: int = 4
+    n_layer: int = 3
     """Transformer blocks."""
     n_head: int = 4
     """Query heads a block."""

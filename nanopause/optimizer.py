@@ -27,7 +27,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
             torch.optim.Muon(
                 [parameters[name] for name in matrices],
                 lr=config.matrix_learning_rate,
-                momentum=config.beta1,
+                momentum=config.momentum,
                 weight_decay=config.weight_decay,
             )
         )
