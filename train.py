@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+import kernels
 from data.pydocs import prepare_pydocs
 from nanopause import checkpoint, engine, errors, flops, metrics
 from nanopause.config import load_config
@@ -123,6 +124,7 @@ def main():
             found = checkpoint.find(out_dir, warn=ticker.say)
             start = checkpoint.restore(found, model, optimizers, config) if found else 0
             ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
+        kernels.choose(None, device.type)  # says which
         forward = model
         if config.compile or (config.compile is None and device.type == "cuda"):
             forward = torch.compile(forward)
@@ -204,7 +206,7 @@ def main():
                 log.log(row)
             if logged:
                 seconds, since = 0.0, done
-            if processes.is_main and (done % config.checkpoint_interval == 0 or last):
+            if processes.is_main and n_bad == 0 and (done % config.checkpoint_interval == 0 or last):
                 checkpoint.save(out_dir, done, model, optimizers, config)
 
         if done < config.max_steps:

@@ -15,11 +15,11 @@ IMPLEMENTATIONS = {"torch": plain, "reference": reference}
 _said = set()
 
 
-@torch.compiler.assume_constant_result
-def _choose(impl: str | None, device_type: str) -> str:
+def choose(impl: str | None, device_type: str) -> str:
+    """The name of the implementation that runs; for None the device's, said once on stderr."""
     if impl is None:
         impl = "torch"
-        if device_type not in _said:
+        if device_type not in _said and not torch.compiler.is_compiling():
             _said.add(device_type)
             print(f"kernels: {impl} on {device_type}", file=sys.stderr)
     if impl not in IMPLEMENTATIONS:
@@ -50,7 +50,7 @@ def attention(
         raise ValueError(f"attention takes q [B,T,H,D] and k, v [B,S,G,D] with H a multiple of G, "
                          f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")  # fmt: skip
     scale = D**-0.5 if scale is None else scale
-    impl = _choose(impl, q.device.type)
+    impl = choose(impl, q.device.type)
     if impl == "reference":
         t = torch.arange(T, device=q.device).expand(B, T)
         lo, hi = torch.zeros_like(t) if lo is None else lo, t + (S - T + 1) if hi is None else hi
@@ -77,5 +77,5 @@ def linear_cross_entropy(
                          f"not {list(x.shape)}, {list(weight.shape)}, {list(targets.shape)}")  # fmt: skip
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r} is neither 'mean' nor 'sum'")
-    impl = _choose(impl, x.device.type)
+    impl = choose(impl, x.device.type)
     return IMPLEMENTATIONS[impl].linear_cross_entropy(x, weight, targets, ignore_index, reduction)

@@ -109,8 +109,8 @@ def read_state(folder: Path) -> dict:
 
 
 def restore(folder: Path, model: nn.Module, optimizers: list[Optimizer], config: Config) -> int:
-    """Puts weights and optimizer states back and returns the step that follows. Raises UserError where the config asks
-    for another model, corpus or order than the checkpoint's."""
+    """Puts weights and optimizer states back and returns the step that follows; learning rates and the like are the
+    config's. Raises UserError where the config asks for another model, corpus or order than the checkpoint's."""
     state = read_state(folder)
     fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
     for key in sorted(fixed | {"dataset", "tokenizer", "batch_size", "optimizer", "seed"}):
@@ -120,7 +120,10 @@ def restore(folder: Path, model: nn.Module, optimizers: list[Optimizer], config:
                             f"or start anew with another --out_dir")  # fmt: skip
     safetensors.torch.load_model(model, str(folder / "model.safetensors"))
     for optimizer, saved in zip(optimizers, torch.load(folder / "optimizer.pt", weights_only=True)):
+        groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
+        for group, settings in zip(optimizer.param_groups, groups):
+            group.update(settings)
     return state["step"]
 
 

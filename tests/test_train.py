@@ -14,6 +14,12 @@ import pytest
 from conftest import ROOT, TINY
 from safetensors.numpy import load_file
 
+from nanopause import checkpoint
+from nanopause.config import Config
+from nanopause.errors import UserError
+from nanopause.model import GPT
+from nanopause.optimizer import make_optimizers
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -21,8 +27,8 @@ def rows(out_dir):
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(out_dir):
-    folder = out_dir / (out_dir / "latest").read_text()
+def weights(out_dir, name=None):
+    folder = out_dir / (name or (out_dir / "latest").read_text())
     return {name: array.tobytes() for name, array in load_file(folder / "model.safetensors").items()}
 
 
@@ -96,16 +102,32 @@ def test_sigterm_saves_and_exits_0(train, tiny_corpus, tmp_path):
     assert f"from step {step}" in ended.stdout
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_two_processes_give_the_losses_of_one(train, tmp_path, optimizer):
-    args = ("config/pause.py", "--max_steps=20", "--log_interval=1", f"--optimizer={optimizer}", "--eval_interval=10")
+def losses_differ(a, b):
+    """The largest difference of any loss of two runs."""
+    keys = ("loss", "val_loss", "val_loss_pauses")
+    return max(abs(x.get(key, 0) - y.get(key, 0)) for x, y in zip(rows(a), rows(b), strict=True) for key in keys)
+
+
+SHORT = ("config/pause.py", "--max_steps=20", "--log_interval=1", "--eval_interval=10")
+
+
+def test_two_processes_or_micro_batches_give_the_losses_of_one(train, tmp_path):
+    args = (*SHORT, "--optimizer=adamw", "--learning_rate=0.01")
     train(tmp_path / "one", *args)
     train(tmp_path / "two", *args, launcher=TORCHRUN)
     train(tmp_path / "parts", *args, "--micro_batch_size=3")
-    for other in ("two", "parts"):
-        for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / other), strict=True):
-            for key in ("loss", "val_loss", "val_loss_pauses"):
-                assert abs(a.get(key, 0) - b.get(key, 0)) <= 1e-5, (other, a["step"], key)
+    assert losses_differ(tmp_path / "one", tmp_path / "two") <= 1e-5
+    assert losses_differ(tmp_path / "one", tmp_path / "parts") <= 1e-5
+    assert losses_differ(tmp_path / "two", tmp_path / "parts") > 0  # runs of their own, not copies
+
+
+def test_two_processes_give_the_losses_of_one_with_muon(train, tmp_path):
+    """torch's Muon rounds to bfloat16, which turns the last bit of a gradient into 1e-3 of loss within 20 steps: the
+    gradients must be the same bits, so one process takes the same micro-batches as two."""
+    args = (*SHORT, "--optimizer=muon", "--micro_batch_size=2")
+    train(tmp_path / "one", *args)
+    train(tmp_path / "two", *args, launcher=TORCHRUN)
+    assert losses_differ(tmp_path / "one", tmp_path / "two") <= 1e-5
 
 
 def test_an_existing_run_is_not_overwritten(train, tmp_path):
@@ -143,12 +165,22 @@ def test_non_finite_steps_are_skipped_and_end_the_run(train, tmp_path):
     out = tmp_path / "run"
     train(out, "--max_steps=10", "--checkpoint_interval=10")
     good = weights(out)
-    explode = ("--max_steps=100", "--learning_rate=1e38", "--matrix_learning_rate=1e38", "--resume")
-    ended = train(out, *explode, "--checkpoint_interval=50", check=False)
+    explode = ("--max_steps=100", "--learning_rate=3e38", "--warmup_steps=0", "--checkpoint_interval=1", "--resume")
+    ended = train(out, *explode, check=False)
     assert ended.stdout.count("skipped") == 5
     sentence(ended, "not finite 5 steps in a row")
-    sentence(train(out, *explode, "--checkpoint_interval=1", check=False), "they are not saved")
-    assert weights(out) == good
+    assert sorted(path.name for path in out.glob("step_*")) == ["step_00000010", "step_00000011"]
+    assert weights(out, "step_00000010") == good
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    config = Config(n_layer=1, n_embd=16, n_head=2)
+    model = GPT(config.gpt(258))
+    before = checkpoint.save(tmp_path, 1, model, make_optimizers(model, config), config)
+    model.head.weight.data[3, 3] = math.inf
+    with pytest.raises(UserError, match="after step 2 there are weights that are not finite"):
+        checkpoint.save(tmp_path, 2, model, make_optimizers(model, config), config)
+    assert checkpoint.find(tmp_path, warn=pytest.fail) == before
 
 
 def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(train, tmp_path):
