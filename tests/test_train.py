@@ -27,8 +27,8 @@ def rows(out_dir):
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def weights(out_dir, name=None):
-    folder = out_dir / (name or (out_dir / "latest").read_text())
+def weights(out_dir):
+    folder = out_dir / (out_dir / "latest").read_text()
     return {name: array.tobytes() for name, array in load_file(folder / "model.safetensors").items()}
 
 
@@ -165,12 +165,12 @@ def test_non_finite_steps_are_skipped_and_end_the_run(train, tmp_path):
     out = tmp_path / "run"
     train(out, "--max_steps=10", "--checkpoint_interval=10")
     good = weights(out)
-    explode = ("--max_steps=100", "--learning_rate=3e38", "--warmup_steps=0", "--checkpoint_interval=1", "--resume")
-    ended = train(out, *explode, check=False)
+    explode = ("--max_steps=100", "--learning_rate=3e38", "--warmup_steps=0", "--resume")
+    ended = train(out, *explode, "--checkpoint_interval=50", check=False)
     assert ended.stdout.count("skipped") == 5
     sentence(ended, "not finite 5 steps in a row")
-    assert sorted(path.name for path in out.glob("step_*")) == ["step_00000010", "step_00000011"]
-    assert weights(out, "step_00000010") == good
+    sentence(train(out, *explode, "--checkpoint_interval=1", check=False), "they are not saved")
+    assert weights(out) == good
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
