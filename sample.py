@@ -47,10 +47,10 @@ def main(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
     )  # fmt: skip
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    print(prompt + "<|pause|>" * (pauses if show_pauses else 0), end="", flush=True)
     begin, n = time.perf_counter(), 0
     for token in ids:
-        if n == 0:
-            print(prompt + "<|pause|>" * (pauses if show_pauses else 0), end="")
         n += 1
         print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
     print(decoder.decode(b"", final=True))

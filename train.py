@@ -122,7 +122,7 @@ def main():
         start = 0
         if config.resume:
             found = checkpoint.find(out_dir, warn=ticker.say)
-            start = checkpoint.restore(found, model, optimizers, config) if found else 0
+            start = checkpoint.restore(found, model, optimizers, config, warn=ticker.say) if found else 0
             ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
         kernels.choose(None, device.type)  # says which
         forward = model
@@ -146,7 +146,7 @@ def main():
 
         def validation(n_blocks: int, pause_rate: float) -> Iterable[Batch]:
             return validation_batches(
-                held_out, n_blocks, config.batch_size, pause_rate, config.seed, processes.rank, processes.count
+                held_out, n_blocks, config.micro_batch_size, pause_rate, config.seed, processes.rank, processes.count
             )
 
         evaluation = tokenizer, autocast, processes
@@ -210,9 +210,9 @@ def main():
                 checkpoint.save(out_dir, done, model, optimizers, config)
 
         if done < config.max_steps:
-            if processes.is_main:
+            if processes.is_main and done > start:
                 checkpoint.save(out_dir, done, model, optimizers, config)
-            ticker.say(f"stopped by SIGTERM after step {done}, saved in {out_dir}: continue with --resume")
+            ticker.say(f"stopped by SIGTERM after step {done} of {out_dir}: continue with --resume")
         elif processes.is_main:
             metrics.plot(log.rows, out_dir / "loss.png", out_dir.name)
             ids = engine.stream(

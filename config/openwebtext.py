@@ -16,7 +16,7 @@ bias = False
 zero_init = False
 
 batch_size = 480
-micro_batch_size = 32
+micro_batch_size = 30
 
 optimizer = "adamw"
 learning_rate = 6e-4

@@ -3,7 +3,8 @@
     out_dir/step_00000500/    model.safetensors, optimizer.pt, checkpoint.json (step, config, versions, sha256s)
     out_dir/latest            the name of the newest
 
-A checkpoint is written beside its final name, fsynced and renamed; `latest` moves last; then all but the newest two go.
+A checkpoint is written beside its final name, fsynced and renamed; `latest` moves last; then all but it and the one
+before it go.
 """
 
 import json
@@ -25,12 +26,10 @@ from nanopause.files import replace_file, sha256, sync
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
-KEEP = 2
-
 
 def _folders(out_dir: Path) -> list[Path]:
     """Finished checkpoints, newest first."""
-    return sorted((path for path in out_dir.glob("step_*") if path.suffix != ".tmp"), reverse=True)
+    return sorted(out_dir.glob("step_" + 8 * "[0-9]"), reverse=True)
 
 
 def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config) -> Path:
@@ -46,6 +45,7 @@ def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer]
     beside.mkdir(parents=True)
     try:
         safetensors.torch.save_model(model, str(beside / "model.safetensors"), metadata={"format": "pt"})
+        (beside / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
         torch.save([optimizer.state_dict() for optimizer in optimizers], beside / "optimizer.pt")
         state = {
             "step": step,
@@ -61,27 +61,33 @@ def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer]
         if isinstance(error, (safetensors.SafetensorError, RuntimeError)):
             raise OSError(f"checkpoint {folder} could not be written: {error}") from error
         raise
-    if folder.exists():  # a damaged one that the run went back behind
-        shutil.rmtree(folder)
+    aside = folder.with_name(folder.name + ".old.tmp")
+    if folder.exists():  # damaged, and the run went back behind it
+        os.rename(folder, aside)
     os.rename(beside, folder)
     sync(out_dir)
+    shutil.rmtree(aside, ignore_errors=True)
     replace_file(out_dir / "latest", folder.name)
-    for old in _folders(out_dir)[KEEP:]:
-        shutil.rmtree(old)
+    before = [other for other in _folders(out_dir) if other < folder]
+    for other in set(_folders(out_dir)) - {folder, *before[:1]}:
+        shutil.rmtree(other)
     return folder
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        for name, digest in json.loads((folder / "checkpoint.json").read_text())["sha256"].items():
+        state = read_state(folder)
+        for name in ("model.safetensors", "optimizer.pt"):
             if not (folder / name).exists():
                 return f"{name} is missing"
-            if sha256(folder / name) != digest:
+            if sha256(folder / name) != state["sha256"][name]:
                 return f"{name} does not have its sha256"
+        if not isinstance(state["step"], int) or set(state["config"]) != {field.name for field in fields(Config)}:
+            return "checkpoint.json is of another version"
     except FileNotFoundError:
         return "checkpoint.json is missing"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return "checkpoint.json is cut short"
     return None
 
@@ -108,16 +114,24 @@ def read_state(folder: Path) -> dict:
     return json.loads((folder / "checkpoint.json").read_text())
 
 
-def restore(folder: Path, model: nn.Module, optimizers: list[Optimizer], config: Config) -> int:
+def restore(
+    folder: Path, model: nn.Module, optimizers: list[Optimizer], config: Config, warn: Callable[[str], None]
+) -> int:
     """Puts weights and optimizer states back and returns the step that follows; learning rates and the like are the
-    config's. Raises UserError where the config asks for another model, corpus or order than the checkpoint's."""
+    config's, and what differs is told through `warn`. Raises UserError where the config asks for another model, corpus
+    or order than the checkpoint's, or for fewer steps than it has."""
     state = read_state(folder)
+    if state["step"] > config.max_steps:
+        raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
     fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
     for key in sorted(fixed | {"dataset", "tokenizer", "batch_size", "optimizer", "seed"}):
         then, now = state["config"][key], getattr(config, key)
         if then != now:
             raise UserError(f"{folder} was made with {key}={then}, not {now}: resume with --{key}={then}, "
                             f"or start anew with another --out_dir")  # fmt: skip
+    changed = [key for key, value in asdict(config).items() if value != state["config"][key]]
+    for key in set(changed) - {"resume", "out_dir", "device", "vocab_size"}:
+        warn(f"resume: {key} was {state['config'][key]} and is {getattr(config, key)} from here on")
     safetensors.torch.load_model(model, str(folder / "model.safetensors"))
     for optimizer, saved in zip(optimizers, torch.load(folder / "optimizer.pt", weights_only=True)):
         groups = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]

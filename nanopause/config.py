@@ -3,6 +3,7 @@
 import runpy
 import sys
 from dataclasses import dataclass, fields
+from inspect import ismodule
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,18 @@ import tyro
 
 from nanopause.errors import UserError
 from nanopause.model import GPTConfig
+
+BIG = 2**62
+COUNTS = """block_size n_layer n_head n_kv_head n_embd n_mlp batch_size micro_batch_size max_steps eval_interval
+eval_blocks checkpoint_interval log_interval""".split()
+LIMITS = {
+    **dict.fromkeys(COUNTS, (1, BIG)),
+    **dict.fromkeys(("warmup_steps", "seed", "weight_decay", "grad_clip"), (0, BIG)),
+    **dict.fromkeys(("learning_rate", "matrix_learning_rate"), (0, 3.4e38)),
+    **dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)),
+    **dict.fromkeys(("pause_rate", "wsd_share", "min_lr_ratio"), (0, 1)),
+    "rope_theta": (1, BIG),
+}
 
 
 @dataclass
@@ -67,7 +80,7 @@ class Config(GPTConfig):
     eval_interval: int = 300
     """Steps between validations."""
     eval_blocks: int = 64
-    """Blocks that a validation reads, evenly spread over the split; the last one reads all."""
+    """Blocks that a validation reads, evenly spread over the split; the validation after the last step reads all."""
     checkpoint_interval: int = 100
     """Steps between checkpoints."""
     log_interval: int = 10
@@ -85,15 +98,12 @@ class Config(GPTConfig):
     """torch.compile the model. None: on a GPU only, as on a CPU compiling takes longer than it saves."""
 
     def __post_init__(self):
-        positive = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "micro_batch_size", "max_steps",
-                    "eval_interval", "eval_blocks", "checkpoint_interval", "log_interval")  # fmt: skip
-        for key in positive:
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)} must be at least 1")
+        for key, (low, high) in LIMITS.items():
+            value = getattr(self, key)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{key}={value} must be " + (f"{low} to {high}" if high < BIG else f"at least {low}"))
         super().__post_init__()
-        self.micro_batch_size = self.micro_batch_size or self.batch_size
-        if not 0 <= self.pause_rate:
-            raise UserError(f"pause_rate={self.pause_rate} must be 0 or more (0.1 is the paper's)")
+        self.micro_batch_size = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         """The model's part, with the tokenizer's vocabulary."""
@@ -109,7 +119,7 @@ def _arguments(file: str) -> list[str]:
         values = runpy.run_path(file)
     except Exception as error:
         raise UserError(f"config file {file} does not run: {type(error).__name__}: {error}") from error
-    return [f"--{key}={value}" for key, value in values.items() if not key.startswith("_")]
+    return [f"--{key}={value}" for key, value in values.items() if not (key.startswith("_") or ismodule(value))]
 
 
 def _parse(args: list[str]) -> Config:
@@ -131,14 +141,17 @@ def load_config(args: list[str]) -> Config:
     files = [arg for arg in args if not arg.startswith("-")]
     booleans = {f"--{field.name}" for field in fields(Config) if field.type in (bool, bool | None)}
     settings = [f"{arg}=True" if arg in booleans else arg for arg in args if arg.startswith("-")]
+    from_files = []
     for file in files:
+        arguments = _arguments(file)
+        from_files += arguments
         try:
-            _parse(_arguments(file))
+            _parse(arguments)
         except UserError:
             pass  # keys and types are right; whether the values fit is asked of all files together
         except SystemExit:
             print(f"error: this is in {file}", file=sys.stderr)
             raise
-    config = _parse([arg for file in files for arg in _arguments(file)] + settings)
+    config = _parse(from_files + settings)
     config.out_dir = config.out_dir or str(Path("out", "-".join(Path(file).stem for file in files) or "default"))
     return config

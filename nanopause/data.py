@@ -26,20 +26,23 @@ class Corpus:
         self.folder, self.tokenizer, self.block_size = folder, tokenizer, block_size
         try:
             meta = json.loads((folder / "meta.json").read_text())
-        except FileNotFoundError:
+            name, dtype = meta["tokenizer"], np.dtype(meta["dtype"])
+            files = [(folder / shard["file"], int(shard["tokens"])) for shard in meta["splits"][split]["shards"]]
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder} has no meta.json: prepare the corpus with its script in data/, "
                             f"--tokenizer={tokenizer.name}") from None  # fmt: skip
-        if meta["tokenizer"] != tokenizer.name:
-            raise UserError(f"{folder} was prepared with the tokenizer {meta['tokenizer']!r}, not {tokenizer.name!r}: "
-                            f"set --tokenizer={meta['tokenizer']} or prepare it anew")  # fmt: skip
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder}/meta.json is damaged: delete {folder} and prepare it anew") from None
+        if name != tokenizer.name:
+            raise UserError(f"{folder} was prepared with the tokenizer {name!r}, not {tokenizer.name!r}: "
+                            f"set --tokenizer={name} or prepare it anew")  # fmt: skip
         self.shards = []
-        for shard in meta["splits"][split]["shards"]:
-            file = folder / shard["file"]
+        for file, n_tokens in files:
             size = file.stat().st_size if file.exists() else 0
-            if size != shard["tokens"] * np.dtype(meta["dtype"]).itemsize:
+            if size != n_tokens * dtype.itemsize:
                 raise UserError(f"{file} is truncated or not the shard that meta.json describes ({size} bytes for "
-                                f"{shard['tokens']} tokens): delete {folder} and prepare it anew")  # fmt: skip
-            self.shards.append(np.memmap(file, dtype=meta["dtype"], mode="r"))
+                                f"{n_tokens} tokens): delete {folder} and prepare it anew")  # fmt: skip
+            self.shards.append(np.memmap(file, dtype=dtype, mode="r"))
         self._first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
         if len(self) == 0:
             raise UserError(f"the {split} split of {folder} is shorter than one block of {block_size} tokens: "

@@ -17,9 +17,13 @@ class Processes:
     def __init__(self, device: str):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "auto":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             self.device = torch.device(device)
+            if self.device.type not in ("cpu", "cuda"):
+                raise RuntimeError("it is neither a CPU nor a GPU of CUDA or ROCm")
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from None

@@ -1,6 +1,7 @@
 """Generation: the prompt and its pauses are one parallel pass, every further token one step on the cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     k likeliest tokens, and the fewest whose probabilities reach top_p, stay."""
     if temperature == 0:
         return logits.argmax()
-    logits, ids = (logits / temperature).sort(descending=True)
+    logits, ids = ((logits - logits.max()) / temperature).sort(descending=True)
     if top_k:
         logits[top_k:] = -torch.inf
     probability = logits.softmax(0)
@@ -24,7 +25,6 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     return ids[torch.multinomial(probability, 1, generator=generator)[0]]
 
 
-@torch.inference_mode()
 def stream(
     model: GPT,
     tokenizer: Tokenizer,
@@ -40,27 +40,43 @@ def stream(
     """Token ids that follow a prompt and its pauses [Goyal et al. 2023, Algorithm 3], one at a time, until the end of
     text, max_new_tokens or the model's context. The pause and padded ids are never sampled.
 
-    An empty prompt starts after an end of text. Raises UserError where prompt and pauses are longer than the context.
+    An empty prompt starts after an end of text. Raises UserError, before the first token, where a number is out of its
+    range or prompt and pauses are longer than the context.
     """
+    limits = {"pauses": (pauses, 0, 2**31), "max_new_tokens": (max_new_tokens, 0, 2**31), "top_k": (top_k, 0, 2**31),
+              "top_p": (top_p, 0, 1), "temperature": (temperature, 0, 1e6), "seed": (seed, 0, 2**62)}  # fmt: skip
+    for name, (value, low, high) in limits.items():
+        if not low <= value <= high:
+            raise UserError(f"{name}={value} must be {low} to {high:g}")
     tokens = append(tokenizer.encode(prompt) or [tokenizer.eot_id], pauses, tokenizer.pause_id)
     if len(tokens) > model.config.block_size:
         raise UserError(
             f"prompt and pauses are {len(tokens)} tokens, and the model reads {model.config.block_size} at most: "
             f"shorten the prompt or lower --pauses"
         )
-    if max_new_tokens < 1:
-        return
     device = model.head.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    length = min(model.config.block_size, len(tokens) + max_new_tokens - 1)  # the last new token is not read
+    choose = partial(
+        sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=torch.Generator(device).manual_seed(seed)
+    )
+    return _steps(model, tokenizer, torch.tensor([tokens], device=device), max_new_tokens, choose)
+
+
+@torch.inference_mode()
+def _steps(
+    model: GPT, tokenizer: Tokenizer, new: Tensor, max_new_tokens: int, choose: Callable[[Tensor], Tensor]
+) -> Iterator[int]:
+    """new: the prefix, int64 [1, T]; choose(logits [V]) is the next token."""
+    if max_new_tokens == 0:
+        return
+    length = min(model.config.block_size, new.shape[1] + max_new_tokens - 1)  # the last new token is not read
     cache = model.new_cache(1, length)
-    start, new = 0, torch.tensor([tokens], device=device)
+    start = 0
     while True:
-        positions = torch.arange(start, start + new.shape[1], device=device)[None]
+        positions = torch.arange(start, start + new.shape[1], device=new.device)[None]
         logits = model.head(model.hidden(new, positions=positions, cache=cache)[0, -1]).float()
         logits[tokenizer.pause_id :] = -torch.inf
         start += new.shape[1]
-        token = sample(logits, temperature, top_k, top_p, generator)
+        token = choose(logits)
         if token == tokenizer.eot_id:
             return
         yield token.item()

@@ -16,6 +16,9 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {os.strerror(error.errno) if error.errno else error}{where}", file=sys.stderr)

@@ -11,12 +11,13 @@ from nanopause.files import replace_file
 
 
 def read(file: Path) -> list[dict]:
-    """The objects of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The objects of a metrics.jsonl, up to a line that a kill cut short."""
     rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(json.loads(line) | {})
+            rows[-1]["step"]
+        except (ValueError, TypeError, KeyError):
             break
     return rows
 
@@ -50,13 +51,12 @@ class Metrics:
     a kill and about to be made again, are dropped."""
 
     def __init__(self, config: Config, start: int):
+        none = (lambda row: None, lambda: None)
+        self._log, self._finish = none if config.tracker == "none" else _open_tracker(config)
         self.file = Path(config.out_dir) / "metrics.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in read(self.file) if row["step"] <= start]
         replace_file(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._log, self._finish = (
-            _open_tracker(config) if config.tracker != "none" else (lambda row: None, lambda: None)
-        )
 
     def log(self, row: dict) -> None:
         """row: at least {"step": …}."""

@@ -52,8 +52,8 @@ class GPTConfig:
     """Residual projections and an untied head start at zero, rather than with GPT-2's scaled normal."""
 
     def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.n_mlp = self.n_mlp or 4 * self.n_embd
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        self.n_mlp = 4 * self.n_embd if self.n_mlp is None else self.n_mlp
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:

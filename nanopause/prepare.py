@@ -64,6 +64,8 @@ def prepare(
     Raises UserError if the folder is already there, an unfinished one was begun with other settings, the disk is
     full (run again, it goes on), or a split is left without a document.
     """
+    if Path(corpus).name != corpus:
+        raise UserError(f"{corpus!r} is not a plain name for a corpus")
     folder = Path(data_dir) / corpus / tokenizer
     if folder.exists():
         raise UserError(f"{folder} is already prepared: delete it to prepare it again")
@@ -92,7 +94,7 @@ def prepare(
         if not folder.exists():
             shards = Shards(unfinished, settings)
             if "next" in shards.meta:
-                _fill(shards, read, workers or os.cpu_count(), commit_seconds)
+                _fill(shards, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
                 shards.finish()
             os.rename(unfinished, folder)
             sync(folder.parent)

@@ -21,7 +21,7 @@ def config_file(tmp_path, text, name="mine.py"):
 
 
 def test_later_wins_and_command_line_is_last(tmp_path):
-    one = config_file(tmp_path, "n_layer = 2\nn_embd = 64\nlearning_rate = 1", "one.py")
+    one = config_file(tmp_path, "import math\nn_layer = 2\nn_embd = 64\nlearning_rate = 1", "one.py")
     two = config_file(tmp_path, "n_layer = 3\n_hidden = 'not a key'", "two.py")
     config = load_config([one, two, "--seed=7", "--compile=False", "--resume"])
     assert (config.n_layer, config.n_embd, config.seed, config.compile, config.resume) == (3, 64, 7, False, True)
@@ -80,9 +80,16 @@ def test_a_wrong_argument_is_named(arg, named, capsys):
     [
         (["config/nowhere.py"], "config file config/nowhere.py does not exist"),
         (["--batch_size=0"], "batch_size=0 must be at least 1"),
-        (["--pause_rate=-0.1"], "pause_rate=-0.1 must be 0 or more"),
+        (["--pause_rate=-0.1"], "pause_rate=-0.1 must be 0 to 1"),
         (["--n_head=3"], "n_head=3"),
         (["--n_head=0"], "n_head=0 must be at least 1"),
+        (["--n_kv_head=0"], "n_kv_head=0 must be at least 1"),
+        (["--seed=-1"], "seed=-1 must be at least 0"),
+        (["--pause_rate=inf"], "pause_rate=inf must be 0 to 1"),
+        (["--learning_rate=nan"], "learning_rate=nan must be at least 0"),
+        (["--grad_clip=-1"], "grad_clip=-1.0 must be at least 0"),
+        (["--wsd_share=3"], "wsd_share=3.0 must be 0 to 1"),
+        (["--beta1=1"], "beta1=1.0 must be"),
     ],
 )
 def test_a_wrong_value_is_one_sentence(args, sentence):

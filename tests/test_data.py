@@ -119,6 +119,14 @@ def test_a_truncated_shard_is_named(tiny_corpus, tmp_path):
         Corpus(folder, "train", BYTES, T)
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '{"tokenizer": "bytes"}'])
+def test_a_damaged_meta_json_is_named(tiny_corpus, tmp_path, text):
+    folder = damaged(tiny_corpus, tmp_path)
+    (folder / "meta.json").write_text(text)
+    with pytest.raises(UserError, match="meta.json is damaged: delete"):
+        Corpus(folder, "train", BYTES, T)
+
+
 def test_a_missing_corpus_and_another_tokenizer_are_named(tiny_corpus, tmp_path):
     with pytest.raises(UserError, match="has no meta.json: prepare"):
         Corpus(tmp_path, "train", BYTES, T)

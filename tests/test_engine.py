@@ -71,6 +71,13 @@ def test_the_context_is_the_limit():
     assert list(stream(model, BYTES, "", max_new_tokens=0)) == []
 
 
+@pytest.mark.parametrize("key, value", [("pauses", -1), ("max_new_tokens", -1), ("temperature", -1.0), ("top_p", 2.0),
+                                        ("temperature", float("nan")), ("top_k", -1), ("seed", 10**20)])  # fmt: skip
+def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
+    with pytest.raises(UserError, match=f"{key}={value}".replace("+", "[+]")):
+        stream(model_of({}), BYTES, "x", **{key: value})
+
+
 def test_top_k_and_top_p_restrict():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     drawn = lambda k, p: {sample(logits, 1.0, k, p, torch.Generator().manual_seed(i)).item() for i in range(200)}  # noqa: E731
@@ -81,3 +88,4 @@ def test_top_k_and_top_p_restrict():
     assert drawn(0, 0.81) == {0, 1, 2}
     assert drawn(0, 0.0) == {0}
     assert sample(logits, 0.0, 0, 1.0, torch.Generator()).item() == 0
+    assert sample(logits, 1e-40, 0, 1.0, torch.Generator()).item() == 0

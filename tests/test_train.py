@@ -14,12 +14,6 @@ import pytest
 from conftest import ROOT, TINY
 from safetensors.numpy import load_file
 
-from nanopause import checkpoint
-from nanopause.config import Config
-from nanopause.errors import UserError
-from nanopause.model import GPT
-from nanopause.optimizer import make_optimizers
-
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -68,7 +62,7 @@ def test_a_run_leaves_everything(train, tmp_path):
 
 
 def test_killed_twenty_times_it_ends_with_the_same_bits(train, tiny_corpus, tmp_path):
-    args = ("config/pause.py", "--max_steps=400", "--checkpoint_interval=7", "--log_interval=20")
+    args = ("config/pause.py", "--max_steps=900", "--checkpoint_interval=7", "--log_interval=20")
     train(tmp_path / "whole", *args)
     out, rng = tmp_path / "killed", random.Random(0)
     for _ in range(20):
@@ -76,11 +70,11 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(train, tiny_corpus, tmp_
         for line in process.stdout:  # up to the first step, so that most kills fall into training and saving
             if line.startswith("device:"):
                 break
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
     done = int((out / "latest").read_text().removeprefix("step_"))
-    assert 0 < done < 400, f"the kills must fall inside the run, but it is at step {done}"
+    assert 0 < done < 900, f"the kills must fall inside the run, but it is at step {done}"
     train(out, *args, "--resume")
     assert weights(out) == weights(tmp_path / "whole")
     same = lambda row: {key: row[key] for key in row if key not in ("tokens_per_second", "mfu")}  # noqa: E731
@@ -171,16 +165,6 @@ def test_non_finite_steps_are_skipped_and_end_the_run(train, tmp_path):
     sentence(ended, "not finite 5 steps in a row")
     sentence(train(out, *explode, "--checkpoint_interval=1", check=False), "they are not saved")
     assert weights(out) == good
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    config = Config(n_layer=1, n_embd=16, n_head=2)
-    model = GPT(config.gpt(258))
-    before = checkpoint.save(tmp_path, 1, model, make_optimizers(model, config), config)
-    model.head.weight.data[3, 3] = math.inf
-    with pytest.raises(UserError, match="after step 2 there are weights that are not finite"):
-        checkpoint.save(tmp_path, 2, model, make_optimizers(model, config), config)
-    assert checkpoint.find(tmp_path, warn=pytest.fail) == before
 
 
 def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(train, tmp_path):
