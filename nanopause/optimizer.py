@@ -1,12 +1,51 @@
-"""torch's optimizers on the right parameters, and the learning rate of a step."""
+"""AdamW and Muon on the right parameters, and the learning rate of a step."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanopause.config import Config
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """About the nearest matrix with orthonormal rows or columns: singular values 0.5 to 1.5, by five steps of a quintic
+    Newton-Schulz iteration whose slope at zero is steep [Jordan et al. 2024, Muon]."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Muon(Optimizer):
+    """torch.optim.Muon, except for the dtype in which it orthogonalises.
+
+    torch rounds the gradient to bfloat16, which turns its last bit into 1e-3 of loss within 20 steps, and which a CPU
+    multiplies at a third of float32's speed. None: bfloat16 on a GPU, the parameter's own elsewhere.
+    """
+
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype | None = None):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                dtype = self.dtype or (torch.bfloat16 if p.is_cuda else p.dtype)
+                update = orthogonalise(p.grad.lerp(average, momentum).to(dtype))
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
@@ -24,7 +63,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
     optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
     if matrices:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 [parameters[name] for name in matrices],
                 lr=config.matrix_learning_rate,
                 momentum=config.momentum,

@@ -105,23 +105,15 @@ def losses_differ(a, b):
 SHORT = ("config/pause.py", "--max_steps=20", "--log_interval=1", "--eval_interval=10")
 
 
-def test_two_processes_or_micro_batches_give_the_losses_of_one(train, tmp_path):
-    args = (*SHORT, "--optimizer=adamw", "--learning_rate=0.01")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_processes_or_micro_batches_give_the_losses_of_one(train, tmp_path, optimizer):
+    args = (*SHORT, f"--optimizer={optimizer}", "--learning_rate=0.01")
     train(tmp_path / "one", *args)
     train(tmp_path / "two", *args, launcher=TORCHRUN)
     train(tmp_path / "parts", *args, "--micro_batch_size=3")
     assert losses_differ(tmp_path / "one", tmp_path / "two") <= 1e-5
     assert losses_differ(tmp_path / "one", tmp_path / "parts") <= 1e-5
     assert losses_differ(tmp_path / "two", tmp_path / "parts") > 0  # runs of their own, not copies
-
-
-def test_two_processes_give_the_losses_of_one_with_muon(train, tmp_path):
-    """torch's Muon rounds to bfloat16, which turns the last bit of a gradient into 1e-3 of loss within 20 steps: the
-    gradients must be the same bits, so one process takes the same micro-batches as two."""
-    args = (*SHORT, "--optimizer=muon", "--micro_batch_size=2")
-    train(tmp_path / "one", *args)
-    train(tmp_path / "two", *args, launcher=TORCHRUN)
-    assert losses_differ(tmp_path / "one", tmp_path / "two") <= 1e-5
 
 
 def test_an_existing_run_is_not_overwritten(train, tmp_path):
