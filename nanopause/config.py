@@ -50,7 +50,7 @@ class Config(GPTConfig):
     """Pauses inserted at random into a sequence, per token of it. The sequence is then trimmed back to its length, so
     that a share of rate/(1+rate) of its positions are pauses. 0: standard pretraining."""
 
-    max_steps: int = 900
+    max_steps: int = 1100
     """Optimizer steps."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """"adamw" for everything, or "muon" for the matrices of the blocks and AdamW for the rest."""
