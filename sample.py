@@ -48,7 +48,7 @@ def main(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
     )  # fmt: skip
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
-    kernels.choose(None, device.type)  # says which, before the text
+    kernels.choose(None, device)  # says which, before the text
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     print(prompt + "<|pause|>" * (pauses if show_pauses else 0), end="", flush=True)
     begin, n = time.perf_counter(), 0

@@ -124,7 +124,7 @@ def main():
             found = checkpoint.find(out_dir, warn=ticker.say)
             start = checkpoint.restore(found, model, optimizers, config, warn=ticker.say) if found else 0
             ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
-        kernels.choose(None, device.type)  # says which
+        kernels.choose(None, device)  # says which
         forward = model
         if config.compile or (config.compile is None and device.type == "cuda"):
             forward = torch.compile(forward)

@@ -1,10 +1,12 @@
 """The one door to the two operations a transformer spends its time in, and the choice of who computes them.
 
-An implementation is `torch` (the fastest plain PyTorch) or `reference` (dense and obvious, the oracle of all tests).
-`impl=None` picks by device and says once which.
+An implementation is `triton` (attention.py, decode.py, linear_cross_entropy.py), `torch` (plain.py: the fastest plain
+PyTorch) or `reference` (dense and obvious, the oracle of all tests). `impl=None` picks by device and says once which.
 """
 
 import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -12,19 +14,40 @@ from torch import Tensor
 from kernels import plain, reference
 
 IMPLEMENTATIONS = {"torch": plain, "reference": reference}
+if find_spec("triton"):  # there is none for macOS and Windows
+    # Before the functions below, which take their modules' names.
+    from kernels.attention import attention as _attention
+    from kernels.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
+
+    IMPLEMENTATIONS["triton"] = SimpleNamespace(attention=_attention, linear_cross_entropy=_linear_cross_entropy)
 _said = set()
 
 
-def choose(impl: str | None, device_type: str) -> str:
+def choose(impl: str | None, device: torch.device) -> str:
     """The name of the implementation that runs; for None the device's, said once on stderr."""
     if impl is None:
-        impl = "torch"
-        if device_type not in _said and not torch.compiler.is_compiling():
-            _said.add(device_type)
-            print(f"kernels: {impl} on {device_type}", file=sys.stderr)
+        impl, why = "torch", ""
+        if device.type == "cuda":
+            if "triton" not in IMPLEMENTATIONS:
+                why = ": Triton is not installed"
+            elif torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
+                why = ": the Triton kernels need compute capability 8.0"
+            else:
+                impl = "triton"
+        if not torch.compiler.is_compiling() and device.type not in _said:
+            _said.add(device.type)
+            print(f"kernels: {impl} on {device.type}{why}", file=sys.stderr)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
     return impl
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast in its precision, as every matrix product."""
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
+    return tensors
 
 
 def attention(
@@ -41,7 +64,7 @@ def attention(
 
     q: [B, T, H, D]; k, v: [B, S, G, D], where query head h reads key head h // (H // G).
     lo, hi: int32 [B, T], both non-decreasing along t. None: lo = 0, and hi = S - T + t + 1, causal with the last query
-    reading all keys. scale: 1/√D by default.
+    reading all keys. scale: positive, 1/√D by default.
     Returns [B, T, H, D]. A query with an empty interval returns zeros and gives zero gradient.
     """
     B, T, H, D = q.shape
@@ -50,7 +73,10 @@ def attention(
         raise ValueError(f"attention takes q [B,T,H,D] and k, v [B,S,G,D] with H a multiple of G, "
                          f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")  # fmt: skip
     scale = D**-0.5 if scale is None else scale
-    impl = choose(impl, q.device.type)
+    if scale <= 0:
+        raise ValueError(f"attention takes a positive scale, not {scale}")
+    impl = choose(impl, q.device)
+    q, k, v = _autocast(q, k, v)
     if impl == "reference":
         t = torch.arange(T, device=q.device).expand(B, T)
         lo, hi = torch.zeros_like(t) if lo is None else lo, t + (S - T + 1) if hi is None else hi
@@ -77,5 +103,6 @@ def linear_cross_entropy(
                          f"not {list(x.shape)}, {list(weight.shape)}, {list(targets.shape)}")  # fmt: skip
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r} is neither 'mean' nor 'sum'")
-    impl = choose(impl, x.device.type)
-    return IMPLEMENTATIONS[impl].linear_cross_entropy(x, weight, targets, ignore_index, reduction)
+    impl = choose(impl, x.device)
+    loss = IMPLEMENTATIONS[impl].linear_cross_entropy(*_autocast(x, weight), targets, ignore_index)
+    return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss

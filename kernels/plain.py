@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 # Logits in memory at once, in elements: 16 Mi in float32 are 64 MiB.
 CHUNK_ELEMENTS = 1 << 24
@@ -29,41 +30,66 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | N
     return out if empty is None else out.masked_fill(empty[..., None, None], 0)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the live rows' losses. The gradients are computed with the loss, while a chunk's logits are at hand:
-    three products a chunk, as many as with all logits kept, and none repeated."""
+def _sum_and_gradients(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the live rows' losses, dx and dweight (empty without with_grad). The gradients are computed with the loss,
+    while a chunk's logits are at hand: three products a chunk, as many as with all logits kept, and none repeated."""
+    live = (targets != ignore_index).nonzero()[:, 0]
+    loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    # dweight sums over chunks: in bfloat16 every sum would round.
+    dx, dweight = x.new_zeros(x.shape if with_grad else 0), loss.new_zeros(weight.shape if with_grad else 0)
+    for rows in live.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
+        x_rows, target = x[rows], targets[rows, None]
+        # In place: one buffer of logits becomes their exponentials, then their gradient.
+        logits = (x_rows @ weight.T).to(loss.dtype)
+        logits -= logits.amax(1, keepdim=True)
+        own = logits.gather(1, target)
+        total = logits.exp_().sum(1, keepdim=True)
+        loss += (total.log() - own).sum()
+        if with_grad:
+            dlogits = logits.div_(total).scatter_add_(1, target, torch.full_like(total, -1)).to(x.dtype)
+            dx[rows] = dlogits @ weight
+            if dweight.dtype == x.dtype:
+                torch.addmm(dweight, dlogits.T, x_rows, out=dweight)
+            else:
+                dweight += dlogits.T @ x_rows
+            del dlogits
+        del logits  # before the next chunk makes its own
+    return loss, dx, dweight.to(weight.dtype)
 
-    @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, with_grad):
-        live = (targets != ignore_index).nonzero()[:, 0]
-        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        # dw sums over chunks: in bfloat16 every sum would round.
-        dx, dw = (torch.zeros_like(x), torch.zeros_like(weight, dtype=loss.dtype)) if with_grad else (None, None)
-        for rows in live.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
-            x_rows, target = x[rows], targets[rows, None]
-            logits = (x_rows @ weight.T).to(loss.dtype)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss += (log_z - logits.gather(1, target)).sum()
-            if with_grad:
-                dlogits = logits.sub_(log_z).exp_()
-                dlogits.scatter_add_(1, target, torch.full_like(log_z, -1))
-                dlogits = dlogits.to(x.dtype)
-                dx[rows] = (dlogits @ weight).to(dx.dtype)
-                dw += dlogits.T @ x_rows
-        ctx.save_for_backward(dx, dw)
-        return loss
 
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None, None
+# An operator of its own: the number of live rows is data, which torch.compile could not trace through.
+_library = torch.library.Library("nanopause", "FRAGMENT")
+_library.define("chunked_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool with_grad) "
+                "-> (Tensor, Tensor, Tensor)")  # fmt: skip
+_library.impl("chunked_cross_entropy", _sum_and_gradients, "CompositeExplicitAutograd")
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """See kernels.linear_cross_entropy. Finding the live rows synchronises with a GPU."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+@torch.library.register_fake("nanopause::chunked_cross_entropy", lib=_library)
+def _(x, weight, targets, ignore_index, with_grad):
+    loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    return loss, x.new_empty(x.shape if with_grad else 0), weight.new_empty(weight.shape if with_grad else 0)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _scaled(ctx, dloss, *_):
+    dx, dweight = ctx.saved_tensors
+    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(dweight.dtype), None, None, None
+
+
+torch.library.register_autograd("nanopause::chunked_cross_entropy", _scaled, setup_context=_save, lib=_library)
+
+
+@register_flop_formula(torch.ops.nanopause.chunked_cross_entropy, get_raw=True)
+def _(x, weight, targets, ignore_index, with_grad, **_):
+    return (6 if with_grad else 2) * int((targets != ignore_index).sum()) * weight.numel()
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The sum of the live rows' losses, see kernels.linear_cross_entropy. Finding the live rows waits for a GPU."""
     with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss = _LinearCrossEntropy.apply(x, weight, targets, ignore_index, with_grad)
-    return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
+    return torch.ops.nanopause.chunked_cross_entropy(x, weight, targets, ignore_index, with_grad)[0]

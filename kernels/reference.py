@@ -21,9 +21,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: fl
     return einsum(probability, v, "b h t s, b s h d -> b t h d").to(q.dtype)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Cross-entropy of x weightᵀ, all logits in memory. See kernels.linear_cross_entropy."""
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The sum of the live rows' losses, all logits in memory. See kernels.linear_cross_entropy."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     logits = x.to(dtype) @ weight.to(dtype).T
-    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-    return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")

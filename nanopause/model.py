@@ -94,7 +94,7 @@ class Attention(nn.Module):
             for slots, new in zip(cache, (k, v)):
                 slots[rows, positions] = new.to(slots.dtype)
             k, v = cache.to(q.dtype)
-        y = kernels.attention(q, k, v.to(q.dtype), lo, hi)
+        y = kernels.attention(q, k, v, lo, hi)
         return self.out(rearrange(y, "b t h d -> b t (h d)"))
 
 

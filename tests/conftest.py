@@ -8,6 +8,22 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels is imported
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        """A kernel function's call of another. Triton patches its language anew for every one, which takes half of the
+        time, and never undoes it: once is enough."""
+        if self.fn not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    patched = set()
+    interpreter.InterpretedFunction.__call__ = call
 
 from nanopause.prepare import prepare
 

@@ -1,0 +1,466 @@
+"""Flash attention in which every query reads one interval of keys.
+
+For head h, which reads key head g = h // (H // G), query t and keys lo[t] ≤ s < hi[t]:
+
+    z[t,s] = scale · q[t] · k[s]      p[t,s] = exp(z[t,s]) / Σ exp(z[t,·])      out[t] = Σ p[t,s] v[s]
+
+lo and hi do not decrease along t. That is enough for the masks of training and of generation, and needs no mask in
+memory (queries downwards, keys to the right; # is read, . is not):
+
+      causal         packed         prefix-LM       window       ragged decode
+                    documents       (4 tokens)     (3 tokens)   (cached 5 and 2,
+                                                                 3 and 2 new)
+    # . . . . .    # . . . . .    # # # # . .    # . . . . .    # # # # # # . .
+    # # . . . .    # # . . . .    # # # # . .    # # . . . .    # # # # # # # .
+    # # # . . .    . . # . . .    # # # # . .    # # # . . .    # # # # # # # #
+    # # # # . .    . . # # . .    # # # # . .    . # # # . .
+    # # # # # .    . . # # # .    # # # # # .    . . # # # .    # # # . . . . .
+    # # # # # #    . . . . . #    # # # # # #    . . . # # #    # # # # . . . .
+                                                                . . . . . . . .
+    lo 0           lo start of    lo 0           lo t + 1 − w   lo 0
+    hi t + 1       the document   hi max(t + 1,  hi t + 1       hi cached + j + 1
+                   hi t + 1         prefix)                     lo = hi: no query
+
+As both bounds are monotone, what a block of queries reads is one range of keys with one range inside it that every
+query reads, and the same holds of the queries that read a block of keys:
+
+    edge   [start, inner)      masked: lo cuts through these blocks
+    inner  [inner, inner_end)  no mask
+    edge   [inner_end, end)    masked: hi cuts through these blocks
+
+The forward pass is the online softmax of [Dao 2023, Algorithm 1] in powers of two. It keeps the logarithm to base 2
+of each row's sum, `lse`, +inf for an empty row. The backward pass [Algorithm 2] recomputes p = 2^(z·log₂e − lse), so
+that an empty row's p is 0, and is two kernels, one that owns a block of queries and one that owns a block of keys:
+seven products instead of the five of a kernel with atomic additions, and the same bits every time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import decode
+from kernels.launch import architecture, cast, check_input, dot, l2_bytes, load_rows, multiprocessors, precision
+
+LOG2_E = 1.4426950408889634
+
+
+class Tile(NamedTuple):
+    T: int  # queries
+    S: int  # keys
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _block_and_head(n_blocks, n_heads, section):
+    """This program's block and head. Programs start in order: the heads of a section, which fit into the L2 cache
+    together, go through their blocks side by side."""
+    i = tl.program_id(0)
+    first = i // (section * n_blocks) * section
+    n = tl.minimum(section, n_heads - first)
+    i = i - first * n_blocks
+    return i // n, first + i % n
+
+
+@triton.jit
+def _key_ranges(lo, hi, i_t, T, S, INTERVALS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """start, inner, inner_end, end of the keys that the queries of block i_t read."""
+    first, last = i_t * BLOCK_T, tl.minimum(i_t * BLOCK_T + BLOCK_T, T) - 1
+    if INTERVALS:
+        start, inner = tl.maximum(tl.load(lo + first), 0), tl.maximum(tl.load(lo + last), 0)
+        inner_end, end = tl.minimum(tl.load(hi + first), S), tl.minimum(tl.load(hi + last), S)
+    else:
+        start, inner, inner_end, end = 0, 0, S - T + first + 1, S - T + last + 1
+    start = start // BLOCK_S * BLOCK_S
+    inner = tl.cdiv(inner, BLOCK_S) * BLOCK_S
+    inner_end = tl.maximum(inner_end, 0) // BLOCK_S * BLOCK_S
+    some = inner < inner_end
+    return start, tl.where(some, inner, start), tl.where(some, inner_end, start), end
+
+
+@triton.jit
+def _blocks(start, inner, inner_end, end, BLOCK: tl.constexpr, EDGES: tl.constexpr):
+    """The blocks at both edges, or the inner ones: the first, how many, how many before a gap, and the gap."""
+    if EDGES:
+        before = (inner - start) // BLOCK
+        return start, before + tl.cdiv(tl.maximum(end - inner_end, 0), BLOCK), before, inner_end - inner
+    else:
+        return inner, (inner_end - inner) // BLOCK, 0, 0
+
+
+@triton.jit
+def _bounds(lo, hi, o_t, T, S, INTERVALS: tl.constexpr):
+    """lo and hi of the queries o_t, within the keys; queries past the last are empty."""
+    if INTERVALS:
+        b_lo = tl.load(lo + o_t, mask=o_t < T, other=0)
+        b_hi = tl.load(hi + o_t, mask=o_t < T, other=0)
+    else:
+        b_lo = tl.zeros_like(o_t)
+        b_hi = S - T + 1 + o_t
+    return b_lo, tl.minimum(b_hi, S)
+
+
+@triton.jit
+def _read(
+    b_out, b_max, b_sum, b_q, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi, S, scale,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INTERVALS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the inner blocks of keys, or with MASK over those at the edges."""
+    first, n, before, gap = _blocks(start, inner, inner_end, end, BLOCK_S, MASK)
+    for i in range(n):
+        i_s = first + i * BLOCK_S + (tl.where(i < before, 0, gap) if MASK else 0)
+        b_k = load_rows(p_k + i_s * k_step, i_s + o_s, S, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
+        b_z = dot(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_T, BLOCK_S]
+        if MASK:
+            visible = i_s + o_s[None, :] < b_hi[:, None]
+            if INTERVALS:
+                visible = visible & (i_s + o_s[None, :] >= b_lo[:, None])
+            b_z = tl.where(visible, b_z, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_z, 1) * scale)
+        # A row that has seen no key yet has -inf here, and -inf - -inf is NaN.
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if MASK else b_new
+        b_p = tl.exp2(b_z * scale - b_shift[:, None])
+        b_rescale = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+        b_v = load_rows(p_v + i_s * v_step, i_s + o_s, S, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
+        b_out = dot(cast(b_p, b_v.dtype), b_v, b_out * b_rescale[:, None], PRECISION)
+        b_max = b_new
+    return b_out, b_max, b_sum
+
+
+@triton.jit(do_not_specialize=["T", "S", "section"])
+def _forward(
+    q, k, v, lo, hi, out, lse, scale, T, S, section,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, B, H, G,
+    D: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(T, BLOCK_T)
+    i_block, i_head = _block_and_head(n_blocks, B * H, section)
+    i_t = n_blocks - 1 - i_block  # the longest rows of a causal mask first
+    i_b, i_h = (i_head // H).to(tl.int64), (i_head % H).to(tl.int64)
+    i_g = i_h // (H // G)
+    if INTERVALS:
+        lo, hi = lo + i_b * T, hi + i_b * T
+    o_t, o_s, o_d = i_t * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    p_q = q + i_b * q_b + i_h * q_h + o_t[:, None].to(tl.int64) * q_t + o_d[None, :]
+    p_k = k + i_b * k_b + i_g * k_g + o_s[:, None] * k_s + o_d[None, :]
+    p_v = v + i_b * v_b + i_g * v_g + o_s[:, None] * v_s + o_d[None, :]
+    k_step, v_step = tl.cast(k_s, tl.int64), tl.cast(v_s, tl.int64)
+
+    start, inner, inner_end, end = _key_ranges(lo, hi, i_t, T, S, INTERVALS, BLOCK_T, BLOCK_S)
+    b_lo, b_hi = _bounds(lo, hi, o_t, T, S, INTERVALS)
+    b_q = load_rows(p_q, o_t, T, o_d, D, True, D < BLOCK_D)  # [BLOCK_T, BLOCK_D]
+    b_out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_T], tl.float32)
+    b_out, b_max, b_sum = _read(
+        b_out, b_max, b_sum, b_q, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
+        S, scale, D, BLOCK_S, BLOCK_D, False, INTERVALS, PRECISION,
+    )  # fmt: skip
+    b_out, b_max, b_sum = _read(
+        b_out, b_max, b_sum, b_q, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
+        S, scale, D, BLOCK_S, BLOCK_D, True, INTERVALS, PRECISION,
+    )  # fmt: skip
+
+    empty = b_sum == 0
+    b_out = b_out / tl.where(empty, 1.0, b_sum)[:, None]
+    b_lse = tl.where(empty, float("inf"), b_max + tl.log2(b_sum))
+    p_out = out + ((i_b * T + o_t[:, None]) * H + i_h) * D + o_d[None, :]
+    tl.store(p_out, cast(b_out, out.dtype.element_ty), mask=(o_t[:, None] < T) & (o_d[None, :] < D))
+    tl.store(lse + (i_b * H + i_h) * T + o_t, b_lse, mask=o_t < T)
+
+
+@triton.jit
+def _read_for_dq(
+    b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
+    S, scale,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INTERVALS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq += dz k over blocks of keys, where dz = p · (dout vᵀ − delta)."""
+    first, n, before, gap = _blocks(start, inner, inner_end, end, BLOCK_S, MASK)
+    for i in range(n):
+        i_s = first + i * BLOCK_S + (tl.where(i < before, 0, gap) if MASK else 0)
+        b_k = load_rows(p_k + i_s * k_step, i_s + o_s, S, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
+        b_v = load_rows(p_v + i_s * v_step, i_s + o_s, S, o_d, D, MASK, D < BLOCK_D)
+        b_z = dot(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_T, BLOCK_S]
+        b_p = tl.exp2(b_z * scale - b_lse[:, None])
+        if MASK:
+            visible = i_s + o_s[None, :] < b_hi[:, None]
+            if INTERVALS:
+                visible = visible & (i_s + o_s[None, :] >= b_lo[:, None])
+            b_p = tl.where(visible, b_p, 0.0)
+        b_dp = dot(b_dout, tl.trans(b_v), None, PRECISION)
+        b_dz = b_p * (b_dp - b_delta[:, None])
+        b_dq = dot(cast(b_dz, b_k.dtype), b_k, b_dq, PRECISION)
+    return b_dq
+
+
+@triton.jit(do_not_specialize=["T", "S", "section"])
+def _backward_q(
+    q, k, v, lo, hi, out, lse, dout, delta, dq, scale, T, S, section,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, dout_b, dout_t, dout_h, B, H, G,
+    D: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta = Σ_d out · dout, which the other kernel needs too. scale is log₂e · the scale of attention."""
+    n_blocks = tl.cdiv(T, BLOCK_T)
+    i_block, i_head = _block_and_head(n_blocks, B * H, section)
+    i_t = n_blocks - 1 - i_block
+    i_b, i_h = (i_head // H).to(tl.int64), (i_head % H).to(tl.int64)
+    i_g = i_h // (H // G)
+    if INTERVALS:
+        lo, hi = lo + i_b * T, hi + i_b * T
+    o_t, o_s, o_d = i_t * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    p_q = q + i_b * q_b + i_h * q_h + o_t[:, None].to(tl.int64) * q_t + o_d[None, :]
+    p_dout = dout + i_b * dout_b + i_h * dout_h + o_t[:, None].to(tl.int64) * dout_t + o_d[None, :]
+    p_k = k + i_b * k_b + i_g * k_g + o_s[:, None] * k_s + o_d[None, :]
+    p_v = v + i_b * v_b + i_g * v_g + o_s[:, None] * v_s + o_d[None, :]
+    k_step, v_step = tl.cast(k_s, tl.int64), tl.cast(v_s, tl.int64)
+    o_out = ((i_b * T + o_t[:, None]) * H + i_h) * D + o_d[None, :]
+    o_row = (i_b * H + i_h) * T + o_t
+
+    start, inner, inner_end, end = _key_ranges(lo, hi, i_t, T, S, INTERVALS, BLOCK_T, BLOCK_S)
+    b_lo, b_hi = _bounds(lo, hi, o_t, T, S, INTERVALS)
+    b_dout = load_rows(p_dout, o_t, T, o_d, D, True, D < BLOCK_D)  # [BLOCK_T, BLOCK_D]
+    b_out = load_rows(out + o_out, o_t, T, o_d, D, True, D < BLOCK_D)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    tl.store(delta + o_row, b_delta, mask=o_t < T)
+    b_lse = tl.load(lse + o_row, mask=o_t < T, other=float("inf"))
+    b_q = load_rows(p_q, o_t, T, o_d, D, True, D < BLOCK_D)
+    b_dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    b_dq = _read_for_dq(
+        b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
+        S, scale, D, BLOCK_S, BLOCK_D, False, INTERVALS, PRECISION,
+    )  # fmt: skip
+    b_dq = _read_for_dq(
+        b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
+        S, scale, D, BLOCK_S, BLOCK_D, True, INTERVALS, PRECISION,
+    )  # fmt: skip
+    b_dq *= scale * 0.6931471805599453
+    tl.store(dq + o_out, cast(b_dq, dq.dtype.element_ty), mask=(o_t[:, None] < T) & (o_d[None, :] < D))
+
+
+@triton.jit
+def _read_for_dkv(
+    b_dk, b_dv, b_k, b_v, p_q, p_dout, lse, delta, lo, hi, q_step, dout_step, start, inner, inner_end, end,
+    o_s, o_t, o_d, T, S, scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INTERVALS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk += dzᵀ q and dv += pᵀ dout over blocks of queries."""
+    first, n, before, gap = _blocks(start, inner, inner_end, end, BLOCK_T, MASK)
+    for i in range(n):
+        i_t = first + i * BLOCK_T + (tl.where(i < before, 0, gap) if MASK else 0)
+        b_q = load_rows(p_q + i_t * q_step, i_t + o_t, T, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_T, BLOCK_D]
+        b_dout = load_rows(p_dout + i_t * dout_step, i_t + o_t, T, o_d, D, MASK, D < BLOCK_D)
+        if MASK:
+            m_t = i_t + o_t < T
+            b_lse = tl.load(lse + i_t + o_t, mask=m_t, other=0.0)
+            b_delta = tl.load(delta + i_t + o_t, mask=m_t, other=0.0)
+        else:
+            b_lse, b_delta = tl.load(lse + i_t + o_t), tl.load(delta + i_t + o_t)
+        b_z = dot(b_k, tl.trans(b_q), None, PRECISION)  # [BLOCK_S, BLOCK_T]
+        b_p = tl.exp2(b_z * scale - b_lse[None, :])
+        if MASK:
+            b_lo, b_hi = _bounds(lo, hi, i_t + o_t, T, S, INTERVALS)
+            visible = (o_s[:, None] < b_hi[None, :]) & m_t[None, :]
+            if INTERVALS:
+                visible = visible & (o_s[:, None] >= b_lo[None, :])
+            b_p = tl.where(visible, b_p, 0.0)
+        b_dv = dot(cast(b_p, b_dout.dtype), b_dout, b_dv, PRECISION)
+        b_dp = dot(b_v, tl.trans(b_dout), None, PRECISION)  # [BLOCK_S, BLOCK_T]
+        b_dz = b_p * (b_dp - b_delta[None, :])
+        b_dk = dot(cast(b_dz, b_q.dtype), b_q, b_dk, PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["T", "S", "section"])
+def _backward_kv(
+    q, k, v, lo, hi, queries, lse, dout, delta, dk, dv, scale, T, S, section,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, dout_b, dout_t, dout_h, B, H, G,
+    D: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk and dv, summed over the query heads of a group. queries: see _query_ranges."""
+    n_blocks = tl.cdiv(S, BLOCK_S)
+    i_block, i_head = _block_and_head(n_blocks, B * G, section)  # the first keys have the most queries
+    i_b, i_g = (i_head // G).to(tl.int64), (i_head % G).to(tl.int64)
+    R = H // G
+    if INTERVALS:
+        lo, hi = lo + i_b * T, hi + i_b * T
+    o_t, o_s, o_d = tl.arange(0, BLOCK_T), i_block * BLOCK_S + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    p_k = k + i_b * k_b + i_g * k_g + o_s[:, None].to(tl.int64) * k_s + o_d[None, :]
+    p_v = v + i_b * v_b + i_g * v_g + o_s[:, None].to(tl.int64) * v_s + o_d[None, :]
+    p_q = q + i_b * q_b + i_g * R * q_h + o_t[:, None] * q_t + o_d[None, :]
+    p_dout = dout + i_b * dout_b + i_g * R * dout_h + o_t[:, None] * dout_t + o_d[None, :]
+    q_step, dout_step = tl.cast(q_t, tl.int64), tl.cast(dout_t, tl.int64)
+
+    if INTERVALS:
+        p_queries, stride = queries + i_b * 2 * n_blocks + i_block, B * 2 * n_blocks
+        start, inner = tl.load(p_queries + stride), tl.load(p_queries + stride + n_blocks)
+        inner_end, end = tl.load(p_queries), tl.load(p_queries + n_blocks)
+    else:
+        start, inner = tl.maximum(i_block * BLOCK_S - (S - T), 0), i_block * BLOCK_S + BLOCK_S - 1 - (S - T)
+        inner_end, end = T, T
+    start = start // BLOCK_T * BLOCK_T
+    inner, inner_end = tl.cdiv(tl.maximum(inner, 0), BLOCK_T) * BLOCK_T, inner_end // BLOCK_T * BLOCK_T
+    some = (inner < inner_end) & (i_block * BLOCK_S + BLOCK_S <= S)
+    inner, inner_end = tl.where(some, inner, start), tl.where(some, inner_end, start)
+
+    b_k = load_rows(p_k, o_s, S, o_d, D, True, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
+    b_v = load_rows(p_v, o_s, S, o_d, D, True, D < BLOCK_D)
+    b_dk, b_dv = tl.zeros([BLOCK_S, BLOCK_D], tl.float32), tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for i_r in range(R):
+        p_q_r, p_dout_r = p_q + i_r * q_h, p_dout + i_r * dout_h
+        o_row = (i_b * H + i_g * R + i_r) * T
+        b_dk, b_dv = _read_for_dkv(
+            b_dk, b_dv, b_k, b_v, p_q_r, p_dout_r, lse + o_row, delta + o_row, lo, hi, q_step, dout_step,
+            start, inner, inner_end, end, o_s, o_t, o_d, T, S, scale,
+            D, BLOCK_T, BLOCK_D, False, INTERVALS, PRECISION,
+        )  # fmt: skip
+        b_dk, b_dv = _read_for_dkv(
+            b_dk, b_dv, b_k, b_v, p_q_r, p_dout_r, lse + o_row, delta + o_row, lo, hi, q_step, dout_step,
+            start, inner, inner_end, end, o_s, o_t, o_d, T, S, scale,
+            D, BLOCK_T, BLOCK_D, True, INTERVALS, PRECISION,
+        )  # fmt: skip
+    b_dk *= scale * 0.6931471805599453
+    o_out = ((i_b * S + o_s[:, None]) * G + i_g) * D + o_d[None, :]
+    m_out = (o_s[:, None] < S) & (o_d[None, :] < D)
+    tl.store(dk + o_out, cast(b_dk, dk.dtype.element_ty), mask=m_out)
+    tl.store(dv + o_out, cast(b_dv, dv.dtype.element_ty), mask=m_out)
+
+
+def _query_ranges(lo: Tensor, hi: Tensor, S: int, block: int) -> Tensor:
+    """Where the queries of a block of keys [s, s + block) are: int32 [2, B, 2, n_blocks].
+
+    [1, :, 0]: the first query with hi > s; [1, :, 1]: the first with hi ≥ s + block: both bounds of the masked edge.
+    [0, :, 0]: the first query with lo > s; [0, :, 1]: the first with lo ≥ s + block."""
+    s = torch.arange(0, S, block, dtype=torch.int32, device=lo.device)
+    bounds = torch.stack((lo, hi))
+    keys = torch.cat((s, s + (block - 1))).expand(*bounds.shape[:2], -1).contiguous()
+    return torch.searchsorted(bounds, keys, right=True, out_int32=True)
+
+
+def tile(kernel: str, arch: str, D: int, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel ("forward", "backward_q", "backward_kv"); a function of nothing that is measured while
+    running, so that the same call gives the same bits."""
+    return Tile(128 if kernel != "backward_kv" else 64, 64 if kernel != "backward_kv" else 128, 4, 2)
+
+
+def _section(rows: int, width: int, k: Tensor) -> int:
+    """Heads whose two operands, `rows` long, take half of the L2 cache."""
+    return max(1, l2_bytes(k.device) // 2 // max(1, 2 * rows * width * k.element_size()))
+
+
+@torch.library.custom_op("nanopause::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [B, T, H, D] and lse, float32 [B, H, T]."""
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    shape = tile("forward", architecture(q.device), D, q.dtype)
+    if out.numel() == 0:
+        return out, lse
+    if decode.is_better(B, T, S, H, G, triton.cdiv(T, shape.T), multiprocessors(q.device)):
+        decode.launch(q, k, v, lo, hi, out, lse, scale * LOG2_E)
+        return out, lse
+    grid = (triton.cdiv(T, shape.T) * B * H,)
+    _forward[grid](
+        q, k, v, lo, hi, out, lse, scale * LOG2_E, T, S, _section(S, D, k) * (H // G),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, H, G,
+        D=D, INTERVALS=lo is not None, PRECISION=precision(q.dtype),
+        BLOCK_T=shape.T, BLOCK_S=shape.S, BLOCK_D=max(16, triton.next_power_of_2(D)),
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+@_attention.register_fake
+def _(q, k, v, lo, hi, scale):
+    (B, T, H, _) = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("nanopause::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Tensor | None, hi: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    delta = torch.empty_like(lse)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    arch, options = architecture(q.device), dict(D=D, INTERVALS=lo is not None, PRECISION=precision(q.dtype))
+    options["BLOCK_D"] = max(16, triton.next_power_of_2(D))
+    shape = tile("backward_q", arch, D, q.dtype)
+    _backward_q[(triton.cdiv(T, shape.T) * B * H,)](
+        q, k, v, lo, hi, out, lse, dout, delta, dq, scale * LOG2_E, T, S, _section(S, D, k) * (H // G),
+        *strides, B, H, G, **options, BLOCK_T=shape.T, BLOCK_S=shape.S,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    shape = tile("backward_kv", arch, D, q.dtype)
+    queries = None if lo is None else _query_ranges(lo, hi, S, shape.S)
+    _backward_kv[(triton.cdiv(S, shape.S) * B * G,)](
+        q, k, v, lo, hi, queries, lse, dout, delta, dk, dv, scale * LOG2_E, T, S, _section(T * (H // G), D, q),
+        *strides, B, H, G, **options, BLOCK_T=shape.T, BLOCK_S=shape.S,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, lo, hi, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, lo, hi, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, lo, hi)
+
+
+def _gradients(ctx, dout, _):
+    q, k, v, out, lse, lo, hi = ctx.saved_tensors
+    return *_attention_backward(dout, q, k, v, out, lse, lo, hi, ctx.scale), None, None, None
+
+
+_attention.register_autograd(_gradients, setup_context=_save)
+
+
+# The convention of PyTorch's own counter: all pairs of query and key, two products forward and five backward.
+@register_flop_formula(torch.ops.nanopause.attention)
+def _(q, k, *_, **__):
+    return 4 * q[0] * q[1] * q[2] * q[3] * k[1]
+
+
+@register_flop_formula(torch.ops.nanopause.attention_backward)
+def _(dout, q, k, *_, **__):
+    return 10 * q[0] * q[1] * q[2] * q[3] * k[1]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
+    """See kernels.attention. The intervals must not decrease along T."""
+    check_input("attention", q)
+    (B, T, _, D), S = q.shape, k.shape[1]
+    if D % 8 or D > 256:
+        raise ValueError(f"attention in Triton takes head widths that are multiples of 8 up to 256, not {D}: "
+                         "pass impl='torch'")  # fmt: skip
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if lo is not None or hi is not None:
+        causal = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=q.device)
+        lo, hi = torch.zeros_like(causal) if lo is None else lo, causal if hi is None else hi
+        lo, hi = (x.to(torch.int32).expand(B, T).contiguous() for x in (lo, hi))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return _attention(q, k, v, lo, hi, scale)[0]

@@ -1,0 +1,133 @@
+"""Attention of few queries against many keys: a token and its pauses against a cache.
+
+A step of generation has T queries a sequence, one to a few dozen, and S keys, hundreds to many thousands. Its time is
+that of reading the keys and values once, so the work is cut along them:
+
+- One program takes all queries of all heads that share a key head: a tile of rows (t, head), which reads keys and
+  values once for all of them. A pause more is a row more in a tile that is padded to 16 rows anyway.
+- The keys that the tile reads, of min lo to max hi, are shared out to `n_splits` programs. How many depends on
+  the shape alone, so that one query and two are cut alike; who reads what is found on the device, where the lengths
+  are.
+- Every program leaves a normalised output and the logarithm of its sum, lse; a second kernel weighs the parts by
+  2^(lse_i − max lse). With one split the first writes the result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import cast, dot, load_rows, multiprocessors, precision
+
+MAX_ROWS = 64  # rows (query, head) of a tile
+MIN_KEYS = 256  # keys that a program takes at least
+
+
+def is_better(B: int, T: int, S: int, H: int, G: int, n_blocks: int, n_processors: int) -> bool:
+    """Whether to split the keys: where there are more keys than queries, and the queries fill either less than a tile
+    of MAX_ROWS or, in n_blocks tiles a head, less than the device."""
+    return S >= 2 * T and (T * (H // G) <= MAX_ROWS or B * H * n_blocks < n_processors)
+
+
+@triton.jit(do_not_specialize=["T", "S", "n_splits"])
+def _decode(
+    q, k, v, lo, hi, out, lse, scale, T, S, n_splits, out_split, lse_split,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, B, H, G,
+    D: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows against a share of its keys. Row r is query r // R of head r % R in the group of R heads."""
+    i_r, i_b, i_g, i_split = tl.program_id(0), tl.program_id(1) // G, tl.program_id(1) % G, tl.program_id(2)
+    i_b = i_b.to(tl.int64)
+    R = H // G
+    o_r, o_s, o_d = i_r * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    o_t, o_h = o_r // R, (i_g * R + o_r % R).to(tl.int64)
+    m_r = o_t < T
+    if INTERVALS:
+        b_lo = tl.maximum(tl.load(lo + i_b * T + o_t, mask=m_r, other=0), 0)
+        b_hi = tl.minimum(tl.load(hi + i_b * T + o_t, mask=m_r, other=0), S)
+    else:
+        b_lo = tl.zeros_like(o_t)
+        b_hi = tl.where(m_r, S - T + 1 + o_t, 0)
+    some = b_lo < b_hi
+    first, last = tl.min(tl.where(some, b_lo, S)), tl.max(tl.where(some, b_hi, 0))
+    share = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), n_splits), BLOCK_S) * BLOCK_S
+    start = first + i_split * share
+    end = tl.minimum(start + share, last)
+
+    p_q = q + i_b * q_b + o_t[:, None].to(tl.int64) * q_t + o_h[:, None] * q_h + o_d[None, :]
+    p_k = k + i_b * k_b + i_g * k_g + o_s[:, None] * k_s + o_d[None, :]
+    p_v = v + i_b * v_b + i_g * v_g + o_s[:, None] * v_s + o_d[None, :]
+    k_step, v_step = tl.cast(k_s, tl.int64), tl.cast(v_s, tl.int64)
+    b_q = load_rows(p_q, o_t, T, o_d, D, True, D < BLOCK_D)  # [BLOCK_R, BLOCK_D]
+    b_out = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_R], tl.float32)
+    for i_s in range(start, end, BLOCK_S):
+        b_k = load_rows(p_k + i_s * k_step, i_s + o_s, end, o_d, D, True, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
+        b_v = load_rows(p_v + i_s * v_step, i_s + o_s, end, o_d, D, True, D < BLOCK_D)
+        b_z = dot(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_R, BLOCK_S]
+        o_key = i_s + o_s[None, :]
+        b_z = tl.where((b_lo[:, None] <= o_key) & (o_key < b_hi[:, None]), b_z, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_z, 1) * scale)
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_z * scale - b_shift[:, None])
+        b_rescale = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+        b_out = dot(cast(b_p, b_v.dtype), b_v, b_out * b_rescale[:, None], PRECISION)
+        b_max = b_new
+
+    empty = b_sum == 0
+    b_out = b_out / tl.where(empty, 1.0, b_sum)[:, None]
+    b_lse = tl.where(empty, float("inf"), b_max + tl.log2(b_sum))
+    p_out = out + i_split * out_split + ((i_b * T + o_t[:, None]) * H + o_h[:, None]) * D + o_d[None, :]
+    tl.store(p_out, cast(b_out, out.dtype.element_ty), mask=m_r[:, None] & (o_d[None, :] < D))
+    tl.store(lse + i_split * lse_split + (i_b * H + o_h) * T + o_t, b_lse, mask=m_r)
+
+
+@triton.jit(do_not_specialize=["T", "n_splits"])
+def _combine(
+    parts, parts_lse, out, lse, T, n_splits, out_split, lse_split, H,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row (sequence, query, head) of all parts."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_b, i_t, i_h = i_row // H // T, i_row // H % T, i_row % H
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    i_lse = (i_b * H + i_h) * T + i_t
+    b_lse = tl.load(parts_lse + o_n * lse_split + i_lse, mask=o_n < n_splits, other=float("inf"))
+    b_lse = tl.where(b_lse == float("inf"), float("-inf"), b_lse)  # a part without keys
+    b_max = tl.max(b_lse)
+    empty = b_max == float("-inf")
+    b_weight = tl.exp2(b_lse - tl.where(empty, 0.0, b_max))  # [BLOCK_N]
+    total = tl.sum(b_weight)
+    mask = (o_n[:, None] < n_splits) & (o_d[None, :] < D)
+    b_parts = tl.load(parts + o_n[:, None] * out_split + i_row * D + o_d[None, :], mask=mask, other=0.0)
+    b_out = tl.sum(b_parts * b_weight[:, None], 0) / tl.where(empty, 1.0, total)
+    tl.store(out + i_row * D + o_d, cast(b_out, out.dtype.element_ty), mask=o_d < D)
+    tl.store(lse + i_lse, tl.where(empty, float("inf"), b_max + tl.log2(total)))
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> None:
+    """Writes out [B, T, H, D] and lse, float32 [B, H, T]. scale: log₂e · the scale of attention."""
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    block_r, block_d = max(16, min(MAX_ROWS, triton.next_power_of_2(T * (H // G)))), max(16, triton.next_power_of_2(D))
+    n_tiles = triton.cdiv(T * (H // G), block_r)
+    n_splits = max(1, min(triton.cdiv(2 * multiprocessors(q.device), B * G * n_tiles), S // MIN_KEYS))
+    parts, parts_lse = out, lse
+    if n_splits > 1:
+        parts = torch.empty(n_splits, *out.shape, dtype=torch.float32, device=q.device)
+        parts_lse = torch.empty(n_splits, *lse.shape, dtype=torch.float32, device=q.device)
+    _decode[(n_tiles, B * G, n_splits)](
+        q, k, v, lo, hi, parts, parts_lse, scale, T, S, n_splits, out.numel(), lse.numel(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, H, G,
+        D=D, INTERVALS=lo is not None, PRECISION=precision(q.dtype),
+        BLOCK_R=block_r, BLOCK_S=64, BLOCK_D=block_d, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if n_splits > 1:
+        _combine[(B * T * H,)](
+            parts, parts_lse, out, lse, T, n_splits, out.numel(), lse.numel(), H,
+            D=D, BLOCK_N=triton.next_power_of_2(n_splits), BLOCK_D=block_d,
+        )  # fmt: skip

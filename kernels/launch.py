@@ -1,0 +1,73 @@
+"""What a launcher asks of the device, and the tile loads that all kernels share."""
+
+import os
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton reads the variable when a kernel is defined: the kernels then run on the CPU, in numpy.
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942"…; the interpreter takes the tiles of an sm_90."""
+    if device.type != "cuda":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@cache
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: float32 as torch.set_float32_matmul_precision says."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def check_input(what: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{what} in Triton takes float32, bfloat16 or float16, not {tensor.dtype}: pass impl='torch'")
+    if tensor.device.type == "cpu" and not INTERPRET.value:
+        raise ValueError(f"{what} in Triton needs a GPU, or TRITON_INTERPRET=1 set before Python starts")
+
+
+@triton.jit
+def dot(a, b, c, PRECISION: tl.constexpr):
+    """a b + c, in float32."""
+    if INTERPRET:  # whose tl.dot takes bfloat16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x, float32, rounded to nearest."""
+    if INTERPRET and dtype == tl.bfloat16:  # which would be cut off
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_rows(p, o_row, n_rows, o_col, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tile at pointers p [R, C], zeros past the last row (if ROWS) and past the last column (if COLS)."""
+    if ROWS and COLS:
+        return tl.load(p, mask=(o_row[:, None] < n_rows) & (o_col[None, :] < n_cols), other=0.0)
+    elif ROWS:
+        return tl.load(p, mask=o_row[:, None] < n_rows, other=0.0)
+    elif COLS:
+        return tl.load(p, mask=o_col[None, :] < n_cols, other=0.0)
+    else:
+        return tl.load(p)

@@ -1,0 +1,266 @@
+"""Cross-entropy of the logits x weightᵀ, without the logits, for the live rows alone.
+
+For the live rows n (targets[n] ≠ ignore_index) of x [N, C], weight [V, C] and targets y [N]:
+
+    l[n,v] = x[n] · weight[v]      lse[n] = log Σ_v exp(l[n,v])      loss = Σ_n lse[n] − l[n,y[n]]
+    dl[n,v] = exp(l[n,v] − lse[n]) − [v = y[n]]      dx = dl weight      dweight = dlᵀ x
+
+Live rows are numbered 0 … n_live − 1 on the device: `rows` lists where they are, and programs past n_live end at once.
+So a masked row costs no product, the host never waits for a count, and a captured CUDA graph serves any targets.
+
+Forward: every program multiplies a tile of logits and leaves the tile's log-sum-exp a row and the target's logit, in
+float32; a second kernel sums the tiles up. Backward: for one slice of the vocabulary after the other, the tiles are
+multiplied again and dl is written in the precision of the inputs; then one launch multiplies dl with weight and with x.
+
+The logits are computed twice: 8·N·C·V FLOPs in all, where a forward that keeps or uses them needs 6. Computing the
+gradients in the forward, a slice of rows at a time, would save those, and needs a float32 dweight of V·C to add into;
+slices of the vocabulary write dweight once, in its own precision, and add into a float32 dx of N·C, which is smaller
+where N < V. Beside the gradients, the memory is that dx and a slice of dl, V/SLICES columns wide. A forward without
+gradients costs nothing extra, and no logit is ever rounded to 16 bits before the softmax.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.launch import architecture, cast, check_input, dot, load_rows, precision
+
+SLICES = 20  # of the vocabulary in the backward pass
+
+
+@triton.jit
+def _tile(i, n_row_blocks, n_col_blocks, GROUP: tl.constexpr):
+    """Row and column block of tile i: GROUP row blocks go through the columns side by side, and share them in L2."""
+    first = i // (GROUP * n_col_blocks) * GROUP
+    n = tl.minimum(n_row_blocks - first, GROUP)
+    i = i - first * n_col_blocks
+    return first + i % n, i // n
+
+
+@triton.jit
+def _logits(
+    x, weight, rows, n_live, o_n, o_v, C, V, x_n, weight_v,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits of the live rows o_n and the columns o_v, float32 [BLOCK_N, BLOCK_V]; anything past n_live and V."""
+    o_c = tl.arange(0, BLOCK_C)
+    i_row = tl.load(rows + o_n, mask=o_n < n_live, other=0)
+    p_x = x + i_row[:, None] * x_n + o_c[None, :]
+    p_weight = weight + tl.minimum(o_v, V - 1)[:, None].to(tl.int64) * weight_v + o_c[None, :]
+    b_logit = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for i_c in range(0, C, BLOCK_C):
+        b_x = load_rows(p_x + i_c, o_n, 0, i_c + o_c, C, False, not EVEN_C)  # [BLOCK_N, BLOCK_C]
+        b_weight = load_rows(p_weight + i_c, o_v, 0, i_c + o_c, C, False, not EVEN_C)  # [BLOCK_V, BLOCK_C]
+        b_logit = dot(b_x, tl.trans(b_weight), b_logit, PRECISION)
+    return b_logit
+
+
+@triton.jit(do_not_specialize=["N", "n_tiles"])
+def _log_sums(
+    x, weight, targets, rows, live, tile_lse, target_logit, N, C, V, n_tiles, x_n, weight_v,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, EVEN_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """tile_lse [n_tiles, N] and target_logit [N], both by live row."""
+    n_live = tl.load(live)
+    n_blocks = tl.cdiv(n_live, BLOCK_N)
+    if tl.program_id(0) < n_blocks * n_tiles:
+        i_n, i_v = _tile(tl.program_id(0), n_blocks, n_tiles, GROUP)
+        o_n, o_v = i_n * BLOCK_N + tl.arange(0, BLOCK_N), i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        m_n = o_n < n_live
+        b_logit = _logits(
+            x, weight, rows, n_live, o_n, o_v, C, V, x_n, weight_v, BLOCK_N, BLOCK_V, BLOCK_C, EVEN_C, PRECISION
+        )
+        b_logit = tl.where(o_v[None, :] < V, b_logit, float("-inf"))
+        b_max = tl.max(b_logit, 1)
+        b_lse = b_max + tl.log(tl.sum(tl.exp(b_logit - b_max[:, None]), 1))
+        tl.store(tile_lse + i_v.to(tl.int64) * N + o_n, b_lse, mask=m_n)
+        b_target = tl.load(targets + tl.load(rows + o_n, mask=m_n, other=0), mask=m_n, other=-1)
+        b_own = tl.sum(tl.where(o_v[None, :] == b_target[:, None], b_logit, 0.0), 1)
+        here = (b_target >= i_v * BLOCK_V) & (b_target < i_v * BLOCK_V + BLOCK_V)
+        tl.store(target_logit + o_n, b_own, mask=m_n & here)
+
+
+@triton.jit(do_not_specialize=["N", "n_tiles"])
+def _sum_tiles(tile_lse, target_logit, live, lse, losses, N, n_tiles, BLOCK_N: tl.constexpr):
+    """lse and losses, both [N] by live row and zero past the last."""
+    n_live = tl.load(live)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n_live
+    b_max, b_sum = tl.full([BLOCK_N], float("-inf"), tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    for i_v in range(n_tiles):
+        b_lse = tl.load(tile_lse + tl.cast(i_v, tl.int64) * N + o_n, mask=m_n, other=0.0)
+        b_new = tl.maximum(b_max, b_lse)
+        b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_lse - b_new)
+        b_max = b_new
+    b_lse = tl.where(m_n, b_max + tl.log(b_sum), 0.0)
+    b_own = tl.load(target_logit + o_n, mask=m_n, other=0.0)
+    tl.store(lse + o_n, b_lse, mask=o_n < N)
+    tl.store(losses + o_n, b_lse - b_own, mask=o_n < N)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _dlogits(
+    x, weight, targets, rows, live, lse, dlogit, C, V, first, n_tiles, x_n, weight_v,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, EVEN_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dlogit [live rows, n_tiles · BLOCK_V] of the columns from `first`, zero past the last live row and past V."""
+    n_live = tl.load(live)
+    n_blocks = tl.cdiv(n_live, BLOCK_N)
+    if tl.program_id(0) < n_blocks * n_tiles:
+        i_n, i_v = _tile(tl.program_id(0), n_blocks, n_tiles, GROUP)
+        o_n, o_col = i_n * BLOCK_N + tl.arange(0, BLOCK_N), i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        o_v, m_n = first + o_col, o_n < n_live
+        b_logit = _logits(
+            x, weight, rows, n_live, o_n, o_v, C, V, x_n, weight_v, BLOCK_N, BLOCK_V, BLOCK_C, EVEN_C, PRECISION
+        )
+        b_lse = tl.load(lse + o_n, mask=m_n, other=0.0)
+        b_target = tl.load(targets + tl.load(rows + o_n, mask=m_n, other=0), mask=m_n, other=-1)
+        b_dlogit = tl.exp(b_logit - b_lse[:, None]) - (o_v[None, :] == b_target[:, None]).to(tl.float32)
+        b_dlogit = tl.where(m_n[:, None] & (o_v[None, :] < V), b_dlogit, 0.0)
+        p_dlogit = dlogit + o_n[:, None].to(tl.int64) * (n_tiles * BLOCK_V) + o_col[None, :]
+        tl.store(p_dlogit, cast(b_dlogit, dlogit.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["first"])
+def _gradients(
+    x, weight, rows, live, dlogit, dloss, dx, dweight, C, V, first, width, x_n, weight_v,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dweight of the columns first … first + width, and their part of dx. The tiles of dweight, whose sums run over
+    all live rows, are the longer ones and start first."""
+    n_live = tl.load(live)
+    scale = tl.load(dloss)
+    n_c = tl.cdiv(C, BLOCK_C)
+    n_weight = tl.cdiv(width, BLOCK_M) * n_c
+    i = tl.program_id(0)
+    i_m, i_c = tl.where(i < n_weight, i, i - n_weight) // n_c, i % n_c
+    o_m, o_c, o_k = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    if i < n_weight:
+        p_dlogit = dlogit + o_k[:, None] * width + o_m[None, :]
+        step = tl.cast(width, tl.int64)
+        for i_n in range(0, n_live, BLOCK_K):
+            m_n = i_n + o_k < n_live
+            i_row = tl.load(rows + i_n + o_k, mask=m_n, other=0)
+            b_dlogit = tl.load(p_dlogit + i_n * step, mask=(o_m < width)[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
+            b_x = load_rows(x + i_row[:, None] * x_n + o_c[None, :], i_n + o_k, n_live, o_c, C, True, True)
+            b_sum = dot(tl.trans(b_dlogit), b_x, b_sum, PRECISION)
+        m_v = (o_m < width) & (first + o_m < V)
+        p_dweight = dweight + (first + o_m)[:, None].to(tl.int64) * C + o_c[None, :]
+        tl.store(p_dweight, cast(b_sum * scale, dweight.dtype.element_ty), mask=m_v[:, None] & (o_c[None, :] < C))
+    elif i_m * BLOCK_M < n_live:
+        p_dlogit = dlogit + o_m[:, None].to(tl.int64) * width + o_k[None, :]
+        p_weight = weight + (first + o_k)[:, None].to(tl.int64) * weight_v + o_c[None, :]
+        step = tl.cast(weight_v, tl.int64)
+        for i_v in range(0, width, BLOCK_K):
+            b_dlogit = tl.load(p_dlogit + i_v)  # [BLOCK_M, BLOCK_K]
+            b_weight = load_rows(p_weight + i_v * step, first + i_v + o_k, V, o_c, C, True, True)  # [BLOCK_K, BLOCK_C]
+            b_sum = dot(b_dlogit, b_weight, b_sum, PRECISION)
+        m_m = o_m < n_live
+        i_row = tl.load(rows + o_m, mask=m_m, other=0)
+        p_dx = dx + i_row[:, None] * C + o_c[None, :]
+        m_dx = m_m[:, None] & (o_c[None, :] < C)
+        tl.store(p_dx, tl.load(p_dx, mask=m_dx, other=0.0) + b_sum * scale, mask=m_dx)
+
+
+def product_tile(arch: str, dtype: torch.dtype) -> dict:
+    return dict(BLOCK_N=128, BLOCK_V=128, BLOCK_C=64 if dtype != torch.float32 else 32, num_warps=8, num_stages=3)
+
+
+def gradient_tile(arch: str, dtype: torch.dtype) -> dict:
+    return dict(BLOCK_M=128, BLOCK_C=128, BLOCK_K=64 if dtype != torch.float32 else 32, num_warps=8, num_stages=3)
+
+
+@torch.library.custom_op("nanopause::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of the losses, float32 []; for the backward lse, float32 [N], rows, int64 [N], and their number []."""
+    (N, C), V = x.shape, weight.shape[0]
+    is_live = targets != ignore_index
+    rows, live = torch.nonzero_static(is_live, size=N, fill_value=0)[:, 0], is_live.sum()
+    options = product_tile(architecture(x.device), x.dtype)
+    n_tiles = triton.cdiv(V, options["BLOCK_V"])
+    tile_lse = torch.empty(n_tiles, N, dtype=torch.float32, device=x.device)
+    target_logit, lse, losses = (torch.empty_like(tile_lse[0]) for _ in range(3))
+    if N:
+        _log_sums[(triton.cdiv(N, options["BLOCK_N"]) * n_tiles,)](
+            x, weight, targets, rows, live, tile_lse, target_logit, N, C, V, n_tiles, x.stride(0), weight.stride(0),
+            **options, GROUP=8, EVEN_C=C % options["BLOCK_C"] == 0, PRECISION=precision(x.dtype),
+        )  # fmt: skip
+        _sum_tiles[(triton.cdiv(N, 128),)](tile_lse, target_logit, live, lse, losses, N, n_tiles, BLOCK_N=128)
+    return losses.sum(), lse, rows, live
+
+
+@_linear_cross_entropy.register_fake
+def _(x, weight, targets, ignore_index):
+    (N,) = targets.shape
+    floats = x.new_empty((), dtype=torch.float32), x.new_empty((N,), dtype=torch.float32)
+    return *floats, targets.new_empty((N,)), targets.new_empty(())
+
+
+@torch.library.custom_op("nanopause::linear_cross_entropy_backward", mutates_args=())
+def _backward(
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, rows: Tensor, live: Tensor
+) -> tuple[Tensor, Tensor]:
+    (N, C), V = x.shape, weight.shape[0]
+    arch, p = architecture(x.device), precision(x.dtype)
+    product, gradient = product_tile(arch, x.dtype), gradient_tile(arch, x.dtype)
+    n_row_blocks = triton.cdiv(N, product["BLOCK_N"])
+    n_tiles = triton.cdiv(triton.cdiv(V, SLICES), product["BLOCK_V"])
+    width = n_tiles * product["BLOCK_V"]
+    dx = torch.zeros(N, C, dtype=torch.float32, device=x.device)
+    dweight = torch.empty(V, C, dtype=weight.dtype, device=x.device)
+    dlogit = torch.empty(n_row_blocks * product["BLOCK_N"], width, dtype=x.dtype, device=x.device)
+    n_c = triton.cdiv(C, gradient["BLOCK_C"])
+    n_programs = (triton.cdiv(width, gradient["BLOCK_M"]) + triton.cdiv(N, gradient["BLOCK_M"])) * n_c
+    for first in range(0, V, width):
+        if N:
+            _dlogits[(n_row_blocks * n_tiles,)](
+                x, weight, targets, rows, live, lse, dlogit, C, V, first, n_tiles, x.stride(0), weight.stride(0),
+                **product, GROUP=8, EVEN_C=C % product["BLOCK_C"] == 0, PRECISION=p,
+            )  # fmt: skip
+        _gradients[(n_programs,)](
+            x, weight, rows, live, dlogit, dloss, dx, dweight, C, V, first, width, x.stride(0), weight.stride(0),
+            **gradient, PRECISION=p,
+        )  # fmt: skip
+    return dx.to(x.dtype), dweight
+
+
+@_backward.register_fake
+def _(dloss, x, weight, targets, lse, rows, live):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+
+
+def _backward_of(ctx, dloss, *_):
+    return *_backward(dloss, *ctx.saved_tensors), None, None
+
+
+_linear_cross_entropy.register_autograd(_backward_of, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.nanopause.linear_cross_entropy, get_raw=True)
+def _(x, weight, targets, ignore_index, **_):
+    return 2 * int((targets != ignore_index).sum()) * weight.numel()
+
+
+@register_flop_formula(torch.ops.nanopause.linear_cross_entropy_backward, get_raw=True)
+def _(dloss, x, weight, targets, lse, rows, live, **_):
+    return 6 * int(live) * weight.numel()
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The sum of the live rows' losses, see kernels.linear_cross_entropy."""
+    check_input("linear_cross_entropy", x)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"linear_cross_entropy takes x and weight of one dtype, not {x.dtype} and {weight.dtype}")
+    x, weight = (a if a.stride(1) == 1 else a.contiguous() for a in (x, weight))
+    return _linear_cross_entropy(x, weight, targets.contiguous(), ignore_index)[0]
