@@ -348,10 +348,52 @@ def _query_ranges(lo: Tensor, hi: Tensor, S: int, block: int) -> Tensor:
     return torch.searchsorted(bounds, keys, right=True, out_int32=True)
 
 
+# By architecture, kernel and the largest BLOCK_D it serves: the largest tiles that compile without keeping registers on
+# the stack (python -m bench resources), not yet chosen by time.
+TILES = {
+    "sm_80": {
+        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(32, 32, 4, 2)},
+        "backward_q": {
+            16: Tile(64, 64, 8, 2),
+            64: Tile(128, 64, 8, 2),
+            128: Tile(64, 64, 8, 2),
+            256: Tile(32, 32, 4, 2),
+        },
+        "backward_kv": {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(16, 16, 4, 1)},
+    },
+    "sm_90": {
+        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+        "backward_q": {128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 8, 2)},
+        "backward_kv": {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+    },
+    "sm_100": {
+        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(32, 32, 4, 2)},
+        "backward_q": {128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
+        "backward_kv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
+    },
+    "gfx942": {
+        "forward": {128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
+        "backward_q": {128: Tile(128, 64, 4, 1), 256: Tile(64, 16, 4, 1)},
+        "backward_kv": {64: Tile(64, 128, 4, 1), 128: Tile(32, 128, 4, 1), 256: Tile(16, 32, 4, 1)},
+    },
+}
+# Widths that are no power of two, whose loads are masked, take more registers; so does float32.
+ODD_WIDTHS = {
+    "forward": {128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 4, 2)},
+    "backward_q": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(16, 16, 4, 1)},
+    "backward_kv": {64: Tile(64, 64, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
+FLOAT32 = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+
+
 def tile(kernel: str, arch: str, D: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel ("forward", "backward_q", "backward_kv"); a function of nothing that is measured while
-    running, so that the same call gives the same bits."""
-    return Tile(128 if kernel != "backward_kv" else 64, 64 if kernel != "backward_kv" else 128, 4, 2)
+    """The tile of "forward", "backward_q" or "backward_kv": a function of the call alone, so that it gives the same
+    bits every time."""
+    table = FLOAT32
+    if dtype != torch.float32:
+        table = TILES[arch][kernel] if D == triton.next_power_of_2(D) >= 16 else ODD_WIDTHS[kernel]
+    shape = table[min(width for width in table if D <= width)]
+    return shape._replace(stages=1) if arch.startswith("gfx") else shape
 
 
 def _section(rows: int, width: int, k: Tensor) -> int:
@@ -407,14 +449,14 @@ def _attention_backward(
     shape = tile("backward_q", arch, D, q.dtype)
     _backward_q[(triton.cdiv(T, shape.T) * B * H,)](
         q, k, v, lo, hi, out, lse, dout, delta, dq, scale * LOG2_E, T, S, _section(S, D, k) * (H // G),
-        *strides, B, H, G, **options, BLOCK_T=shape.T, BLOCK_S=shape.S,
+        *strides, B, H, G, BLOCK_T=shape.T, BLOCK_S=shape.S, **options,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     shape = tile("backward_kv", arch, D, q.dtype)
     queries = None if lo is None else _query_ranges(lo, hi, S, shape.S)
     _backward_kv[(triton.cdiv(S, shape.S) * B * G,)](
         q, k, v, lo, hi, queries, lse, dout, delta, dk, dv, scale * LOG2_E, T, S, _section(T * (H // G), D, q),
-        *strides, B, H, G, **options, BLOCK_T=shape.T, BLOCK_S=shape.S,
+        *strides, B, H, G, BLOCK_T=shape.T, BLOCK_S=shape.S, **options,
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
     return dq, dk, dv

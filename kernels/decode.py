@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cast, dot, load_rows, multiprocessors, precision
+from kernels.launch import architecture, cast, dot, load_rows, multiprocessors, precision
 
 MAX_ROWS = 64  # rows (query, head) of a tile
 MIN_KEYS = 256  # keys that a program takes at least
+PARTS = 16  # parts that are combined at a time
 
 
 def is_better(B: int, T: int, S: int, H: int, G: int, n_blocks: int, n_processors: int) -> bool:
@@ -90,22 +91,27 @@ def _combine(
     parts, parts_lse, out, lse, T, n_splits, out_split, lse_split, H,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row (sequence, query, head) of all parts."""
+    """One row (sequence, query, head) of all parts, BLOCK_N of them at a time."""
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_t, i_h = i_row // H // T, i_row // H % T, i_row % H
-    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     i_lse = (i_b * H + i_h) * T + i_t
-    b_lse = tl.load(parts_lse + o_n * lse_split + i_lse, mask=o_n < n_splits, other=float("inf"))
-    b_lse = tl.where(b_lse == float("inf"), float("-inf"), b_lse)  # a part without keys
-    b_max = tl.max(b_lse)
-    empty = b_max == float("-inf")
-    b_weight = tl.exp2(b_lse - tl.where(empty, 0.0, b_max))  # [BLOCK_N]
-    total = tl.sum(b_weight)
-    mask = (o_n[:, None] < n_splits) & (o_d[None, :] < D)
-    b_parts = tl.load(parts + o_n[:, None] * out_split + i_row * D + o_d[None, :], mask=mask, other=0.0)
-    b_out = tl.sum(b_parts * b_weight[:, None], 0) / tl.where(empty, 1.0, total)
+    o_d = tl.arange(0, BLOCK_D)
+    b_out = tl.zeros([BLOCK_D], tl.float32)
+    top, total = float("-inf"), 0.0
+    for i_n in range(0, n_splits, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        b_lse = tl.load(parts_lse + o_n * lse_split + i_lse, mask=o_n < n_splits, other=float("inf"))
+        b_lse = tl.where(b_lse == float("inf"), float("-inf"), b_lse)  # a part without keys
+        new = tl.maximum(top, tl.max(b_lse))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        b_weight, rescale = tl.exp2(b_lse - shift), tl.exp2(top - shift)
+        mask = (o_n[:, None] < n_splits) & (o_d[None, :] < D)
+        b_part = tl.load(parts + o_n[:, None] * out_split + i_row * D + o_d[None, :], mask=mask, other=0.0)
+        b_out = b_out * rescale + tl.sum(b_part * b_weight[:, None], 0)
+        top, total = new, total * rescale + tl.sum(b_weight)
+    b_out = b_out / tl.where(total == 0, 1.0, total)
     tl.store(out + i_row * D + o_d, cast(b_out, out.dtype.element_ty), mask=o_d < D)
-    tl.store(lse + i_lse, tl.where(empty, float("inf"), b_max + tl.log2(total)))
+    tl.store(lse + i_lse, tl.where(total == 0, float("inf"), top + tl.log2(total)))
 
 
 def launch(
@@ -113,7 +119,9 @@ def launch(
 ) -> None:
     """Writes out [B, T, H, D] and lse, float32 [B, H, T]. scale: log₂e · the scale of attention."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    block_r, block_d = max(16, min(MAX_ROWS, triton.next_power_of_2(T * (H // G)))), max(16, triton.next_power_of_2(D))
+    block_r, block_d = triton.next_power_of_2(T * (H // G)), max(16, triton.next_power_of_2(D))
+    wide = block_d * q.element_size() > 256  # bytes of a row
+    block_r = max(16, min(16 if wide else MAX_ROWS, block_r))
     n_tiles = triton.cdiv(T * (H // G), block_r)
     n_splits = max(1, min(triton.cdiv(2 * multiprocessors(q.device), B * G * n_tiles), S // MIN_KEYS))
     parts, parts_lse = out, lse
@@ -124,10 +132,11 @@ def launch(
         q, k, v, lo, hi, parts, parts_lse, scale, T, S, n_splits, out.numel(), lse.numel(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, H, G,
         D=D, INTERVALS=lo is not None, PRECISION=precision(q.dtype),
-        BLOCK_R=block_r, BLOCK_S=64, BLOCK_D=block_d, num_warps=4, num_stages=2,
+        BLOCK_R=block_r, BLOCK_S=16 if wide else 64, BLOCK_D=block_d, num_warps=4,
+        num_stages=1 if architecture(q.device).startswith("gfx") else 2,
     )  # fmt: skip
     if n_splits > 1:
         _combine[(B * T * H,)](
             parts, parts_lse, out, lse, T, n_splits, out.numel(), lse.numel(), H,
-            D=D, BLOCK_N=triton.next_power_of_2(n_splits), BLOCK_D=block_d,
+            D=D, BLOCK_N=PARTS, BLOCK_D=block_d, num_warps=2,
         )  # fmt: skip

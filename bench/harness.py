@@ -1,0 +1,391 @@
+"""Timing side by side, and the results: what the benches share.
+
+A *candidate* is a call without arguments that returns its tensors by name. All candidates do the same work; ours is
+named "ours", and is measured like the others. A *shape* is a dictionary of names to numbers or words.
+"""
+
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from textwrap import shorten
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import kernels
+from nanopause.files import replace_file
+from nanopause.flops import peak_flops
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+OURS = "ours"
+DASH = "–"
+
+Shape = dict[str, int | float | str]
+Candidate = Callable[[], dict[str, Tensor]]
+Sample = Callable[[Candidate, int], float]
+Row = dict
+
+# Bytes per second between a GPU and its memory, by NVIDIA's data sheets. The whole name must match, as in
+# nanopause.flops: a slice or another form of a GPU has another memory.
+MEMORY_DATA_SHEETS = (
+    (r"NVIDIA H200", 4.8e12),  # "NVIDIA H200 Tensor Core GPU", SXM: 4.8 TB/s
+    (r"NVIDIA H100 80GB HBM3", 3.35e12),  # "NVIDIA H100 Tensor Core GPU", SXM: 3.35 TB/s
+    (r"(NVIDIA )?A100-SXM4-80GB", 2.039e12),  # "NVIDIA A100 Tensor Core GPU", 80GB SXM: 2,039 GB/s
+)
+
+# The largest error that ours may have in any entry, over the largest entry. A handful of bfloat16's roundings of 2⁻⁹
+# add up to about 0.01; a mask that is off by one key errs by 0.15 or more. Rivals may err more, as some sum in bfloat16
+# or skip small terms by design: how much they do is in their rows.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
+RIVALS_TOLERANCE = {dtype: 4 * tolerance for dtype, tolerance in TOLERANCE.items()}
+
+
+# Comparing
+
+
+class Wrong(Exception):
+    """A candidate that computes something else."""
+
+
+def check(got: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> float:
+    """The largest error of `got`, over the largest entry of its tensor; above the tolerance it is Wrong."""
+    worst = 0.0
+    for name, result in got.items():
+        expected = truth[name]
+        if result.shape != expected.shape:
+            raise Wrong(f"{name} has shape {list(result.shape)} instead of {list(expected.shape)}")
+        error = ((result.to(expected.dtype) - expected).abs().max() / expected.abs().max()).item()
+        if not error <= tolerance:  # so that NaN is wrong
+            raise Wrong(f"{name} is off by {error:.2g} of its largest entry, more than {tolerance:.2g}")
+        worst = max(worst, error)
+    return worst
+
+
+def passes(function: Callable, inputs: dict[str, Tensor], upstream: Tensor) -> dict[str, Candidate]:
+    """The two passes of function(*inputs) → out: "forward", without autograd, and "forward+backward".
+
+    The second returns d<name> of each input too, for the gradient `upstream` of the output.
+    """
+    constants = [x.detach() for x in inputs.values()]
+    variables = [x.detach().requires_grad_() for x in inputs.values()]
+
+    def forward():
+        with torch.no_grad():
+            return {"out": function(*constants)}
+
+    def forward_backward():
+        out = function(*variables)
+        gradients = torch.autograd.grad(out, variables, upstream.to(out.dtype))
+        return {"out": out.detach(), **{f"d{name}": gradient for name, gradient in zip(inputs, gradients)}}
+
+    return {"forward": forward, "forward+backward": forward_backward}
+
+
+# Timing
+
+
+def sampler(device: torch.device) -> Sample:
+    """sample(call, n): the seconds of one call, the mean of n."""
+    if device.type != "cuda":
+        return _sample_cpu
+    # Several times the L2 cache of any GPU: writing it evicts the inputs.
+    return partial(_sample_cuda, flush=torch.empty(256 << 20, dtype=torch.int8, device=device))
+
+
+def _sample_cpu(call: Candidate, n: int) -> float:
+    start = perf_counter()
+    for _ in range(n):
+        call()
+    return (perf_counter() - start) / n
+
+
+def _sample_cuda(call: Candidate, n: int, flush: Tensor) -> float:
+    """Time on the device, every call with a cold cache; the mean evens out that events resolve only 0.5 μs."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+    # Some 3 ms in which the host runs ahead: how fast Python launches is no property of a kernel. A call that waits
+    # for the device waits before its start is recorded too, and then pays for its own launches as it does in use.
+    torch.cuda._sleep(6_000_000)
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) / n / 1000
+
+
+def race(calls: dict[str, Candidate], sample: Sample, seconds: float) -> dict[str, list[float]]:
+    """Seconds of a call, one sample a round and candidate. In a round each has its turn: A B C, A B C, …
+
+    A sample is as many calls as fill a millisecond, 10 at most; there are 5 to 25 rounds, about `seconds` in all.
+    """
+    repeats, round_seconds = {}, 0.0
+    for name, call in calls.items():
+        sample(call, 1)  # warms up
+        estimate = sample(call, 1)
+        repeats[name] = min(max(round(1e-3 / max(estimate, 1e-6)), 1), 10)
+        round_seconds += repeats[name] * estimate
+    samples = {name: [] for name in calls}
+    for _ in range(min(max(int(seconds / max(round_seconds, 1e-6)), 5), 25)):
+        for name, call in calls.items():
+            samples[name].append(sample(call, repeats[name]))
+    return samples
+
+
+def peak_extra_bytes(call: Candidate, device: torch.device) -> int | None:
+    """The most memory that was allocated during a call above what was before it, its results included; CUDA only."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# Results
+
+
+class Rival(NamedTuple):
+    """make(problem) → what a bench's `passes` takes. It may raise, as may what it returns: then the rival is missing
+    for this problem. package: whose version is recorded."""
+
+    name: str
+    package: str
+    make: Callable
+
+
+class Bench:
+    """One run of a bench: measures, keeps rows and what is missing, prints tables and writes the JSON."""
+
+    def __init__(self, name: str, quick: bool):
+        self.name, self.quick, self.rows, self.missing, self.versions = name, quick, [], [], {}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.sample = sampler(self.device)
+        self.versions[OURS] = kernels.choose(None, self.device)
+        self.header = {"bench": name, "quick": quick, "ours": self.versions[OURS]}
+        self.header |= environment(self.device, self.dtype)
+        self.seconds = 1 if quick else 2  # of a race
+        # A shape is begun only before this, so that a bench ends well inside ten minutes, a quick one inside two.
+        self.end = perf_counter() + (90 if quick else 450)
+
+    def begin(self, shape: Shape) -> bool:
+        """Whether there is time for another shape; if not, it is listed as missing."""
+        if perf_counter() > self.end:
+            self.lack("all", shape, "no time was left")
+            return False
+        torch.compiler.reset()  # a function that was compiled for too many shapes would no longer be compiled at all
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def lack(self, name: str, shape: Shape, reason: str, what: str | None = None) -> None:
+        """A rival is missing: for all passes over a shape or for one of them."""
+        self.missing.append({"name": name, "what": what, "shape": shape, "reason": reason})
+
+    def functions(self, rivals: Iterable[Rival], problem: object, shape: Shape) -> dict[str, Callable]:
+        """What the rivals made for a problem, by name. Who cannot is missing, for whatever reason it gives."""
+        made = {}
+        for rival in rivals:
+            try:
+                function = rival.make(problem)
+                self.versions[rival.name] = metadata.version(rival.package)
+                made[rival.name] = function
+            except Exception as error:
+                self.lack(rival.name, shape, first_line(error))
+        return made
+
+    def compete(
+        self,
+        what: str,
+        shape: Shape,
+        calls: dict[str, Candidate],
+        truth: dict[str, Tensor],
+        *,
+        flops: float | None = None,
+        read_bytes: float | None = None,
+    ) -> list[Row]:
+        """Check and time candidates, ours among them; keep and return a row of each that is right.
+
+        truth: what the calls return, in a wider dtype. flops, read_bytes: of one call, useful ones only; the percentage
+        of the peak is that of FLOPs, or without them of the memory's speed. A rival that fails or is wrong is missing;
+        ours raises.
+        """
+        right, facts = {}, {}
+        for name, call in calls.items():
+            tolerance = (TOLERANCE if name == OURS else RIVALS_TOLERANCE)[self.dtype]
+            try:
+                got = call()
+                facts[name] = {
+                    "error": check(got, truth, tolerance),
+                    "result_bytes": sum(tensor.nbytes for tensor in got.values()),
+                }
+                del got
+                facts[name]["peak_extra_bytes"] = peak_extra_bytes(call, self.device)
+                right[name] = call
+            except Exception as error:
+                if name == OURS:
+                    raise
+                self.lack(name, shape, first_line(error), what)
+        samples = race(right, self.sample, self.seconds)
+        rows = []
+        for name, seconds in samples.items():
+            p10, p50, p90 = np.percentile(seconds, (10, 50, 90)).tolist()
+            peak = self.header["peak_flops" if flops else "peak_bytes_per_second"]
+            rows.append({
+                "what": what, "shape": shape, "name": name, "version": self.versions[name], "samples": len(seconds),
+                "p10_ms": p10 * 1e3, "p50_ms": p50 * 1e3, "p90_ms": p90 * 1e3,
+                # The median of the rounds' ratios: what slows a whole round down cancels out.
+                "ratio": float(np.median(np.divide(seconds, samples[OURS]))),
+                "tflops": flops and flops / p50 / 1e12,
+                "gbps": read_bytes and read_bytes / p50 / 1e9,
+                "percent_of_peak": peak and 100 * (flops or read_bytes) / p50 / peak,
+                **facts[name],
+            })  # fmt: skip
+        self.rows += rows
+        line = ", ".join(f"{row['name']} {number(row['p50_ms'])}" for row in rows)
+        print(f"{self.name}: {label(shape)} {what}, ms: {line}", file=sys.stderr)
+        return rows
+
+    def finish(self, **extra) -> Path:
+        """Write the JSON, with `extra` at its top level, and say what is missing."""
+        folder = RESULTS / slug(self.header["device"])
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{self.name}{'.quick' if self.quick else ''}.json"
+        result = self.header | extra | {"rows": self.rows, "missing": self.missing}
+        replace_file(file, json.dumps(result, indent=1) + "\n")
+        screen = console()
+        errors: dict[str, float] = {}
+        for row in self.rows:
+            errors[row["name"]] = max(errors.get(row["name"], 0.0), row["error"])
+        screen.print("largest errors: " + ", ".join(f"{name} {error:.1g}" for name, error in errors.items()))
+        reasons: dict[str, list[str]] = {}
+        for lack in self.missing:
+            case = f"{label(lack['shape'])} {lack['what'] or ''}".strip()
+            reasons.setdefault(f"{lack['name']}: {lack['reason']}", []).append(case)
+        for reason, (case, *more) in reasons.items():
+            rest = f" and {len(more)} more" if more else ""
+            screen.print(f"missing: {reason} ({case}{rest})", style="dim", markup=False)
+        screen.print(f"written: {file}", markup=False)
+        return file
+
+    def show(
+        self,
+        title: Callable[[Row], str],
+        cell: Callable[[Row], str],
+        *,
+        first: dict[str, Callable[[Row], str]],
+        last: dict[str, Callable[[dict[str, Row]], str]] | None = None,
+        hidden: Iterable[str] = (),
+    ) -> None:
+        """Print the rows, a table for each title and a line for each shape.
+
+        Columns: `first` of our row, then `cell` of each rival's, then `last` of the rows by name; one of dashes is
+        left out. hidden: what the titles say of the shapes already.
+        """
+        screen = console()
+        screen.print(f"\n{self.name} on {self.header['device']}, ours by {self.header['ours']}", markup=False)
+        tables: dict[str, dict[str, dict[str, Row]]] = {}
+        for row in self.rows:
+            rest = {key: value for key, value in row["shape"].items() if key not in hidden}
+            tables.setdefault(title(row), {}).setdefault(label(rest), {})[row["name"]] = row
+        for text, shapes in tables.items():
+            columns = {header: [of(rows[OURS]) for rows in shapes.values()] for header, of in first.items()}
+            for name in [name for name in self.versions if name != OURS]:
+                columns[name] = [cell(rows[name]) if name in rows else DASH for rows in shapes.values()]
+            columns |= {header: [of(rows) for rows in shapes.values()] for header, of in (last or {}).items()}
+            columns = {header: cells for header, cells in columns.items() if set(cells) != {DASH}}
+            table = Table(title=text, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            table.add_column()
+            for header in columns:
+                table.add_column(header, justify="right")
+            for line in zip(shapes, *columns.values()):
+                table.add_row(*line)
+            screen.print(table)
+
+
+def console() -> Console:
+    """As wide as the terminal; 120 columns in a file or pipe."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict:
+    """Where and with what a result was measured; null where there is no such thing."""
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name() if gpu else _cpu_name()
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
+    status = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    peak, source = peak_flops(device, dtype)
+    return {
+        "device": name,
+        "driver": driver and driver.splitlines()[0],
+        "threads": None if gpu else torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python -m bench {shlex.join(sys.argv[1:])}",
+        "peak_flops": peak,
+        "peak_flops_source": source,
+        "peak_bytes_per_second": next((b for g, b in MEMORY_DATA_SHEETS if gpu and re.fullmatch(g, name)), None),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    """What a program says; None if it is not there or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def slug(name: str) -> str:
+    """A device's name as that of a folder: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def label(shape: Shape) -> str:
+    return " ".join(str(value) if isinstance(value, str) else f"{key}={value}" for key, value in shape.items())
+
+
+def number(x: float | None) -> str:
+    """Three digits, without an exponent; a dash for None."""
+    return DASH if x is None else f"{x:.0f}" if abs(x) >= 100 else f"{x:#.3g}"
+
+
+def first_line(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "no message")
+    return f"{type(error).__name__}: {shorten(line, 200, placeholder='…')}"

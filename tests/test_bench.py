@@ -1,0 +1,344 @@
+"""The benches' measuring, on clocks that say what they are told, and both benches at sizes that take no time."""
+
+import json
+import subprocess
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kernels
+from bench import attention, harness, loss
+from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu"), torch.float32
+SHAPE = {"N": 3}
+TRUTH = {"out": torch.tensor([1.0, 2.0, -4.0], dtype=torch.float64)}
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """A bench that writes elsewhere, on a device that is not measured."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "peak_flops", lambda device, dtype: (1e9, "a test"))
+    return Bench("test", quick=False)
+
+
+def clock(times):
+    """A sample that runs its call and tells the next of its call's times; and the calls in the order of samples."""
+    order, left = [], {call: iter(seconds) for call, seconds in times.items()}
+
+    def sample(call, n):
+        call()
+        order.append(call)
+        return next(left[call])
+
+    return sample, order
+
+
+def answer(factor=1.0):
+    return lambda: {"out": (factor * TRUTH["out"]).float()}
+
+
+def test_candidates_take_turns():
+    a, b, c = answer(), answer(), answer()
+    sample, order = clock({a: cycle([0.5]), b: cycle([1.0]), c: cycle([2.0])})
+    samples = race({"a": a, "b": b, "c": c}, sample, seconds=21)
+    assert order[6:] == [a, b, c] * 6  # after two of each to warm up; a round is 3.5 s
+    assert samples == {"a": [0.5] * 6, "b": [1.0] * 6, "c": [2.0] * 6}
+
+
+@pytest.mark.parametrize("seconds, repeats, rounds", [(1e-5, 10, 25), (3e-4, 3, 25), (0.5, 1, 20), (100.0, 1, 5)])
+def test_a_sample_fills_a_millisecond_and_a_race_its_time(seconds, repeats, rounds):
+    asked = []
+    race({"a": answer()}, lambda call, n: asked.append(n) or seconds, seconds=10)
+    assert asked[2:] == [repeats] * rounds
+
+
+def test_a_sample_is_a_mean(monkeypatch):
+    """Of n calls, on a clock that each call moves by 3 s."""
+    now = [0.0]
+
+    def call():
+        now[0] += 3.0
+
+    monkeypatch.setattr(harness, "perf_counter", lambda: now[0])
+    assert harness._sample_cpu(call, 4) == 3.0 and now[0] == 12.0
+
+
+def test_statistics(bench):
+    """The ratio is the median of the rounds' ratios, which is not the ratio of the medians."""
+    ours, rival = answer(), answer()
+    ours_s, rival_s = [1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 2.0, 12.0, 4.0, 5.0]
+    bench.versions["rival"] = "7"
+    bench.sample, _ = clock({ours: [9, 9, *ours_s], rival: [9, 9, *rival_s]})
+    mine, theirs = bench.compete("forward", SHAPE, {OURS: ours, "rival": rival}, TRUTH, flops=6e9)
+    assert (mine["p10_ms"], mine["p50_ms"], mine["p90_ms"]) == pytest.approx((1400, 3000, 4600))
+    assert (
+        mine["ratio"] == 1 and mine["tflops"] == pytest.approx(2e-3) and mine["percent_of_peak"] == pytest.approx(200)
+    )
+    assert theirs["ratio"] == 1.0 != np.median(rival_s) / np.median(ours_s)
+    assert theirs["version"] == "7" and theirs["samples"] == 5 and mine["result_bytes"] == 12
+    assert bench.rows == [mine, theirs] and not bench.missing
+
+
+def test_bytes_per_second(bench):
+    bench.header["peak_bytes_per_second"] = 4e9
+    bench.sample = lambda call, n: 2.0
+    (row,) = bench.compete("forward", SHAPE, {OURS: answer()}, TRUTH, read_bytes=4e9)
+    assert row["gbps"] == 2 and row["percent_of_peak"] == 50 and row["tflops"] is None
+    bench.header["peak_bytes_per_second"] = None
+    (row,) = bench.compete("forward", SHAPE, {OURS: answer()}, TRUTH, read_bytes=4e9)
+    assert row["gbps"] == 2 and row["percent_of_peak"] is None
+
+
+@pytest.mark.parametrize(
+    "wrong, why",
+    [
+        ({"out": torch.tensor([1.0, 2.0, -4.1])}, "out is off by 0.025 of its largest entry"),
+        ({"out": torch.tensor([1.0, torch.nan, -4.0])}, "out is off by nan"),
+        ({"out": torch.tensor([1.0, 2.0])}, r"out has shape \[2\] instead of \[3\]"),
+    ],
+)
+def test_a_wrong_output_is_wrong(wrong, why):
+    assert check({"out": torch.tensor([1.0, 2.0, -4.02])}, TRUTH, 0.01) == pytest.approx(0.005)
+    with pytest.raises(Wrong, match=why):
+        check(wrong, TRUTH, 0.01)
+
+
+def test_a_wrong_or_failing_rival_is_not_timed(bench):
+    ours, wrong = answer(), answer(2)
+
+    def failing():
+        raise RuntimeError("no such kernel\nand a long story")
+
+    bench.sample, order = clock({ours: cycle([1.0])})
+    rows = bench.compete("forward", SHAPE, {OURS: ours, "wrong": wrong, "failing": failing}, TRUTH, flops=1)
+    assert [row["name"] for row in rows] == [OURS] and set(order) == {ours}
+    reasons = {lack["name"]: lack["reason"] for lack in bench.missing}
+    assert reasons["wrong"].startswith("Wrong: out is off by 1 ") and all(m["what"] == "forward" for m in bench.missing)
+    assert reasons["failing"] == "RuntimeError: no such kernel"
+
+
+def test_ours_must_be_right_and_more_so(bench):
+    bench.versions["rough"] = "1"
+    rough = answer(1 + 2 * harness.TOLERANCE[bench.dtype])
+    assert len(bench.compete("forward", SHAPE, {OURS: answer(), "rough": rough}, TRUTH, flops=1)) == 2
+    with pytest.raises(Wrong, match="out is off"):
+        bench.compete("forward", SHAPE, {OURS: rough}, TRUTH, flops=1)
+
+
+def test_a_rival_that_is_not_installed_is_missing(bench):
+    def make(problem):
+        import no_such_package  # noqa: F401
+
+    rivals = (Rival("absent", "no-such-package", make), Rival("here", "torch", lambda problem: abs))
+    assert bench.functions(rivals, None, SHAPE) == {"here": abs}
+    assert bench.versions["here"] == torch.__version__
+    reason = "ModuleNotFoundError: No module named 'no_such_package'"
+    assert bench.missing == [{"name": "absent", "what": None, "shape": SHAPE, "reason": reason}]
+
+
+def test_a_shape_without_time_is_missing(bench):
+    assert bench.begin(SHAPE) and not bench.missing
+    bench.end = 0
+    assert not bench.begin(SHAPE) and bench.missing[0]["reason"] == "no time was left"
+
+
+def test_passes_have_every_gradient():
+    inputs = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 5.0])}
+    calls = passes(lambda a, b: a * b, inputs, torch.tensor([1.0, 10.0]))
+    assert {name: x.tolist() for name, x in calls["forward"]().items()} == {"out": [3, 10]}
+    got = {name: x.tolist() for name, x in calls["forward+backward"]().items()}
+    assert got == {"out": [3, 10], "da": [3, 50], "db": [1, 20]}
+    assert not calls["forward"]()["out"].requires_grad
+
+
+def test_quick_does_not_replace_a_full_result(monkeypatch, bench):
+    full = bench.finish(note=1)
+    bench.quick = True
+    quick = bench.finish()
+    assert full.name == "test.json" and quick.name == "test.quick.json" and full.parent == quick.parent
+    assert full.parent.name == harness.slug(bench.header["device"]) and json.loads(full.read_text())["note"] == 1
+    assert harness.slug("Intel(R) Xeon(R) Processor @ 2.50GHz") == "intel-xeon-processor-2-50ghz"
+
+
+def test_numbers_have_three_digits():
+    assert [harness.number(x) for x in (0.012345, 1.0, 12.345, 1234.5, None)] == ["0.0123", "1.00", "12.3", "1234", "–"]
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "-m", "bench", *args], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("args", [("atention",), ()])
+def test_an_unknown_bench_is_one_sentence(args):
+    ended = run(*args)
+    names = sorted(file.stem for file in (ROOT / "bench").glob("[!_]*.py") if file.stem != "harness")
+    assert {"attention", "loss"} <= set(names) and ended.returncode == 1 and not ended.stdout
+    assert ended.stderr == f"error: {args[0] if args else ''!r} is not a bench: choose {', '.join(names)}, or all\n"
+
+
+# Both benches, whole
+
+
+HEADER = set(
+    """bench quick ours device driver threads dtype torch triton python commit dirty date command peak_flops
+    peak_flops_source peak_bytes_per_second rows missing""".split()
+)
+ROW = set(
+    """what shape name version samples p10_ms p50_ms p90_ms ratio tflops gbps percent_of_peak error result_bytes
+    peak_extra_bytes""".split()
+)
+
+
+def result_of(bench, module, name):
+    """The JSON that a module's main writes, with what every result has checked."""
+    module.main(quick=True)
+    (file,) = harness.RESULTS.rglob(f"{name}.quick.json")
+    result = json.loads(file.read_text())
+    assert HEADER <= result.keys() and result["bench"] == name and result["quick"] is True
+    assert all(ROW <= row.keys() for row in result["rows"])
+    assert all(lack.keys() == {"name", "what", "shape", "reason"} for lack in result["missing"])
+    assert all(0 < row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"] for row in result["rows"])
+    assert {row["ratio"] for row in result["rows"] if row["name"] == OURS} == {1.0}
+    return result
+
+
+def of(result, what, **shape):
+    return {row["name"]: row for row in result["rows"] if row["what"] == what and row["shape"].items() >= shape.items()}
+
+
+def test_attention_bench(bench, monkeypatch, capsys):
+    sizes = {"B": 2, "T": 40, "H": 2, "G": 1, "D": 16}
+    shapes = [{"mask": mask} | sizes for mask in ("causal", "packed", "prefix")]
+    shapes += [{"mask": "decode", "S": 48} | sizes | {"T": 3, "H": 4, "G": 2}]
+
+    def reference(problem):
+        lo, hi = problem.bounds()
+        return lambda q, k, v: kernels.attention(q, k, v, lo.int(), hi.int(), impl="reference")
+
+    def one_key_less(problem):
+        lo, hi = problem.bounds()
+        return lambda q, k, v: kernels.attention(q, k, v, lo.int(), hi.int() - 1, impl="reference")
+
+    right, off_by_one = Rival("right", "torch", reference), Rival("off by one", "torch", one_key_less)
+    flash_attn = Rival("flash-attn", "no-such-package", attention.flash_attn)
+    monkeypatch.setattr(attention, "shapes", lambda device_type, quick: shapes)
+    monkeypatch.setattr(attention, "document_lengths", lambda: np.array([7, 30, 11]))
+    monkeypatch.setattr(attention, "RIVALS", (right, off_by_one, flash_attn))
+    result = result_of(bench, attention, "attention")
+    for shape in shapes:
+        for what in ("forward",) if shape["mask"] == "decode" else ("forward", "forward+backward"):
+            assert of(result, what, **shape).keys() == {OURS, "right"}
+    wrong = [lack for lack in result["missing"] if lack["name"] == "off by one"]
+    assert len(wrong) == 7 and all(lack["reason"].startswith("Wrong: ") for lack in wrong)
+    assert sum(lack["name"] == "flash-attn" for lack in result["missing"]) == 4
+    row = of(result, "forward", mask="causal")[OURS]
+    assert row["tflops"] * row["p50_ms"] * 1e9 == pytest.approx(2 * 2 * (4 * 16) * (40 * 41 / 2))
+    row = of(result, "forward+backward", mask="causal")[OURS]
+    assert row["tflops"] * row["p50_ms"] * 1e9 == pytest.approx(3.5 * 2 * 2 * (4 * 16) * (40 * 41 / 2))
+    problem = attention.make(shapes[-1], bench.device, bench.dtype)
+    row = of(result, "forward", mask="decode")[OURS]
+    keys = problem.lengths.sum().item()
+    assert row["gbps"] * row["p50_ms"] * 1e6 == pytest.approx(keys * 2 * (2 * 16) * problem.k.itemsize)
+    printed = capsys.readouterr().out
+    assert "causal, forward+backward" in printed and "missing: off by one: Wrong: " in printed
+    assert max(map(len, printed.replace(str(harness.RESULTS), "").splitlines())) <= 120
+
+
+def test_masks_say_the_same_in_every_rival_s_words(monkeypatch):
+    monkeypatch.setattr(attention, "document_lengths", lambda: np.array([50, 7, 130, 2]))
+    sizes = {"B": 3, "T": 100, "H": 1, "D": 8}
+    for mask in ("causal", "packed", "prefix", "decode"):
+        shape = {"mask": mask} | sizes | ({"T": 5, "S": 100} if mask == "decode" else {})
+        problem = attention.make(shape, *CPU)
+        B, T, S, *_ = problem.sizes
+        lo, hi = problem.bounds()
+        s = torch.arange(S)
+        visible = (lo[..., None] <= s) & (s < hi[..., None])
+        assert torch.equal(problem.dense_mask()[:, 0] == 0, visible)
+        flex = attention.block_mask(problem).mask_mod
+        b, q, k = torch.meshgrid(torch.arange(B), torch.arange(T), s, indexing="ij")
+        assert torch.equal(flex(b, 0, q, k), visible)
+        if mask == "packed":  # the same documents, as flash-attn takes them: [starts[i], starts[i + 1]) of all tokens
+            starts = problem.starts.tolist()
+            dense = torch.zeros(B * T, B * T, dtype=torch.bool)
+            for start, end in zip(starts, starts[1:]):
+                dense[start:end, start:end] = True
+            dense = torch.stack([dense[i : i + T, i : i + T] for i in range(0, B * T, T)]).tril()
+            assert torch.equal(dense, visible) and problem.longest == 87
+            assert starts == [0, 50, 57, 100, 187, 189, 200, 239, 246, 300]
+        if mask == "decode":
+            assert torch.equal(hi[:, -1].int(), problem.lengths) and problem.lengths[0] == S
+
+
+def test_loss_bench(bench, monkeypatch, capsys):
+    shapes = [{"N": 64, "C": 16, "V": 40, "masked": share} for share in (0.0, 0.5)]
+
+    def mean_of_all_rows(problem):
+        options = {"reduction": "sum", "impl": "reference"}
+        return lambda x, weight: kernels.linear_cross_entropy(x, weight, problem.targets, **options) / len(x)
+
+    all_rows = Rival("mean of all rows", "torch", mean_of_all_rows)
+    eager = next(rival for rival in loss.RIVALS if rival.name == "full logits")
+    monkeypatch.setattr(loss, "shapes", lambda device_type, quick: shapes)
+    monkeypatch.setattr(loss, "RIVALS", (eager, all_rows))
+    result = result_of(bench, loss, "loss")
+    for what, products in (("forward", 1), ("forward+backward", 3)):
+        assert of(result, what, masked=0.0).keys() == {OURS, "full logits", "mean of all rows"}
+        rows = of(result, what, masked=0.5)
+        assert rows.keys() == {OURS, "full logits"}
+        row = rows["full logits"]
+        assert row["tflops"] * row["p50_ms"] * 1e9 == pytest.approx(products * 2 * 32 * 16 * 40)
+        assert row["logits_bytes"] == 64 * 40 * bench.dtype.itemsize
+        if bench.device.type == "cpu":
+            assert row["peak_extra_bytes"] is row["extra_bytes"] is row["percent_of_logits"] is None
+        else:
+            assert row["extra_bytes"] >= row["logits_bytes"]
+    assert {lack["what"] for lack in result["missing"]} == {"forward", "forward+backward"}
+    assert [ratio["what"] for ratio in result["half_masked"]] == ["forward", "forward+backward"]
+    assert all(ratio["ratios"].keys() == {OURS, "full logits"} for ratio in result["half_masked"])
+    assert "half of the rows masked" in capsys.readouterr().out
+
+
+def test_half_masked_is_the_half_over_the_whole(bench, monkeypatch):
+    """On a clock by which a call takes as many seconds as its targets have live rows."""
+    shape, live = {"N": 64, "C": 16, "V": 40, "masked": 0.5}, [0]
+
+    def counted(x, weight, targets):
+        live[0] = (targets != -100).sum().item()
+        return x.sum() + weight.sum()
+
+    def sample(call, n):
+        call()
+        return float(live[0])
+
+    monkeypatch.setattr(loss, "RIVALS", ())
+    monkeypatch.setattr(kernels, "linear_cross_entropy", counted)
+    bench.rows = [{"name": OURS, "shape": shape, "what": what} for what in ("forward", "forward+backward")]
+    bench.sample = sample
+    assert [ratio["ratios"] for ratio in loss.half_masked(bench, shape)] == [{OURS: 0.5}] * 2
+
+
+def test_truth_in_pieces_is_the_whole():
+    shape = {"N": 50, "C": 8, "V": 30, "masked": 0.2}
+    problem = loss.make(shape, *CPU)
+    assert (problem.targets == -100).sum() == 10
+    pieces = loss.truth(problem, rows=7)
+    x, weight = (a.double().requires_grad_() for a in (problem.x, problem.weight))
+    whole = torch.nn.functional.cross_entropy(x @ weight.T, problem.targets)
+    dx, dw = torch.autograd.grad(whole, (x, weight))
+    for name, expected in dict(out=whole.detach(), dx=dx, dw=dw).items():
+        torch.testing.assert_close(pieces[name], expected)
+
+    problem = attention.make({"mask": "causal", "B": 2, "T": 9, "H": 4, "G": 2, "D": 8}, *CPU)
+    q, k, v = (a.double().requires_grad_() for a in problem.inputs.values())
+    out = kernels.attention(q, k, v, impl="reference")
+    gradients = torch.autograd.grad(out, (q, k, v), problem.upstream.double())
+    for name, expected in zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients)):
+        torch.testing.assert_close(attention.truth(problem)[name], expected)
