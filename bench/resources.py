@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 from rich import box
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from bench.harness import RESULTS, console, version
@@ -36,16 +38,18 @@ PRECISIONS = ("bfloat16", "float16", "float32", "tfloat32")
 
 
 def cases(quick: bool) -> list[dict]:
-    """What the launchers are called with. D: width of a head; C: of the model; rows: queries of a decode step."""
+    """What the launchers are called with. D: width of a head; G: heads with keys, of 4; rows: queries of a decode step;
+    C: width of the model."""
     if quick:
         widths, channels = [("bfloat16", 64)], [("bfloat16", 768)]
     else:
-        # float16 compiles as bfloat16 does, and is here for the most common widths.
-        widths = [(p, D) for p in PRECISIONS for D in EVEN + UNEVEN if p != "float16" or D in (64, 128)]
+        # float16 compiles as bfloat16 does, and float32 pads as they do: they are here for some widths only.
+        some = {"float16": (64, 128), "float32": (*EVEN, 56), "tfloat32": (*EVEN, 56)}
+        widths = [(p, D) for p in PRECISIONS for D in some.get(p, EVEN + UNEVEN)]
         channels = [(p, C) for p in PRECISIONS for C in (768, 760)]
     return [
-        *({"operation": "attention", "precision": p, "D": D, "mask": mask}
-          for p, D in widths for mask in ("causal", "intervals")),
+        *({"operation": "attention", "precision": p, "D": D, "G": G, "mask": mask}
+          for p, D in widths for G in (4, 1) for mask in ("causal", "intervals")),
         *({"operation": "decode", "precision": p, "D": D, "rows": rows} for p, D in widths for rows in (16, 32, 64)),
         *({"operation": "loss", "precision": p, "C": C} for p, C in channels),
     ]  # fmt: skip
@@ -94,7 +98,7 @@ def launch(case: dict) -> None:
         loss._backward._init_fn(torch.ones(()), x, weight, targets, torch.zeros(256), targets, live)
         return
     T, S = (case["rows"], 1024) if case["operation"] == "decode" else (256, 256)
-    q, k = torch.zeros(2, T, 2, case["D"], dtype=dtype), torch.zeros(2, S, 2, case["D"], dtype=dtype)
+    q, k = (torch.zeros(2, n, h, case["D"], dtype=dtype) for n, h in ((T, 4), (S, case.get("G", 4))))
     lo = None if case.get("mask") == "causal" else torch.zeros(2, T, dtype=torch.int32)
     out, lse = attention._attention._init_fn(q, k, k, lo, lo, 1.0)
     if case["operation"] == "attention":
@@ -161,7 +165,8 @@ def main(quick: bool = False) -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does anyway, without its announcement
     # Processes of their own: the interpreter is chosen at import, and a target is a process's.
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        results = pool.imap(compile_case, product(TARGETS, cases(quick)))
+        work = list(product(TARGETS, cases(quick)))
+        results = track(pool.imap(compile_case, work), "compiling", len(work), console=Console(stderr=True))
         rows = [row for result in results for row in result]
     screen, table = console(), Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("arch", "kernel", "case", "blocks"):

@@ -72,6 +72,9 @@ def attention(
     if k.shape != (B, S, G, D) or v.shape != k.shape or H % G:
         raise ValueError(f"attention takes q [B,T,H,D] and k, v [B,S,G,D] with H a multiple of G, "
                          f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")  # fmt: skip
+    if any(bound is not None and bound.shape != (B, T) for bound in (lo, hi)):
+        shapes = [None if bound is None else list(bound.shape) for bound in (lo, hi)]
+        raise ValueError(f"attention takes lo and hi [B,T] = {[B, T]}, not {shapes[0]} and {shapes[1]}")
     scale = D**-0.5 if scale is None else scale
     if scale <= 0:
         raise ValueError(f"attention takes a positive scale, not {scale}")
@@ -101,6 +104,8 @@ def linear_cross_entropy(
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(f"linear_cross_entropy takes x [N,C], weight [V,C] and targets [N], "
                          f"not {list(x.shape)}, {list(weight.shape)}, {list(targets.shape)}")  # fmt: skip
+    if targets.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy takes targets in int64, not {targets.dtype}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r} is neither 'mean' nor 'sum'")
     impl = choose(impl, x.device)

@@ -43,7 +43,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import decode
-from kernels.launch import architecture, cast, check_input, dot, l2_bytes, load_rows, multiprocessors, precision
+from kernels.launch import (
+    architecture,
+    batch_strides,
+    cast,
+    check_input,
+    dot,
+    l2_bytes,
+    load_rows,
+    multiprocessors,
+    precision,
+    unit_stride,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -67,14 +78,15 @@ def _block_and_head(n_blocks, n_heads, section):
 
 
 @triton.jit
-def _key_ranges(lo, hi, i_t, T, S, INTERVALS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def _key_ranges(lo, hi, i_t, T, S, LO: tl.constexpr, HI: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """start, inner, inner_end, end of the keys that the queries of block i_t read."""
     first, last = i_t * BLOCK_T, tl.minimum(i_t * BLOCK_T + BLOCK_T, T) - 1
-    if INTERVALS:
-        start, inner = tl.maximum(tl.load(lo + first), 0), tl.maximum(tl.load(lo + last), 0)
+    start, inner, inner_end, end = 0, 0, S - T + first + 1, S - T + last + 1
+    if LO:
+        start = tl.minimum(tl.maximum(tl.load(lo + first), 0), S)
+        inner = tl.minimum(tl.maximum(tl.load(lo + last), 0), S)
+    if HI:
         inner_end, end = tl.minimum(tl.load(hi + first), S), tl.minimum(tl.load(hi + last), S)
-    else:
-        start, inner, inner_end, end = 0, 0, S - T + first + 1, S - T + last + 1
     start = start // BLOCK_S * BLOCK_S
     inner = tl.cdiv(inner, BLOCK_S) * BLOCK_S
     inner_end = tl.maximum(inner_end, 0) // BLOCK_S * BLOCK_S
@@ -93,32 +105,31 @@ def _blocks(start, inner, inner_end, end, BLOCK: tl.constexpr, EDGES: tl.constex
 
 
 @triton.jit
-def _bounds(lo, hi, o_t, T, S, INTERVALS: tl.constexpr):
-    """lo and hi of the queries o_t, within the keys; queries past the last are empty."""
-    if INTERVALS:
+def _bounds(lo, hi, o_t, T, S, LO: tl.constexpr, HI: tl.constexpr):
+    """lo and hi of the queries o_t; what they are past the last query does not matter."""
+    b_lo, b_hi = tl.zeros_like(o_t), S - T + 1 + o_t
+    if LO:
         b_lo = tl.load(lo + o_t, mask=o_t < T, other=0)
-        b_hi = tl.load(hi + o_t, mask=o_t < T, other=0)
-    else:
-        b_lo = tl.zeros_like(o_t)
-        b_hi = S - T + 1 + o_t
-    return b_lo, tl.minimum(b_hi, S)
+    if HI:
+        b_hi = tl.minimum(tl.load(hi + o_t, mask=o_t < T, other=0), S)
+    return b_lo, b_hi
 
 
 @triton.jit
 def _read(
-    b_out, b_max, b_sum, b_q, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi, S, scale,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INTERVALS: tl.constexpr,
+    b_out, b_max, b_sum, b_q, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi, scale,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, LO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the inner blocks of keys, or with MASK over those at the edges."""
     first, n, before, gap = _blocks(start, inner, inner_end, end, BLOCK_S, MASK)
     for i in range(n):
         i_s = first + i * BLOCK_S + (tl.where(i < before, 0, gap) if MASK else 0)
-        b_k = load_rows(p_k + i_s * k_step, i_s + o_s, S, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
+        b_k = load_rows(p_k + i_s * k_step, i_s + o_s, end, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
         b_z = dot(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_T, BLOCK_S]
         if MASK:
             visible = i_s + o_s[None, :] < b_hi[:, None]
-            if INTERVALS:
+            if LO:
                 visible = visible & (i_s + o_s[None, :] >= b_lo[:, None])
             b_z = tl.where(visible, b_z, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_z, 1) * scale)
@@ -127,17 +138,17 @@ def _read(
         b_p = tl.exp2(b_z * scale - b_shift[:, None])
         b_rescale = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-        b_v = load_rows(p_v + i_s * v_step, i_s + o_s, S, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
+        b_v = load_rows(p_v + i_s * v_step, i_s + o_s, end, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
         b_out = dot(cast(b_p, b_v.dtype), b_v, b_out * b_rescale[:, None], PRECISION)
         b_max = b_new
     return b_out, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["T", "S", "section"])
+@triton.jit(do_not_specialize=["T", "S", "section", "B", "H", "G"])
 def _forward(
     q, k, v, lo, hi, out, lse, scale, T, S, section,
-    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, B, H, G,
-    D: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, lo_b, hi_b, B, H, G,
+    D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
@@ -145,27 +156,26 @@ def _forward(
     i_t = n_blocks - 1 - i_block  # the longest rows of a causal mask first
     i_b, i_h = (i_head // H).to(tl.int64), (i_head % H).to(tl.int64)
     i_g = i_h // (H // G)
-    if INTERVALS:
-        lo, hi = lo + i_b * T, hi + i_b * T
+    lo, hi = lo + i_b * lo_b if LO else lo, hi + i_b * hi_b if HI else hi
     o_t, o_s, o_d = i_t * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     p_q = q + i_b * q_b + i_h * q_h + o_t[:, None].to(tl.int64) * q_t + o_d[None, :]
     p_k = k + i_b * k_b + i_g * k_g + o_s[:, None] * k_s + o_d[None, :]
     p_v = v + i_b * v_b + i_g * v_g + o_s[:, None] * v_s + o_d[None, :]
     k_step, v_step = tl.cast(k_s, tl.int64), tl.cast(v_s, tl.int64)
 
-    start, inner, inner_end, end = _key_ranges(lo, hi, i_t, T, S, INTERVALS, BLOCK_T, BLOCK_S)
-    b_lo, b_hi = _bounds(lo, hi, o_t, T, S, INTERVALS)
+    start, inner, inner_end, end = _key_ranges(lo, hi, i_t, T, S, LO, HI, BLOCK_T, BLOCK_S)
+    b_lo, b_hi = _bounds(lo, hi, o_t, T, S, LO, HI)
     b_q = load_rows(p_q, o_t, T, o_d, D, True, D < BLOCK_D)  # [BLOCK_T, BLOCK_D]
     b_out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_T], tl.float32)
     b_out, b_max, b_sum = _read(
         b_out, b_max, b_sum, b_q, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
-        S, scale, D, BLOCK_S, BLOCK_D, False, INTERVALS, PRECISION,
+        scale, D, BLOCK_S, BLOCK_D, False, LO, PRECISION,
     )  # fmt: skip
     b_out, b_max, b_sum = _read(
         b_out, b_max, b_sum, b_q, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
-        S, scale, D, BLOCK_S, BLOCK_D, True, INTERVALS, PRECISION,
+        scale, D, BLOCK_S, BLOCK_D, True, LO, PRECISION,
     )  # fmt: skip
 
     empty = b_sum == 0
@@ -179,21 +189,20 @@ def _forward(
 @triton.jit
 def _read_for_dq(
     b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
-    S, scale,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INTERVALS: tl.constexpr,
+    scale, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, LO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq += dz k over blocks of keys, where dz = p · (dout vᵀ − delta)."""
     first, n, before, gap = _blocks(start, inner, inner_end, end, BLOCK_S, MASK)
     for i in range(n):
         i_s = first + i * BLOCK_S + (tl.where(i < before, 0, gap) if MASK else 0)
-        b_k = load_rows(p_k + i_s * k_step, i_s + o_s, S, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
-        b_v = load_rows(p_v + i_s * v_step, i_s + o_s, S, o_d, D, MASK, D < BLOCK_D)
+        b_k = load_rows(p_k + i_s * k_step, i_s + o_s, end, o_d, D, MASK, D < BLOCK_D)  # [BLOCK_S, BLOCK_D]
+        b_v = load_rows(p_v + i_s * v_step, i_s + o_s, end, o_d, D, MASK, D < BLOCK_D)
         b_z = dot(b_q, tl.trans(b_k), None, PRECISION)  # [BLOCK_T, BLOCK_S]
         b_p = tl.exp2(b_z * scale - b_lse[:, None])
         if MASK:
             visible = i_s + o_s[None, :] < b_hi[:, None]
-            if INTERVALS:
+            if LO:
                 visible = visible & (i_s + o_s[None, :] >= b_lo[:, None])
             b_p = tl.where(visible, b_p, 0.0)
         b_dp = dot(b_dout, tl.trans(b_v), None, PRECISION)
@@ -202,11 +211,11 @@ def _read_for_dq(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["T", "S", "section"])
+@triton.jit(do_not_specialize=["T", "S", "section", "B", "H", "G"])
 def _backward_q(
     q, k, v, lo, hi, out, lse, dout, delta, dq, scale, T, S, section,
-    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, dout_b, dout_t, dout_h, B, H, G,
-    D: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, dout_b, dout_t, dout_h, lo_b, hi_b, B, H, G,
+    D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = Σ_d out · dout, which the other kernel needs too. scale is log₂e · the scale of attention."""
@@ -215,8 +224,7 @@ def _backward_q(
     i_t = n_blocks - 1 - i_block
     i_b, i_h = (i_head // H).to(tl.int64), (i_head % H).to(tl.int64)
     i_g = i_h // (H // G)
-    if INTERVALS:
-        lo, hi = lo + i_b * T, hi + i_b * T
+    lo, hi = lo + i_b * lo_b if LO else lo, hi + i_b * hi_b if HI else hi
     o_t, o_s, o_d = i_t * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     p_q = q + i_b * q_b + i_h * q_h + o_t[:, None].to(tl.int64) * q_t + o_d[None, :]
     p_dout = dout + i_b * dout_b + i_h * dout_h + o_t[:, None].to(tl.int64) * dout_t + o_d[None, :]
@@ -226,8 +234,8 @@ def _backward_q(
     o_out = ((i_b * T + o_t[:, None]) * H + i_h) * D + o_d[None, :]
     o_row = (i_b * H + i_h) * T + o_t
 
-    start, inner, inner_end, end = _key_ranges(lo, hi, i_t, T, S, INTERVALS, BLOCK_T, BLOCK_S)
-    b_lo, b_hi = _bounds(lo, hi, o_t, T, S, INTERVALS)
+    start, inner, inner_end, end = _key_ranges(lo, hi, i_t, T, S, LO, HI, BLOCK_T, BLOCK_S)
+    b_lo, b_hi = _bounds(lo, hi, o_t, T, S, LO, HI)
     b_dout = load_rows(p_dout, o_t, T, o_d, D, True, D < BLOCK_D)  # [BLOCK_T, BLOCK_D]
     b_out = load_rows(out + o_out, o_t, T, o_d, D, True, D < BLOCK_D)
     b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
@@ -237,11 +245,11 @@ def _backward_q(
     b_dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     b_dq = _read_for_dq(
         b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
-        S, scale, D, BLOCK_S, BLOCK_D, False, INTERVALS, PRECISION,
+        scale, D, BLOCK_S, BLOCK_D, False, LO, PRECISION,
     )  # fmt: skip
     b_dq = _read_for_dq(
         b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
-        S, scale, D, BLOCK_S, BLOCK_D, True, INTERVALS, PRECISION,
+        scale, D, BLOCK_S, BLOCK_D, True, LO, PRECISION,
     )  # fmt: skip
     b_dq *= scale * 0.6931471805599453
     tl.store(dq + o_out, cast(b_dq, dq.dtype.element_ty), mask=(o_t[:, None] < T) & (o_d[None, :] < D))
@@ -250,9 +258,8 @@ def _backward_q(
 @triton.jit
 def _read_for_dkv(
     b_dk, b_dv, b_k, b_v, p_q, p_dout, lse, delta, lo, hi, q_step, dout_step, start, inner, inner_end, end,
-    o_s, o_t, o_d, T, S, scale,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, INTERVALS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    o_s, o_t, o_d, T, S, scale, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk += dzᵀ q and dv += pᵀ dout over blocks of queries."""
     first, n, before, gap = _blocks(start, inner, inner_end, end, BLOCK_T, MASK)
@@ -269,9 +276,9 @@ def _read_for_dkv(
         b_z = dot(b_k, tl.trans(b_q), None, PRECISION)  # [BLOCK_S, BLOCK_T]
         b_p = tl.exp2(b_z * scale - b_lse[None, :])
         if MASK:
-            b_lo, b_hi = _bounds(lo, hi, i_t + o_t, T, S, INTERVALS)
+            b_lo, b_hi = _bounds(lo, hi, i_t + o_t, T, S, LO, HI)
             visible = (o_s[:, None] < b_hi[None, :]) & m_t[None, :]
-            if INTERVALS:
+            if LO:
                 visible = visible & (o_s[:, None] >= b_lo[None, :])
             b_p = tl.where(visible, b_p, 0.0)
         b_dv = dot(cast(b_p, b_dout.dtype), b_dout, b_dv, PRECISION)
@@ -281,20 +288,18 @@ def _read_for_dkv(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["T", "S", "section"])
+@triton.jit(do_not_specialize=["T", "S", "section", "B", "H", "G"])
 def _backward_kv(
     q, k, v, lo, hi, queries, lse, dout, delta, dk, dv, scale, T, S, section,
-    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, dout_b, dout_t, dout_h, B, H, G,
-    D: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, dout_b, dout_t, dout_h, lo_b, hi_b, B, H, G,
+    R: tl.constexpr, D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over the query heads of a group. queries: see _query_ranges."""
+    """dk and dv, summed over the R query heads of a group. queries: see _query_ranges."""
     n_blocks = tl.cdiv(S, BLOCK_S)
     i_block, i_head = _block_and_head(n_blocks, B * G, section)  # the first keys have the most queries
     i_b, i_g = (i_head // G).to(tl.int64), (i_head % G).to(tl.int64)
-    R = H // G
-    if INTERVALS:
-        lo, hi = lo + i_b * T, hi + i_b * T
+    lo, hi = lo + i_b * lo_b if LO else lo, hi + i_b * hi_b if HI else hi
     o_t, o_s, o_d = tl.arange(0, BLOCK_T), i_block * BLOCK_S + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     p_k = k + i_b * k_b + i_g * k_g + o_s[:, None].to(tl.int64) * k_s + o_d[None, :]
     p_v = v + i_b * v_b + i_g * v_g + o_s[:, None].to(tl.int64) * v_s + o_d[None, :]
@@ -302,7 +307,7 @@ def _backward_kv(
     p_dout = dout + i_b * dout_b + i_g * R * dout_h + o_t[:, None] * dout_t + o_d[None, :]
     q_step, dout_step = tl.cast(q_t, tl.int64), tl.cast(dout_t, tl.int64)
 
-    if INTERVALS:
+    if LO or HI:
         p_queries, stride = queries + i_b * 2 * n_blocks + i_block, B * 2 * n_blocks
         start, inner = tl.load(p_queries + stride), tl.load(p_queries + stride + n_blocks)
         inner_end, end = tl.load(p_queries), tl.load(p_queries + n_blocks)
@@ -323,12 +328,12 @@ def _backward_kv(
         b_dk, b_dv = _read_for_dkv(
             b_dk, b_dv, b_k, b_v, p_q_r, p_dout_r, lse + o_row, delta + o_row, lo, hi, q_step, dout_step,
             start, inner, inner_end, end, o_s, o_t, o_d, T, S, scale,
-            D, BLOCK_T, BLOCK_D, False, INTERVALS, PRECISION,
+            D, BLOCK_T, BLOCK_D, False, LO, HI, PRECISION,
         )  # fmt: skip
         b_dk, b_dv = _read_for_dkv(
             b_dk, b_dv, b_k, b_v, p_q_r, p_dout_r, lse + o_row, delta + o_row, lo, hi, q_step, dout_step,
             start, inner, inner_end, end, o_s, o_t, o_d, T, S, scale,
-            D, BLOCK_T, BLOCK_D, True, INTERVALS, PRECISION,
+            D, BLOCK_T, BLOCK_D, True, LO, HI, PRECISION,
         )  # fmt: skip
     b_dk *= scale * 0.6931471805599453
     o_out = ((i_b * S + o_s[:, None]) * G + i_g) * D + o_d[None, :]
@@ -337,63 +342,70 @@ def _backward_kv(
     tl.store(dv + o_out, cast(b_dv, dv.dtype.element_ty), mask=m_out)
 
 
-def _query_ranges(lo: Tensor, hi: Tensor, S: int, block: int) -> Tensor:
+def _query_ranges(lo: Tensor | None, hi: Tensor | None, B: int, T: int, S: int, block: int, device) -> Tensor:
     """Where the queries of a block of keys [s, s + block) are: int32 [2, B, 2, n_blocks].
 
     [1, :, 0]: the first query with hi > s; [1, :, 1]: the first with hi ≥ s + block: both bounds of the masked edge.
     [0, :, 0]: the first query with lo > s; [0, :, 1]: the first with lo ≥ s + block."""
-    s = torch.arange(0, S, block, dtype=torch.int32, device=lo.device)
-    bounds = torch.stack((lo, hi))
-    keys = torch.cat((s, s + (block - 1))).expand(*bounds.shape[:2], -1).contiguous()
-    return torch.searchsorted(bounds, keys, right=True, out_int32=True)
+    s = torch.arange(0, S, block, dtype=torch.int32, device=device)
+    lo = torch.zeros(B, T, dtype=torch.int32, device=device) if lo is None else lo
+    hi = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device).expand(B, T) if hi is None else hi
+    keys = torch.cat((s, s + (block - 1))).expand(2, B, -1).contiguous()
+    return torch.searchsorted(torch.stack((lo, hi)), keys, right=True, out_int32=True)
 
 
 # By architecture, kernel and the largest BLOCK_D it serves: the largest tiles that compile without keeping registers on
 # the stack (python -m bench resources), not yet chosen by time.
+_FORWARD = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
 TILES = {
     "sm_80": {
-        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(32, 32, 4, 2)},
+        "forward": _FORWARD,
         "backward_q": {
-            16: Tile(64, 64, 8, 2),
+            16: Tile(64, 64, 4, 2),
             64: Tile(128, 64, 8, 2),
             128: Tile(64, 64, 8, 2),
-            256: Tile(32, 32, 4, 2),
+            256: Tile(64, 16, 8, 2),
         },
-        "backward_kv": {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(16, 16, 4, 1)},
+        "backward_kv": {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "backward_kv grouped": {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
     },
     "sm_90": {
-        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+        "forward": _FORWARD,
         "backward_q": {128: Tile(128, 64, 8, 2), 256: Tile(64, 16, 8, 2)},
-        "backward_kv": {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "backward_kv": {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "backward_kv grouped": {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
     },
     "sm_100": {
-        "forward": {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(32, 32, 4, 2)},
+        "forward": _FORWARD,
         "backward_q": {128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
-        "backward_kv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
+        "backward_kv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 1), 256: Tile(32, 32, 8, 2)},
+        "backward_kv grouped": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 1), 256: Tile(32, 32, 8, 2)},
     },
     "gfx942": {
         "forward": {128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
         "backward_q": {128: Tile(128, 64, 4, 1), 256: Tile(64, 16, 4, 1)},
         "backward_kv": {64: Tile(64, 128, 4, 1), 128: Tile(32, 128, 4, 1), 256: Tile(16, 32, 4, 1)},
+        "backward_kv grouped": {64: Tile(64, 128, 4, 1), 128: Tile(32, 128, 4, 1), 256: Tile(16, 32, 4, 1)},
     },
 }
 # Widths that are no power of two, whose loads are masked, take more registers; so does float32.
 ODD_WIDTHS = {
-    "forward": {128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 4, 2)},
-    "backward_q": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(16, 16, 4, 1)},
-    "backward_kv": {64: Tile(64, 64, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "forward": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 2)},
+    "backward_q": {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_kv": {64: Tile(32, 64, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    "backward_kv grouped": {64: Tile(32, 64, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
 FLOAT32 = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
 def tile(kernel: str, arch: str, D: int, dtype: torch.dtype) -> Tile:
-    """The tile of "forward", "backward_q" or "backward_kv": a function of the call alone, so that it gives the same
-    bits every time."""
+    """The tile of a kernel ("backward_kv grouped" where several query heads share keys): a function of the call alone,
+    so that it gives the same bits every time."""
     table = FLOAT32
     if dtype != torch.float32:
         table = TILES[arch][kernel] if D == triton.next_power_of_2(D) >= 16 else ODD_WIDTHS[kernel]
     shape = table[min(width for width in table if D <= width)]
-    return shape._replace(stages=1) if arch.startswith("gfx") else shape
+    return shape._replace(warps=4, stages=1) if arch == "gfx942" else shape
 
 
 def _section(rows: int, width: int, k: Tensor) -> int:
@@ -407,22 +419,25 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] and lse, float32 [B, H, T]."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    q, k, v, lo, hi = unit_stride(q, k, v, lo, hi)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    shape = tile("forward", architecture(q.device), D, q.dtype)
     if out.numel() == 0:
         return out, lse
-    if decode.is_better(B, T, S, H, G, triton.cdiv(T, shape.T), multiprocessors(q.device)):
-        decode.launch(q, k, v, lo, hi, out, lse, scale * LOG2_E)
-        return out, lse
-    grid = (triton.cdiv(T, shape.T) * B * H,)
-    _forward[grid](
-        q, k, v, lo, hi, out, lse, scale * LOG2_E, T, S, _section(S, D, k) * (H // G),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, H, G,
-        D=D, INTERVALS=lo is not None, PRECISION=precision(q.dtype),
-        BLOCK_T=shape.T, BLOCK_S=shape.S, BLOCK_D=max(16, triton.next_power_of_2(D)),
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
+    arch = architecture(q.device)
+    shape = tile("forward", arch, D, q.dtype)
+    n_blocks = triton.cdiv(T, shape.T)
+    with torch.cuda.device_of(q):
+        if decode.is_better(B, T, S, H, G, n_blocks, multiprocessors(q.device)):
+            decode.launch(q, k, v, lo, hi, out, lse, scale * LOG2_E)
+            return out, lse
+        _forward[(n_blocks * B * H,)](
+            q, k, v, lo, hi, out, lse, scale * LOG2_E, T, S, min(B * H, _section(S, D, k) * (H // G)),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *batch_strides(lo, hi), B, H, G,
+            D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch),
+            BLOCK_T=shape.T, BLOCK_S=shape.S, BLOCK_D=max(16, triton.next_power_of_2(D)),
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -441,24 +456,25 @@ def _attention_backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    q, k, v, dout, lo, hi = unit_stride(q, k, v, dout, lo, hi)
     delta = torch.empty_like(lse)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
-    arch, options = architecture(q.device), dict(D=D, INTERVALS=lo is not None, PRECISION=precision(q.dtype))
-    options["BLOCK_D"] = max(16, triton.next_power_of_2(D))
-    shape = tile("backward_q", arch, D, q.dtype)
-    _backward_q[(triton.cdiv(T, shape.T) * B * H,)](
-        q, k, v, lo, hi, out, lse, dout, delta, dq, scale * LOG2_E, T, S, _section(S, D, k) * (H // G),
-        *strides, B, H, G, BLOCK_T=shape.T, BLOCK_S=shape.S, **options,
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
-    shape = tile("backward_kv", arch, D, q.dtype)
-    queries = None if lo is None else _query_ranges(lo, hi, S, shape.S)
-    _backward_kv[(triton.cdiv(S, shape.S) * B * G,)](
-        q, k, v, lo, hi, queries, lse, dout, delta, dk, dv, scale * LOG2_E, T, S, _section(T * (H // G), D, q),
-        *strides, B, H, G, BLOCK_T=shape.T, BLOCK_S=shape.S, **options,
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
+    arch, strides = architecture(q.device), [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
+    options = dict(D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch),
+                   BLOCK_D=max(16, triton.next_power_of_2(D)))  # fmt: skip
+    with torch.cuda.device_of(q):
+        shape = tile("backward_q", arch, D, q.dtype)
+        _backward_q[(triton.cdiv(T, shape.T) * B * H,)](
+            q, k, v, lo, hi, out, lse, dout, delta, dq, scale * LOG2_E, T, S, min(B * H, _section(S, D, k) * (H // G)),
+            *strides, *batch_strides(lo, hi), B, H, G, BLOCK_T=shape.T, BLOCK_S=shape.S, **options,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+        shape = tile("backward_kv" if H == G else "backward_kv grouped", arch, D, q.dtype)
+        queries = _query_ranges(lo, hi, B, T, S, shape.S, q.device) if options["LO"] or options["HI"] else None
+        _backward_kv[(triton.cdiv(S, shape.S) * B * G,)](
+            q, k, v, lo, hi, queries, lse, dout, delta, dk, dv, scale * LOG2_E, T, S,
+            min(B * G, _section(T * (H // G), D, q)), *strides, *batch_strides(lo, hi), B, H, G, R=H // G,
+            BLOCK_T=shape.T, BLOCK_S=shape.S, **options, num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -494,15 +510,11 @@ def _(dout, q, k, *_, **__):
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
     """See kernels.attention. The intervals must not decrease along T."""
     check_input("attention", q)
-    (B, T, _, D), S = q.shape, k.shape[1]
+    D = q.shape[3]
     if D % 8 or D > 256:
         raise ValueError(f"attention in Triton takes head widths that are multiples of 8 up to 256, not {D}: "
                          "pass impl='torch'")  # fmt: skip
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    if lo is not None or hi is not None:
-        causal = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=q.device)
-        lo, hi = torch.zeros_like(causal) if lo is None else lo, causal if hi is None else hi
-        lo, hi = (x.to(torch.int32).expand(B, T).contiguous() for x in (lo, hi))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    lo, hi = (None if x is None else x.to(torch.int32) for x in (lo, hi))
     return _attention(q, k, v, lo, hi, scale)[0]

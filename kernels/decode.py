@@ -3,11 +3,10 @@
 A step of generation has T queries a sequence, one to a few dozen, and S keys, hundreds to many thousands. Its time is
 that of reading the keys and values once, so the work is cut along them:
 
-- One program takes all queries of all heads that share a key head: a tile of rows (t, head), which reads keys and
-  values once for all of them. A pause more is a row more in a tile that is padded to 16 rows anyway.
+- One program takes the queries of all heads that share a key head: a tile of up to MAX_ROWS rows (t, head), which
+  reads keys and values once for all of them. A pause more is a row more in a tile that is padded to 16 rows anyway.
 - The keys that the tile reads, of min lo to max hi, are shared out to `n_splits` programs. How many depends on
-  the shape alone, so that one query and two are cut alike; who reads what is found on the device, where the lengths
-  are.
+  the shape alone, one query or two; who reads what is found on the device, where the lengths are.
 - Every program leaves a normalised output and the logarithm of its sum, lse; a second kernel weighs the parts by
   2^(lse_i − max lse). With one split the first writes the result.
 """
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import architecture, cast, dot, load_rows, multiprocessors, precision
+from kernels.launch import architecture, batch_strides, cast, dot, load_rows, multiprocessors, precision
 
 MAX_ROWS = 64  # rows (query, head) of a tile
 MIN_KEYS = 256  # keys that a program takes at least
@@ -25,31 +24,30 @@ PARTS = 16  # parts that are combined at a time
 
 
 def is_better(B: int, T: int, S: int, H: int, G: int, n_blocks: int, n_processors: int) -> bool:
-    """Whether to split the keys: where there are more keys than queries, and the queries fill either less than a tile
-    of MAX_ROWS or, in n_blocks tiles a head, less than the device."""
-    return S >= 2 * T and (T * (H // G) <= MAX_ROWS or B * H * n_blocks < n_processors)
+    """Whether to split the keys: where there are more keys than queries, and the queries are few or, in n_blocks tiles
+    a head, leave processors idle. Heads play no part, so that a query more meets no cliff."""
+    return S >= 2 * T and (T <= MAX_ROWS or B * H * n_blocks < n_processors)
 
 
-@triton.jit(do_not_specialize=["T", "S", "n_splits"])
+@triton.jit(do_not_specialize=["T", "S", "n_splits", "n_tiles", "out_split", "lse_split", "B", "H", "G"])
 def _decode(
-    q, k, v, lo, hi, out, lse, scale, T, S, n_splits, out_split, lse_split,
-    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, B, H, G,
-    D: tl.constexpr, INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, lo, hi, out, lse, scale, T, S, n_tiles, n_splits, out_split, lse_split,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g, lo_b, hi_b, B, H, G,
+    D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows against a share of its keys. Row r is query r // R of head r % R in the group of R heads."""
-    i_r, i_b, i_g, i_split = tl.program_id(0), tl.program_id(1) // G, tl.program_id(1) % G, tl.program_id(2)
-    i_b = i_b.to(tl.int64)
+    i_r, i_bg, i_split = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles, tl.program_id(1)
+    i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     R = H // G
     o_r, o_s, o_d = i_r * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    o_t, o_h = o_r // R, (i_g * R + o_r % R).to(tl.int64)
+    o_t, o_h = o_r // R, i_g * R + o_r % R
     m_r = o_t < T
-    if INTERVALS:
-        b_lo = tl.maximum(tl.load(lo + i_b * T + o_t, mask=m_r, other=0), 0)
-        b_hi = tl.minimum(tl.load(hi + i_b * T + o_t, mask=m_r, other=0), S)
-    else:
-        b_lo = tl.zeros_like(o_t)
-        b_hi = tl.where(m_r, S - T + 1 + o_t, 0)
+    b_lo, b_hi = tl.zeros_like(o_t), tl.where(m_r, S - T + 1 + o_t, 0)
+    if LO:
+        b_lo = tl.maximum(tl.load(lo + i_b * lo_b + o_t, mask=m_r, other=0), 0)
+    if HI:
+        b_hi = tl.minimum(tl.load(hi + i_b * hi_b + o_t, mask=m_r, other=0), S)
     some = b_lo < b_hi
     first, last = tl.min(tl.where(some, b_lo, S)), tl.max(tl.where(some, b_hi, 0))
     share = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), n_splits), BLOCK_S) * BLOCK_S
@@ -86,7 +84,7 @@ def _decode(
     tl.store(lse + i_split * lse_split + (i_b * H + o_h) * T + o_t, b_lse, mask=m_r)
 
 
-@triton.jit(do_not_specialize=["T", "n_splits"])
+@triton.jit(do_not_specialize=["T", "n_splits", "out_split", "lse_split"])
 def _combine(
     parts, parts_lse, out, lse, T, n_splits, out_split, lse_split, H,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -120,7 +118,7 @@ def launch(
     """Writes out [B, T, H, D] and lse, float32 [B, H, T]. scale: log₂e · the scale of attention."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     block_r, block_d = triton.next_power_of_2(T * (H // G)), max(16, triton.next_power_of_2(D))
-    wide = block_d * q.element_size() > 256  # bytes of a row
+    wide, arch = block_d * q.element_size() >= 1024 // q.element_size(), architecture(q.device)
     block_r = max(16, min(16 if wide else MAX_ROWS, block_r))
     n_tiles = triton.cdiv(T * (H // G), block_r)
     n_splits = max(1, min(triton.cdiv(2 * multiprocessors(q.device), B * G * n_tiles), S // MIN_KEYS))
@@ -128,12 +126,12 @@ def launch(
     if n_splits > 1:
         parts = torch.empty(n_splits, *out.shape, dtype=torch.float32, device=q.device)
         parts_lse = torch.empty(n_splits, *lse.shape, dtype=torch.float32, device=q.device)
-    _decode[(n_tiles, B * G, n_splits)](
-        q, k, v, lo, hi, parts, parts_lse, scale, T, S, n_splits, out.numel(), lse.numel(),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], B, H, G,
-        D=D, INTERVALS=lo is not None, PRECISION=precision(q.dtype),
+    _decode[(n_tiles * B * G, n_splits)](
+        q, k, v, lo, hi, parts, parts_lse, scale, T, S, n_tiles, n_splits, out.numel(), lse.numel(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *batch_strides(lo, hi), B, H, G,
+        D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch),
         BLOCK_R=block_r, BLOCK_S=16 if wide else 64, BLOCK_D=block_d, num_warps=4,
-        num_stages=1 if architecture(q.device).startswith("gfx") else 2,
+        num_stages=1 if arch == "gfx942" else 2,
     )  # fmt: skip
     if n_splits > 1:
         _combine[(B * T * H,)](

@@ -30,10 +30,23 @@ def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: float32 as torch.set_float32_matmul_precision says."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+def precision(dtype: torch.dtype, arch: str) -> str:
+    """How tl.dot multiplies. float32: in tf32 where torch.set_float32_matmul_precision allows it; else as exactly as
+    the matrix units do, on NVIDIA's by three products in tf32."""
+    if dtype != torch.float32:
+        return "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee" if arch == "gfx942" else "tf32x3"
+
+
+def batch_strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if x is None else x.stride(0) for x in tensors)
+
+
+def unit_stride(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors, copied where neighbours in the last dimension are not neighbours in memory."""
+    return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def check_input(what: str, tensor: torch.Tensor) -> None:

@@ -28,9 +28,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import architecture, cast, check_input, dot, load_rows, precision
+from kernels.launch import architecture, cast, check_input, dot, load_rows, precision, unit_stride
 
 SLICES = 31  # of the vocabulary in the backward pass: 1/31 of the logits and GPT-2's dx are below 5 % of them
+SLICE_BYTES = 32 << 20  # unless a slice is smaller than this: few rows would not fill a GPU
 GROUP = 8  # row blocks that go through the columns together
 
 
@@ -68,7 +69,7 @@ def _log_sums(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """tile_lse [n_tiles, N] and target_logit [N], both by live row."""
-    n_live = tl.load(live)
+    n_live = tl.load(live).to(tl.int32)
     n_blocks = tl.cdiv(n_live, BLOCK_N)
     if tl.program_id(0) < n_blocks * n_tiles:
         i_n, i_v = _tile(tl.program_id(0), n_blocks, n_tiles, GROUP)
@@ -88,16 +89,18 @@ def _log_sums(
 
 
 @triton.jit(do_not_specialize=["N", "n_tiles"])
-def _sum_tiles(tile_lse, target_logit, live, lse, losses, N, n_tiles, BLOCK_N: tl.constexpr):
+def _sum_tiles(tile_lse, target_logit, live, lse, losses, N, n_tiles, BLOCK_N: tl.constexpr, BLOCK_TILES: tl.constexpr):
     """lse and losses, both [N] by live row and zero past the last."""
-    n_live = tl.load(live)
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_live = tl.load(live).to(tl.int32)
+    o_n, o_tile = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_TILES)
     m_n = o_n < n_live
     b_max, b_sum = tl.full([BLOCK_N], float("-inf"), tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    for i_v in range(n_tiles):
-        b_lse = tl.load(tile_lse + tl.cast(i_v, tl.int64) * N + o_n, mask=m_n, other=0.0)
-        b_new = tl.maximum(b_max, b_lse)
-        b_sum = b_sum * tl.exp(b_max - b_new) + tl.exp(b_lse - b_new)
+    for i in range(0, n_tiles, BLOCK_TILES):
+        p_lse = tile_lse + (i + o_tile)[:, None].to(tl.int64) * N + o_n[None, :]
+        b_lse = tl.load(p_lse, mask=(i + o_tile < n_tiles)[:, None] & m_n[None, :], other=float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_lse, 0))
+        b_shift = tl.where(m_n, b_new, 0.0)
+        b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_lse - b_shift[None, :]), 0)
         b_max = b_new
     b_lse = tl.where(m_n, b_max + tl.log(b_sum), 0.0)
     b_own = tl.load(target_logit + o_n, mask=m_n, other=0.0)
@@ -112,7 +115,7 @@ def _dlogits(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dlogit [live rows, n_tiles · BLOCK_V] of the columns from `first`, zero past the last live row and past V."""
-    n_live = tl.load(live)
+    n_live = tl.load(live).to(tl.int32)
     n_blocks = tl.cdiv(n_live, BLOCK_N)
     if tl.program_id(0) < n_blocks * n_tiles:
         i_n, i_v = _tile(tl.program_id(0), n_blocks, n_tiles, GROUP)
@@ -136,7 +139,7 @@ def _gradients(
 ):  # fmt: skip
     """dweight of the columns first … first + width, and their part of dx, which is dx + dx_rest. The tiles of dweight,
     whose sums run over all live rows, are the longer ones and start first."""
-    n_live = tl.load(live)
+    n_live = tl.load(live).to(tl.int32)
     scale = tl.load(dloss)
     n_c = tl.cdiv(C, BLOCK_C)
     n_weight = tl.cdiv(width, BLOCK_M) * n_c
@@ -176,9 +179,9 @@ def _gradients(
 
 
 class Tile(NamedTuple):
-    M: int  # rows of the result
+    M: int  # rows of the result; of _gradients, a divisor of _dlogits's
     N: int  # its columns
-    K: int  # summed over at a time
+    K: int  # summed over at a time; of _gradients, a divisor of _dlogits's M and N
     warps: int
     stages: int
 
@@ -193,9 +196,9 @@ FLOAT32 = Tile(64, 128, 32, 8, 2), Tile(64, 128, 32, 8, 2), Tile(64, 64, 16, 4, 
 
 def tiles(arch: str, C: int, dtype: torch.dtype) -> tuple[Tile, Tile, Tile]:
     """Of _log_sums, _dlogits and _gradients."""
-    amd = arch.startswith("gfx")
+    amd = arch == "gfx942"
     shapes = FLOAT32 if dtype == torch.float32 else ODD_WIDTHS if C % 64 else AMD if amd else NVIDIA
-    return tuple(shape._replace(stages=1) for shape in shapes) if amd else shapes
+    return tuple(shape._replace(warps=4, stages=1) for shape in shapes) if amd else shapes
 
 
 @torch.library.custom_op("nanopause::linear_cross_entropy", mutates_args=())
@@ -204,19 +207,25 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the losses, float32 []; for the backward lse, float32 [N], rows, int64 [N], and their number []."""
     (N, C), V = x.shape, weight.shape[0]
+    x, weight = unit_stride(x, weight)
     is_live = targets != ignore_index
     rows, live = torch.nonzero_static(is_live, size=N, fill_value=0)[:, 0], is_live.sum()
-    shape, _, _ = tiles(architecture(x.device), C, x.dtype)
+    arch = architecture(x.device)
+    shape, _, _ = tiles(arch, C, x.dtype)
     n_tiles = triton.cdiv(V, shape.N)
     tile_lse = torch.empty(n_tiles, N, dtype=torch.float32, device=x.device)
-    target_logit, lse, losses = (torch.empty_like(tile_lse[0]) for _ in range(3))
-    if N:
-        _log_sums[(triton.cdiv(N, shape.M) * n_tiles,)](
-            x, weight, targets, rows, live, tile_lse, target_logit, N, C, V, n_tiles, x.stride(0), weight.stride(0),
-            BLOCK_N=shape.M, BLOCK_V=shape.N, BLOCK_C=shape.K, GROUP=GROUP, EVEN_C=C % shape.K == 0,
-            PRECISION=precision(x.dtype), num_warps=shape.warps, num_stages=shape.stages,
-        )  # fmt: skip
-        _sum_tiles[(triton.cdiv(N, 128),)](tile_lse, target_logit, live, lse, losses, N, n_tiles, BLOCK_N=128)
+    lse, losses = torch.empty_like(tile_lse[0]), torch.empty_like(tile_lse[0])
+    target_logit = torch.full_like(lse, torch.nan)  # a target below 0 keeps it; one past V gives inf
+    with torch.cuda.device_of(x):
+        if N:
+            _log_sums[(triton.cdiv(N, shape.M) * n_tiles,)](
+                x, weight, targets, rows, live, tile_lse, target_logit, N, C, V, n_tiles, x.stride(0), weight.stride(0),
+                BLOCK_N=shape.M, BLOCK_V=shape.N, BLOCK_C=shape.K, GROUP=GROUP, EVEN_C=C % shape.K == 0,
+                PRECISION=precision(x.dtype, arch), num_warps=shape.warps, num_stages=shape.stages,
+            )  # fmt: skip
+            _sum_tiles[(triton.cdiv(N, 64),)](
+                tile_lse, target_logit, live, lse, losses, N, n_tiles, BLOCK_N=64, BLOCK_TILES=16
+            )
     return losses.sum(), lse, rows, live
 
 
@@ -224,7 +233,7 @@ def _linear_cross_entropy(
 def _(x, weight, targets, ignore_index):
     (N,) = targets.shape
     floats = x.new_empty((), dtype=torch.float32), x.new_empty((N,), dtype=torch.float32)
-    return *floats, targets.new_empty((N,)), targets.new_empty(())
+    return *floats, x.new_empty((N,), dtype=torch.int64), x.new_empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("nanopause::linear_cross_entropy_backward", mutates_args=())
@@ -232,26 +241,30 @@ def _backward(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, rows: Tensor, live: Tensor
 ) -> tuple[Tensor, Tensor]:
     (N, C), V = x.shape, weight.shape[0]
-    _, product, gradient = tiles(architecture(x.device), C, x.dtype)
-    n_row_blocks, n_tiles = triton.cdiv(N, product.M), triton.cdiv(triton.cdiv(V, SLICES), product.N)
+    x, weight = unit_stride(x, weight)
+    arch = architecture(x.device)
+    _, product, gradient = tiles(arch, C, x.dtype)
+    columns = max(triton.cdiv(V, SLICES), min(V, SLICE_BYTES // max(1, N * x.element_size())))
+    n_row_blocks, n_tiles = triton.cdiv(N, product.M), triton.cdiv(columns, product.N)
     width = n_tiles * product.N
     dx = torch.zeros(N, C, dtype=x.dtype, device=x.device)
     dx_rest = None if x.dtype == torch.float32 else torch.zeros_like(dx)
     dweight = torch.empty(V, C, dtype=weight.dtype, device=x.device)
     dlogit = torch.empty(n_row_blocks * product.M, width, dtype=x.dtype, device=x.device)
     n_gradient_tiles = (triton.cdiv(width, gradient.M) + triton.cdiv(N, gradient.M)) * triton.cdiv(C, gradient.N)
-    for first in range(0, V, width):
-        if N:
-            _dlogits[(n_row_blocks * n_tiles,)](
-                x, weight, targets, rows, live, lse, dlogit, C, V, first, n_tiles, x.stride(0), weight.stride(0),
-                BLOCK_N=product.M, BLOCK_V=product.N, BLOCK_C=product.K, GROUP=GROUP, EVEN_C=C % product.K == 0,
-                PRECISION=precision(x.dtype), num_warps=product.warps, num_stages=product.stages,
+    with torch.cuda.device_of(x):
+        for first in range(0, V, width):
+            if N:
+                _dlogits[(n_row_blocks * n_tiles,)](
+                    x, weight, targets, rows, live, lse, dlogit, C, V, first, n_tiles, x.stride(0), weight.stride(0),
+                    BLOCK_N=product.M, BLOCK_V=product.N, BLOCK_C=product.K, GROUP=GROUP, EVEN_C=C % product.K == 0,
+                    PRECISION=precision(x.dtype, arch), num_warps=product.warps, num_stages=product.stages,
+                )  # fmt: skip
+            _gradients[(n_gradient_tiles,)](
+                x, weight, rows, live, dlogit, dloss, dx, dx_rest, dweight, C, V, first, width,
+                x.stride(0), weight.stride(0), BLOCK_M=gradient.M, BLOCK_C=gradient.N, BLOCK_K=gradient.K,
+                PRECISION=precision(x.dtype, arch), num_warps=gradient.warps, num_stages=gradient.stages,
             )  # fmt: skip
-        _gradients[(n_gradient_tiles,)](
-            x, weight, rows, live, dlogit, dloss, dx, dx_rest, dweight, C, V, first, width,
-            x.stride(0), weight.stride(0), BLOCK_M=gradient.M, BLOCK_C=gradient.N, BLOCK_K=gradient.K,
-            PRECISION=precision(x.dtype), num_warps=gradient.warps, num_stages=gradient.stages,
-        )  # fmt: skip
     return dx, dweight
 
 
@@ -286,5 +299,4 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     check_input("linear_cross_entropy", x)
     if x.dtype != weight.dtype:
         raise ValueError(f"linear_cross_entropy takes x and weight of one dtype, not {x.dtype} and {weight.dtype}")
-    x, weight = (a if a.stride(1) == 1 else a.contiguous() for a in (x, weight))
     return _linear_cross_entropy(x, weight, targets.contiguous(), ignore_index)[0]

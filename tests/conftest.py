@@ -2,6 +2,7 @@ import os
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Operations this small take longer on several threads, which wait for each other, than on one.
@@ -10,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels is imported
     from triton.runtime import interpreter
 
@@ -30,6 +31,15 @@ from nanopause.prepare import prepare
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=32", "--batch_size=4", "--eval_interval=1000",
         "--eval_blocks=8", "--device=cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    """torch.empty gives NaN, so that an element no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def tiny_documents():

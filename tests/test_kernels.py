@@ -4,7 +4,9 @@ much as plain torch in the same precision does, and three times in its gradients
 Every comparison also rejects mutants: the same operation with a mistake built in.
 """
 
+import importlib
 import math
+from contextlib import contextmanager
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from kernels import attention, linear_cross_entropy, plain
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = pytest.mark.parametrize("impl", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 properties = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
@@ -138,6 +141,7 @@ SHAPES = [  # B, T, S, H, G, D
     (1, 300, 300, 1, 1, 40),
     (2, 129, 63, 2, 2, 16),
     (1, 300, 1, 1, 1, 128),
+    (1, 40, 63, 1, 1, 136),
 ]
 
 
@@ -161,16 +165,36 @@ def test_attention_with_one_bound_and_a_scale(impl):
     check_attention(attention, inputs, scale=0.1, what="scale", impl=impl)
 
 
+@contextmanager
+def small_tiles():
+    """Tiles of 16, so that small shapes have blocks at both edges and between, and slices of the vocabulary."""
+    if "triton" not in kernels.IMPLEMENTATIONS:
+        yield
+        return
+    attention_module, loss_module = (
+        importlib.import_module(f"kernels.{n}") for n in ("attention", "linear_cross_entropy")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "tile", lambda *_: attention_module.Tile(16, 16, 4, 2))
+        patch.setattr(loss_module, "tiles", lambda *_: 3 * (loss_module.Tile(16, 16, 16, 4, 2),))
+        patch.setattr(loss_module, "SLICE_BYTES", 0)
+        patch.setattr(loss_module, "SLICES", 2)
+        yield
+
+
 @IMPLS
 @properties
-@given(data=st.data(), B=st.integers(1, 2), T=st.integers(1, 40), S=st.integers(1, 40), G=st.integers(1, 2),
+@given(data=st.data(), B=st.integers(1, 2), T=st.integers(1, 70), S=st.integers(1, 70), G=st.integers(1, 2),
        r=st.integers(1, 3), D=st.sampled_from([8, 16, 24]))  # fmt: skip
 def test_attention_with_any_monotone_intervals(impl, data, B, T, S, G, r, D):
-    """Also bounds outside 0…S, and hi below lo."""
-    bounds = st.lists(st.integers(-3, S + 3), min_size=T, max_size=T).map(sorted)
-    rows = st.lists(bounds, min_size=B, max_size=B)
-    lo, hi = (torch.tensor(data.draw(rows), dtype=torch.int32, device=DEVICE) for _ in "lh")
-    check_attention(attention, attention_inputs(B, T, S, G * r, G, D, torch.float32), lo, hi, impl=impl)
+    """Also bounds outside 0…S, hi below lo, and one of them None."""
+    far = st.sampled_from([-(2**31), 2**31 - 1])
+    bounds = st.lists(st.integers(-3, S + 3) | far, min_size=T, max_size=T).map(sorted)
+    rows = st.none() | st.lists(bounds, min_size=B, max_size=B)
+    lo, hi = (data.draw(rows) for _ in "lh")
+    lo, hi = (None if x is None else torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (lo, hi))
+    with small_tiles():
+        check_attention(attention, attention_inputs(B, T, S, G * r, G, D, torch.float32), lo, hi, impl=impl)
 
 
 def attention_mutants(B, T, S):
@@ -229,6 +253,10 @@ def test_attention_shapes_are_checked(impl):
     for wrong in ((q[..., :4], k, v), (q[:1], k, v), (q[:, :, :3], k, v), (q, k[:, :6], v), (q, k, v[..., :4])):
         with pytest.raises(ValueError, match="attention takes"):
             attention(*wrong, impl=impl)
+    lo = torch.zeros(2, 5, dtype=torch.int32, device=DEVICE)
+    for bounds in ((lo[0], None), (None, lo[:, :4]), (lo[:1], lo)):
+        with pytest.raises(ValueError, match=r"attention takes lo and hi \[B,T\] = \[2, 5\]"):
+            attention(q, k, v, *bounds, impl=impl)
 
 
 # Linear cross-entropy
@@ -281,12 +309,14 @@ def test_reference_loss_is_a_loop():
 
 
 @IMPLS
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("live", [200, 60, 1, 0])
 def test_loss(impl, dtype, reduction, live, monkeypatch):
     N, C, V = 200, 48, 301
     monkeypatch.setattr(plain, "CHUNK_ELEMENTS", 4 * V)
+    if impl == "triton":
+        monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "SLICE_BYTES", 0)
     check_loss(linear_cross_entropy, *loss_inputs(N, C, V, live, dtype), impl=impl, reduction=reduction)
 
 
@@ -310,7 +340,8 @@ def test_loss_with_another_ignore_index(impl, ignore_index):
 @properties
 @given(N=st.integers(1, 50), C=st.integers(1, 40), V=st.integers(1, 60), share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_loss_of_any_shape(impl, N, C, V, share, seed):
-    check_loss(linear_cross_entropy, *loss_inputs(N, C, V, round(share * N), torch.float32, seed), impl=impl)
+    with small_tiles():
+        check_loss(linear_cross_entropy, *loss_inputs(N, C, V, round(share * N), torch.float32, seed), impl=impl)
 
 
 @IMPLS
@@ -432,6 +463,8 @@ def test_loss_shapes_are_checked(impl):
     for wrong in ((x[:5], weight), (x, weight[:, :7]), (x[None], weight), (x, weight[0])):
         with pytest.raises(ValueError, match="linear_cross_entropy takes"):
             linear_cross_entropy(*wrong, targets, impl=impl)
+    with pytest.raises(ValueError, match="targets in int64, not torch.int32"):
+        linear_cross_entropy(x, weight, targets.int(), impl=impl)
     with pytest.raises(ValueError, match="reduction='none'"):
         linear_cross_entropy(x, weight, targets, reduction="none", impl=impl)
 
@@ -444,6 +477,20 @@ def test_loss_compiled(impl, live):
     compiled = torch.compile(lambda x, weight, targets: linear_cross_entropy(x, weight, targets, impl=impl),
                              fullgraph=True)  # fmt: skip
     check_loss(compiled, x, weight, targets, "compiled")
+
+
+@IMPLS
+def test_loss_compiled_with_a_tied_weight_autocast_and_other_lengths(impl):
+    def loss(weight, tokens, targets):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return linear_cross_entropy(weight[tokens].tanh(), weight, targets, impl=impl)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N in (40, 23):
+        _, weight, targets = loss_inputs(N, 16, 33, N // 2, torch.float32)
+        tokens, weight = targets.roll(1).clamp(min=0), weight.requires_grad_()
+        eager, got = (torch.autograd.grad(f(weight, tokens, targets), weight)[0] for f in (loss, compiled))
+        torch.testing.assert_close(got, eager)
 
 
 @IMPLS

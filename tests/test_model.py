@@ -14,6 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import kernels
 from nanopause.errors import UserError
 from nanopause.model import GPT, GPTConfig
 from nanopause.pauses import IGNORE
@@ -215,6 +216,34 @@ def test_loss_is_cross_entropy_of_the_logits(model, reduction):
     parameters = list(model.parameters())
     for got, wanted in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_training_step_is_one_graph(model, impl, monkeypatch):
+    """Of packed documents with masked targets, compiled and eager, by either implementation."""
+    tokens, positions, lo, _ = packed([5, 1, 11, 7])
+    targets = tokens.roll(-1)
+    targets[0, 4::3] = IGNORE
+
+    def results(forward):
+        loss = forward(tokens, targets, positions=positions, lo=lo)
+        return loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = results(model)
+    monkeypatch.setattr(kernels, "choose", lambda *_: impl)
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        for got, wanted in zip(results(forward), expected):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@torch.no_grad()
+def test_cache_in_triton(model, monkeypatch):
+    tokens, here, cache = tokens_of(2, N), torch.arange(N).expand(2, N), model.new_cache(2, 3 * N)
+    expected = model(tokens)
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    steps = [9, 1, 2, N - 12]
+    parts = [model(t, positions=p, cache=cache) for t, p in zip(tokens.split(steps, dim=1), here.split(steps, dim=1))]
+    close(torch.cat(parts, dim=1), expected)
 
 
 # Weights
