@@ -44,7 +44,7 @@ def cases(quick: bool) -> list[dict]:
         widths, channels = [("bfloat16", 64)], [("bfloat16", 768)]
     else:
         # float16 compiles as bfloat16 does, and float32 pads as they do: they are here for some widths only.
-        some = {"float16": (64, 128), "float32": (*EVEN, 56), "tfloat32": (*EVEN, 56)}
+        some = {"float16": (64, 128), "float32": (16, 32, 56, 64, 128), "tfloat32": (*EVEN, 56)}
         widths = [(p, D) for p in PRECISIONS for D in some.get(p, EVEN + UNEVEN)]
         channels = [(p, C) for p in PRECISIONS for C in (768, 760)]
     return [

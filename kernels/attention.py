@@ -395,7 +395,7 @@ ODD_WIDTHS = {
     "backward_kv": {64: Tile(32, 64, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
     "backward_kv grouped": {64: Tile(32, 64, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
-FLOAT32 = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+FLOAT32 = {64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}
 
 
 def tile(kernel: str, arch: str, D: int, dtype: torch.dtype) -> Tile:
@@ -425,6 +425,9 @@ def _attention(
     if out.numel() == 0:
         return out, lse
     arch = architecture(q.device)
+    if D > 128 and precision(q.dtype, arch) == "tf32x3" and q.device.type == "cuda":
+        raise ValueError(f"attention in Triton multiplies float32 exactly up to widths of 128, which {D} is not: "
+                         "torch.set_float32_matmul_precision('high') allows tf32, or pass impl='torch'")  # fmt: skip
     shape = tile("forward", arch, D, q.dtype)
     n_blocks = triton.cdiv(T, shape.T)
     with torch.cuda.device_of(q):

@@ -112,14 +112,21 @@ def _combine(
     tl.store(lse + i_lse, tl.where(total == 0, float("inf"), top + tl.log2(total)))
 
 
+def tile(n_rows: int, arch: str, D: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows and keys of a tile and the stages of its pipeline, chosen as kernels.attention.TILES are."""
+    if dtype == torch.float32 or D > 128 or D != triton.next_power_of_2(D):
+        return 16, 16, 1
+    max_rows = MAX_ROWS if D <= 64 else MAX_ROWS // 2
+    return max(16, min(max_rows, triton.next_power_of_2(n_rows))), 64, 1 if arch == "gfx942" else 2
+
+
 def launch(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> None:
     """Writes out [B, T, H, D] and lse, float32 [B, H, T]. scale: log₂e · the scale of attention."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    block_r, block_d = triton.next_power_of_2(T * (H // G)), max(16, triton.next_power_of_2(D))
-    wide, arch = block_d * q.element_size() >= 1024 // q.element_size(), architecture(q.device)
-    block_r = max(16, min(16 if wide else MAX_ROWS, block_r))
+    arch, block_d = architecture(q.device), max(16, triton.next_power_of_2(D))
+    block_r, block_s, stages = tile(T * (H // G), arch, D, q.dtype)
     n_tiles = triton.cdiv(T * (H // G), block_r)
     n_splits = max(1, min(triton.cdiv(2 * multiprocessors(q.device), B * G * n_tiles), S // MIN_KEYS))
     parts, parts_lse = out, lse
@@ -130,8 +137,8 @@ def launch(
         q, k, v, lo, hi, parts, parts_lse, scale, T, S, n_tiles, n_splits, out.numel(), lse.numel(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *batch_strides(lo, hi), B, H, G,
         D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch),
-        BLOCK_R=block_r, BLOCK_S=16 if wide else 64, BLOCK_D=block_d, num_warps=4,
-        num_stages=1 if arch == "gfx942" else 2,
+        BLOCK_R=block_r, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
+        num_stages=stages,
     )  # fmt: skip
     if n_splits > 1:
         _combine[(B * T * H,)](

@@ -191,7 +191,7 @@ NVIDIA = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 
 AMD = Tile(128, 128, 64, 4, 1), Tile(128, 128, 32, 4, 1), Tile(128, 128, 32, 4, 1)
 # Widths that are no multiple of 64, whose loads are masked, take more registers; so does float32.
 ODD_WIDTHS = Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)
-FLOAT32 = Tile(64, 128, 32, 8, 2), Tile(64, 128, 32, 8, 2), Tile(64, 64, 16, 4, 2)
+FLOAT32 = Tile(64, 128, 32, 8, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)
 
 
 def tiles(arch: str, C: int, dtype: torch.dtype) -> tuple[Tile, Tile, Tile]:

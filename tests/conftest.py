@@ -33,6 +33,14 @@ TINY = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=32", "--batch_
         "--eval_blocks=8", "--device=cpu"]  # fmt: skip
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests recorded to be seen, whichever process ran them."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            terminalreporter.section(name)
+            terminalreporter.write_line(text)
+
+
 @pytest.fixture
 def uninitialised_memory_is_nan():
     """torch.empty gives NaN, so that an element no kernel writes shows."""
