@@ -116,8 +116,8 @@ def tile(n_rows: int, arch: str, D: int, dtype: torch.dtype) -> tuple[int, int, 
     """Rows and keys of a tile and the stages of its pipeline, chosen as kernels.attention.TILES are."""
     if dtype == torch.float32 or D > 128 or D != triton.next_power_of_2(D):
         return 16, 16, 1
-    max_rows = MAX_ROWS if D <= 64 else MAX_ROWS // 2
-    return max(16, min(max_rows, triton.next_power_of_2(n_rows))), 64, 1 if arch == "gfx942" else 2
+    max_rows, keys = (MAX_ROWS, 64) if D <= 64 else (MAX_ROWS // 2, 32)
+    return max(16, min(max_rows, triton.next_power_of_2(n_rows))), keys, 1 if arch == "gfx942" else 2
 
 
 def launch(
