@@ -78,8 +78,8 @@ def test_heads_go_in_sections(monkeypatch):
         check_attention(attention, inputs, what=f"sections of {section}", impl="triton")
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 600, 2, 2, 64), (2, 11, 600, 4, 1, 64), (1, 70, 300, 2, 1, 40), (1, 3, 300, 2, 1, 128),
-                                   (2, 2, 40, 1, 1, 8)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", [(2, 1, 600, 2, 2, 64), (2, 11, 600, 4, 1, 64), (1, 70, 300, 2, 1, 40),
+                                   (1, 3, 300, 2, 1, 128), (2, 2, 40, 1, 1, 8)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decode(shape, dtype, split_keys):
     """A token and its pauses after caches of different lengths, some sequences with fewer queries or none."""
