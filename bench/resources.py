@@ -159,7 +159,7 @@ def main(quick: bool = False) -> None:
     """Compile the kernels for GPUs that need not be there: registers, shared memory, stack.
 
     Args:
-        quick: One width in bfloat16, and no file; the whole takes half an hour on two cores.
+        quick: One width in bfloat16, and no file.
     """
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does anyway, without its announcement

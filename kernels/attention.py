@@ -57,6 +57,7 @@ from kernels.launch import (
 )
 
 LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(1 / LOG2_E)  # takes log₂e out of the kernels' scale again
 
 
 class Tile(NamedTuple):
@@ -251,7 +252,7 @@ def _backward_q(
         b_dq, b_q, b_dout, b_lse, b_delta, p_k, p_v, k_step, v_step, start, inner, inner_end, end, o_s, o_d, b_lo, b_hi,
         scale, D, BLOCK_S, BLOCK_D, True, LO, PRECISION,
     )  # fmt: skip
-    b_dq *= scale * 0.6931471805599453
+    b_dq *= scale * LN_2
     tl.store(dq + o_out, cast(b_dq, dq.dtype.element_ty), mask=(o_t[:, None] < T) & (o_d[None, :] < D))
 
 
@@ -335,7 +336,7 @@ def _backward_kv(
             start, inner, inner_end, end, o_s, o_t, o_d, T, S, scale,
             D, BLOCK_T, BLOCK_D, True, LO, HI, PRECISION,
         )  # fmt: skip
-    b_dk *= scale * 0.6931471805599453
+    b_dk *= scale * LN_2
     o_out = ((i_b * S + o_s[:, None]) * G + i_g) * D + o_d[None, :]
     m_out = (o_s[:, None] < S) & (o_d[None, :] < D)
     tl.store(dk + o_out, cast(b_dk, dk.dtype.element_ty), mask=m_out)
@@ -367,7 +368,6 @@ TILES = {
             256: Tile(64, 16, 8, 2),
         },
         "backward_kv": {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
-        "backward_kv grouped": {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
     },
     "sm_90": {
         "forward": _FORWARD,
@@ -379,13 +379,11 @@ TILES = {
         "forward": _FORWARD,
         "backward_q": {128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
         "backward_kv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 1), 256: Tile(32, 32, 8, 2)},
-        "backward_kv grouped": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 1), 256: Tile(32, 32, 8, 2)},
     },
     "gfx942": {
         "forward": {128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
         "backward_q": {128: Tile(128, 64, 4, 1), 256: Tile(64, 16, 4, 1)},
         "backward_kv": {64: Tile(64, 128, 4, 1), 128: Tile(32, 128, 4, 1), 256: Tile(16, 32, 4, 1)},
-        "backward_kv grouped": {64: Tile(64, 128, 4, 1), 128: Tile(32, 128, 4, 1), 256: Tile(16, 32, 4, 1)},
     },
 }
 # Widths that are no power of two, whose loads are masked, take more registers; so does float32.
@@ -393,17 +391,17 @@ ODD_WIDTHS = {
     "forward": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 2)},
     "backward_q": {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
     "backward_kv": {64: Tile(32, 64, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "backward_kv grouped": {64: Tile(32, 64, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
 FLOAT32 = {64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}
 
 
 def tile(kernel: str, arch: str, D: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel ("backward_kv grouped" where several query heads share keys): a function of the call alone,
-    so that it gives the same bits every time."""
+    """The tile of a kernel: a function of the call alone, so that it gives the same bits every time. "backward_kv
+    grouped" is "backward_kv" where several query heads share keys, which on sm_90 takes more registers."""
     table = FLOAT32
     if dtype != torch.float32:
-        table = TILES[arch][kernel] if D == triton.next_power_of_2(D) >= 16 else ODD_WIDTHS[kernel]
+        tables = TILES[arch] if D == triton.next_power_of_2(D) >= 16 else ODD_WIDTHS
+        table = tables.get(kernel) or tables[kernel.removesuffix(" grouped")]
     shape = table[min(width for width in table if D <= width)]
     return shape._replace(warps=4, stages=1) if arch == "gfx942" else shape
 

@@ -13,11 +13,13 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @cache
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942"…; the interpreter takes the tiles of an sm_90."""
+    """Whose tiles a device takes, sm_80's, sm_90's, sm_100's or gfx942's. sm_80's need no more shared memory than the
+    smaller GPUs of capability 8 and 12 have; the interpreter takes sm_90's."""
     if device.type != "cuda":
         return "sm_90"
-    properties = torch.cuda.get_device_properties(device)
-    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_properties(device).major, "sm_80")
 
 
 @cache

@@ -8,6 +8,8 @@ For the live rows n (targets[n] ≠ ignore_index) of x [N, C], weight [V, C] and
 Live rows are numbered 0 … n_live − 1 on the device: `rows` lists where they are, and programs past n_live end at once.
 So a masked row costs no product, the host never waits for a count, and a captured CUDA graph serves any targets.
 
+Sums and the target's logit are float32; dl is formed in float32 and rounded once, for the products.
+
 Forward: every program multiplies a tile of logits and leaves the tile's log-sum-exp a row and the target's logit, in
 float32; a second kernel sums the tiles up. Backward: for one slice of the vocabulary after the other, the tiles are
 multiplied again and dl is written in the precision of the inputs; then one launch multiplies dl with weight and with x.
@@ -138,7 +140,7 @@ def _gradients(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dweight of the columns first … first + width, and their part of dx, which is dx + dx_rest. The tiles of dweight,
-    whose sums run over all live rows, are the longer ones and start first."""
+    whose sums run over all live rows, start first: with many rows they are the longer ones."""
     n_live = tl.load(live).to(tl.int32)
     scale = tl.load(dloss)
     n_c = tl.cdiv(C, BLOCK_C)

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -362,9 +363,9 @@ MUTANTS = {  # kernel: a line of its source, and the mistake
                  ("tl.exp2(b_z * scale - b_shift[:, None])", "tl.exp2(b_z - b_shift[:, None])"),
                  ("i_g = i_h // (H // G)", "i_g = i_h % G")],
     "_backward_q": [("b_dz = b_p * (b_dp - b_delta[:, None])", "b_dz = b_p * b_dp"),
-                    ("b_dq *= scale * 0.6931471805599453", "b_dq *= scale")],
+                    ("b_dq *= scale * LN_2", "b_dq *= scale")],
     "_backward_kv": [("b_dz = b_p * (b_dp - b_delta[None, :])", "b_dz = b_p * b_dp"),
-                     ("b_dk *= scale * 0.6931471805599453", "b_dk *= scale"),
+                     ("b_dk *= scale * LN_2", "b_dk *= scale"),
                      ("torch.cat((s, s + (block - 1)))", "torch.cat((s, s))"),
                      ("i_block * BLOCK_S + BLOCK_S - 1 - (S - T)", "i_block * BLOCK_S - (S - T)"),
                      ("for i_r in range(R):", "for i_r in range(1):"),
@@ -446,6 +447,19 @@ def test_what_the_mutants_are_made_of_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(attention_module, "decode", mutant(tmp_path, "decode", "MIN_KEYS", "MIN_KEYS"))
     check_attention(attention, attention_inputs(2, 3, 300, 4, 2, 16, torch.float32), *intervals("window", 2, 3, 300),
                     impl="triton")  # fmt: skip
+
+
+def test_every_gpu_has_tiles(monkeypatch):
+    """Also those that are not compiled for: an RTX 4090 is 8.9, a B300 10.3, an RTX 5090 12.0."""
+    for major, family in ((8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (11, "sm_80"), (12, "sm_80")):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, n=major: SimpleNamespace(major=n))
+        assert launch.architecture.__wrapped__(torch.device("cuda")) == family
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert launch.architecture.__wrapped__(torch.device("cuda")) == "gfx942"
+    kernel_names = ("forward", "backward_q", "backward_kv", "backward_kv grouped")
+    for arch, kernel, D in product(attention_module.TILES, kernel_names, range(8, 257, 8)):
+        for dtype in (torch.bfloat16, torch.float32):
+            assert attention_module.tile(kernel, arch, D, dtype).warps in (4, 8)
 
 
 def test_matrix_precision_follows_torch():
