@@ -44,7 +44,7 @@ def cases(quick: bool) -> list[dict]:
         widths, channels = [("bfloat16", 64)], [("bfloat16", 768)]
     else:
         # float16 compiles as bfloat16 does, and float32 pads as they do: they are here for some widths only.
-        some = {"float16": (64, 128), "float32": (16, 32, 56, 64, 128), "tfloat32": (*EVEN, 56)}
+        some = {"float16": (64, 128), "float32": (*EVEN, 56, 248), "tfloat32": (*EVEN, 56)}
         widths = [(p, D) for p in PRECISIONS for D in some.get(p, EVEN + UNEVEN)]
         channels = [(p, C) for p in PRECISIONS for C in (768, 760)]
     return [
@@ -56,8 +56,8 @@ def cases(quick: bool) -> list[dict]:
 
 
 @contextmanager
-def caught_launches(arch: str):
-    """Yields a list that gets (name, block sizes, kernel compiled for arch) of every launch, which is not started."""
+def caught_launches(arch: str, compiled: bool = True):
+    """Yields a list that gets (name, options, kernel compiled for arch or None) of every launch, which is not started."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -74,8 +74,8 @@ def caught_launches(arch: str):
 
     def catch(self, *args, grid, warmup, **options):
         self.device_caches.clear()  # of another arch
-        blocks = {name: value for name, value in options.items() if name.startswith("BLOCK")}
-        caught.append((self.fn.__name__, blocks, run(self, *args, grid=grid, warmup=True, **options)))
+        kernel = run(self, *args, grid=grid, warmup=True, **options) if compiled else None
+        caught.append((self.fn.__name__, options, kernel))
 
     JITFunction.run = catch
     triton.runtime.driver.set_active(Driver())
@@ -107,7 +107,7 @@ def launch(case: dict) -> None:
 
 def usage(kernel) -> dict:
     """What a compiled kernel takes, and the matrix instructions in it."""
-    used = {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages, "shared": kernel.metadata.shared}
+    used = {"shared": kernel.metadata.shared}
     if "amdgcn" in kernel.asm:
         code = kernel.asm["amdgcn"]
         used["registers"], used["stack"] = (
@@ -128,15 +128,19 @@ def usage(kernel) -> dict:
     return used | {"matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA)\b", code)))}
 
 
-def compile_case(work: tuple[str, dict]) -> list[dict]:
-    """The rows of one arch and case: a row a kernel."""
-    arch, case = work
+def rows_of(arch: str, case: dict, compiled: bool = True) -> list[dict]:
+    """What the launchers choose for a case, a row a kernel, and if compiled what that takes."""
     for name in ("attention", "decode", "linear_cross_entropy"):
         import_module(f"kernels.{name}").architecture = lambda _: arch
-    with caught_launches(arch) as caught:
+    with caught_launches(arch, compiled) as caught:
         launch(case)
-    return [{"arch": arch, "case": case, "kernel": name, "blocks": blocks, **usage(kernel)}
-            for name, blocks, kernel in caught]  # fmt: skip
+    rows = []
+    for name, options, kernel in caught:
+        blocks = {key: value for key, value in options.items() if key.startswith("BLOCK")}
+        row = {"arch": arch, "case": case, "kernel": name, "blocks": blocks, "warps": options.get("num_warps"),
+               "stages": options.get("num_stages"), "max_registers": options.get("maxnreg")}  # fmt: skip
+        rows.append(row | usage(kernel) if compiled else row)
+    return rows
 
 
 def fault(row: dict) -> str | None:
@@ -166,7 +170,8 @@ def main(quick: bool = False) -> None:
     # Processes of their own: the interpreter is chosen at import, and a target is a process's.
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         work = list(product(TARGETS, cases(quick)))
-        results = track(pool.imap(compile_case, work), "compiling", len(work), console=Console(stderr=True))
+        results = [pool.apply_async(rows_of, each) for each in work]
+        results = track((result.get() for result in results), "compiling", len(work), console=Console(stderr=True))
         rows = [row for result in results for row in result]
     screen, table = console(), Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("arch", "kernel", "case", "blocks"):
@@ -179,7 +184,7 @@ def main(quick: bool = False) -> None:
         case = " ".join(map(str, list(row["case"].values())[1:]))
         blocks = "×".join(map(str, row["blocks"].values()))
         table.add_row(
-            row["arch"], row["kernel"], case, blocks, *(str(row[n]) for n in numbers), " ".join(row["matrix"])
+            row["arch"], row["kernel"], case, blocks, *(str(row[n] or "") for n in numbers), " ".join(row["matrix"])
         )
     screen.print(table)
     faults = [f"{row['arch']} {row['kernel']} {row['case']}: {fault(row)}" for row in rows if fault(row)]

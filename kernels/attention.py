@@ -44,6 +44,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import decode
 from kernels.launch import (
+    all_registers,
     architecture,
     batch_strides,
     cast,
@@ -392,16 +393,20 @@ ODD_WIDTHS = {
     "backward_q": {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
     "backward_kv": {64: Tile(32, 64, 8, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
-FLOAT32 = {64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)}
+FLOAT32 = {
+    "forward": {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 2)},
+    "backward_q": {64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 2)},
+    "backward_kv": {64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+}
 
 
 def tile(kernel: str, arch: str, D: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel: a function of the call alone, so that it gives the same bits every time. "backward_kv
     grouped" is "backward_kv" where several query heads share keys, which on sm_90 takes more registers."""
-    table = FLOAT32
+    tables = FLOAT32
     if dtype != torch.float32:
         tables = TILES[arch] if D == triton.next_power_of_2(D) >= 16 else ODD_WIDTHS
-        table = tables.get(kernel) or tables[kernel.removesuffix(" grouped")]
+    table = tables.get(kernel) or tables[kernel.removesuffix(" grouped")]
     shape = table[min(width for width in table if D <= width)]
     return shape._replace(warps=4, stages=1) if arch == "gfx942" else shape
 
@@ -423,9 +428,6 @@ def _attention(
     if out.numel() == 0:
         return out, lse
     arch = architecture(q.device)
-    if D > 128 and precision(q.dtype, arch) == "tf32x3" and q.device.type == "cuda":
-        raise ValueError(f"attention in Triton multiplies float32 exactly up to widths of 128, which {D} is not: "
-                         "torch.set_float32_matmul_precision('high') allows tf32, or pass impl='torch'")  # fmt: skip
     shape = tile("forward", arch, D, q.dtype)
     n_blocks = triton.cdiv(T, shape.T)
     with torch.cuda.device_of(q):
@@ -435,7 +437,7 @@ def _attention(
         _forward[(n_blocks * B * H,)](
             q, k, v, lo, hi, out, lse, scale * LOG2_E, T, S, min(B * H, _section(S, D, k) * (H // G)),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *batch_strides(lo, hi), B, H, G,
-            D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch),
+            D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch, D),
             BLOCK_T=shape.T, BLOCK_S=shape.S, BLOCK_D=max(16, triton.next_power_of_2(D)),
             num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
@@ -460,7 +462,7 @@ def _attention_backward(
     q, k, v, dout, lo, hi = unit_stride(q, k, v, dout, lo, hi)
     delta = torch.empty_like(lse)
     arch, strides = architecture(q.device), [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
-    options = dict(D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch),
+    options = dict(D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch, D),
                    BLOCK_D=max(16, triton.next_power_of_2(D)))  # fmt: skip
     with torch.cuda.device_of(q):
         shape = tile("backward_q", arch, D, q.dtype)
@@ -475,6 +477,7 @@ def _attention_backward(
             q, k, v, lo, hi, queries, lse, dout, delta, dk, dv, scale * LOG2_E, T, S,
             min(B * G, _section(T * (H // G), D, q)), *strides, *batch_strides(lo, hi), B, H, G, R=H // G,
             BLOCK_T=shape.T, BLOCK_S=shape.S, **options, num_warps=shape.warps, num_stages=shape.stages,
+            **all_registers(arch),
         )  # fmt: skip
     return dq, dk, dv
 

@@ -32,14 +32,21 @@ def l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
 
 
-def precision(dtype: torch.dtype, arch: str) -> str:
-    """How tl.dot multiplies. float32: in tf32 where torch.set_float32_matmul_precision allows it; else as exactly as
-    the matrix units do, on NVIDIA's by three products in tf32."""
+def precision(dtype: torch.dtype, arch: str, width: int = 0) -> str:
+    """How tl.dot multiplies. float32: in tf32 where torch.set_float32_matmul_precision allows it; else exactly, which
+    NVIDIA's matrix units do by three products in tf32. Heads wider than 128 do not fit into registers three times:
+    they are multiplied one number at a time."""
     if dtype != torch.float32:
         return "ieee"
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
-    return "ieee" if arch == "gfx942" else "tf32x3"
+    return "ieee" if arch == "gfx942" or width > 128 else "tf32x3"
+
+
+def all_registers(arch: str) -> dict[str, int]:
+    """The option of a launch that lets a thread have all registers it asks for. Without it ptxas may aim at more
+    programs a multiprocessor and keep a few values on the stack."""
+    return {} if arch == "gfx942" else {"maxnreg": 255}
 
 
 def batch_strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:

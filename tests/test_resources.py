@@ -1,5 +1,6 @@
 """The kernels compiled for GPUs that need not be there: bench/resources.py."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,13 +11,32 @@ from conftest import ROOT
 from bench import resources
 
 
-def test_kernels_compile_and_keep_nothing_on_the_stack(record_property):
+def python(*arguments: str) -> str:
+    """What a Python that compiles kernels, instead of interpreting them, prints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run([sys.executable, "-m", "bench", "resources", "--quick"], cwd=ROOT, text=True,
-                           capture_output=True, env=environment)  # fmt: skip
-    record_property("compiled without a GPU", ended.stdout)
+    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True, env=environment)
     assert ended.returncode == 0, ended.stderr
-    assert "kernels compiled, 0 of them" in ended.stdout
+    return ended.stdout
+
+
+def test_kernels_compile_and_keep_nothing_on_the_stack(record_property):
+    printed = python("-m", "bench", "resources", "--quick")
+    record_property("compiled without a GPU", printed)
+    assert "kernels compiled, 0 of them" in printed
+
+
+def test_the_committed_table_is_of_what_the_launchers_choose():
+    """All four architectures, every case. After a change of tiles: python -m bench resources."""
+    table = json.loads((resources.RESULTS / "compiled" / "resources.json").read_text())["rows"]
+    assert not [row for row in table if resources.fault(row)]
+    code = """if True:
+        import itertools, json
+        from bench import resources
+        chosen = [resources.rows_of(*each, compiled=False)
+                  for each in itertools.product(resources.TARGETS, resources.cases(quick=False))]
+        print(json.dumps(sum(chosen, [])))"""
+    chosen = json.loads(python("-c", code))
+    assert chosen == [{key: row[key] for key in chosen[0]} for row in table]
 
 
 @pytest.mark.parametrize("change, fault", [
