@@ -439,7 +439,7 @@ def _attention(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *batch_strides(lo, hi), B, H, G,
             D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch, D),
             BLOCK_T=shape.T, BLOCK_S=shape.S, BLOCK_D=max(16, triton.next_power_of_2(D)),
-            num_warps=shape.warps, num_stages=shape.stages,
+            num_warps=shape.warps, num_stages=shape.stages, **(all_registers(arch) if q.dtype == torch.float32 else {}),
         )  # fmt: skip
     return out, lse
 
@@ -469,7 +469,7 @@ def _attention_backward(
         _backward_q[(triton.cdiv(T, shape.T) * B * H,)](
             q, k, v, lo, hi, out, lse, dout, delta, dq, scale * LOG2_E, T, S, min(B * H, _section(S, D, k) * (H // G)),
             *strides, *batch_strides(lo, hi), B, H, G, BLOCK_T=shape.T, BLOCK_S=shape.S, **options,
-            num_warps=shape.warps, num_stages=shape.stages,
+            num_warps=shape.warps, num_stages=shape.stages, **(all_registers(arch) if q.dtype == torch.float32 else {}),
         )  # fmt: skip
         shape = tile("backward_kv" if H == G else "backward_kv grouped", arch, D, q.dtype)
         queries = _query_ranges(lo, hi, B, T, S, shape.S, q.device) if options["LO"] or options["HI"] else None

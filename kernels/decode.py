@@ -137,7 +137,7 @@ def launch(
         q, k, v, lo, hi, parts, parts_lse, scale, T, S, n_tiles, n_splits, out.numel(), lse.numel(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *batch_strides(lo, hi), B, H, G,
         D=D, LO=lo is not None, HI=hi is not None, PRECISION=precision(q.dtype, arch, D),
-        BLOCK_R=block_r, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
+        BLOCK_R=block_r, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4 if D <= 128 else 8,
         num_stages=stages,
     )  # fmt: skip
     if n_splits > 1:

@@ -14,12 +14,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | N
     T, S = q.shape[1], k.shape[1]
     mask, empty = None, None
     if lo is not None or hi is not None or 1 < T != S:
-        s = torch.arange(S, device=q.device)
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
         empty = hi <= lo
-        # SDPA turns a row without keys into NaN, forward and backward: it reads key 0 instead and is zeroed after.
-        mask = (((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == 0)))[:, None]
+        first, last = 0, S
+        if q.device.type == "cpu" and not torch.compiler.is_compiling() and hi.numel() and S:
+            # Keys that nobody reads, such as a cache's unused slots: there, the bounds can be looked at.
+            last = min(max(int(hi[:, -1].max()), 1), S)
+            first = min(max(int(lo[:, 0].min()), 0), last - 1)
+            k, v = k[:, first:last], v[:, first:last]
+        s = torch.arange(first, last, device=q.device)
+        # SDPA turns a row without keys into NaN, forward and backward: it reads the first key instead and is zeroed after.
+        mask = (((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == first)))[:, None]
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         attn_mask=mask,

@@ -1,85 +1,468 @@
-"""Generation: the prompt and its pauses are one parallel pass, every further token one step on the cache."""
+"""Generation in a continuous batch, whose one operation is to append q_b tokens to sequence b.
 
-from collections.abc import Callable, Iterator
+A step reads any number of new tokens of every sequence, 0 included, at the price of about one, as long as reading the
+weights takes the time. So pauses never are steps of their own:
+
+    a prompt and its pauses     are one pass [Goyal et al. 2023, Algorithm 3];
+    a token and M pauses        are one step. The model speaks at the token and at the last pause, the policy decides
+                                whose word counts, and pauses that do not are taken back: the next token takes their
+                                place in the cache.
+
+Every decision falls on the device: the host launches step s + 1 before it reads what step s said, and the device never
+waits for it. Sequences have a row each of a static cache, [n_layer, 2, max_batch, max_length + 1, G, D], whose last
+slot takes what padded queries write. Both layouts of a step are intervals of that cache (kernels.attention):
+
+    decode     queries [n, 1 + M], a row a sequence: keys [0, length + j + 1) of the row
+    prefill    queries [1, N], prompts one behind the other: the cache is one long row, and the prompt of sequence b
+               reads [b·S, b·S + position + 1), or to the end of its prefix in a prefix-LM
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanopause.errors import UserError
 from nanopause.model import GPT
-from nanopause.pauses import append
+from nanopause.policy import AfterPrompt, Policy, check
 from nanopause.tokenizer import Tokenizer
 
-
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """A token id, int64 [], of logits [V]. temperature 0: the likeliest. top_k 0 and top_p 1 do not restrict; else the
-    k likeliest tokens, and the fewest whose probabilities reach top_p, stay."""
-    if temperature == 0:
-        return logits.argmax()
-    logits, ids = ((logits - logits.max()) / temperature).sort(descending=True)
-    if top_k:
-        logits[top_k:] = -torch.inf
-    probability = logits.softmax(0)
-    probability[1:][probability.cumsum(0)[:-1] >= top_p] = 0
-    return ids[torch.multinomial(probability, 1, generator=generator)[0]]
+N_TOP = 5  # likeliest tokens that a trace keeps
 
 
-def stream(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    pauses: int = 0,
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 1337,
-) -> Iterator[int]:
-    """Token ids that follow a prompt and its pauses [Goyal et al. 2023, Algorithm 3], one at a time, until the end of
-    text, max_new_tokens or the model's context. The pause and padded ids are never sampled.
+def gumbel(seed: Tensor, place: Tensor, n: int) -> Tensor:
+    """Gumbel noise, float32 [B, n], that depends on seed, place, int64 [B], and its column alone: a sequence's does not
+    on who is in its batch. The bits are mixed as SplitMix64 does [Steele et al. 2014]."""
 
-    An empty prompt starts after an end of text. Raises UserError, before the first token, where a number is out of its
-    range or prompt and pauses are longer than the context.
-    """
-    limits = {"pauses": (pauses, 0, 2**31), "max_new_tokens": (max_new_tokens, 0, 2**31), "top_k": (top_k, 0, 2**31),
-              "top_p": (top_p, 0, 1), "temperature": (temperature, 0, 1e6), "seed": (seed, 0, 2**62)}  # fmt: skip
-    for name, (value, low, high) in limits.items():
-        if not low <= value <= high:
-            raise UserError(f"{name}={value} must be {low} to {high:g}")
-    tokens = append(tokenizer.encode(prompt) or [tokenizer.eot_id], pauses, tokenizer.pause_id)
-    if len(tokens) > model.config.block_size:
-        raise UserError(
-            f"prompt and pauses are {len(tokens)} tokens, and the model reads {model.config.block_size} at most: "
-            f"shorten the prompt or lower --pauses"
+    def mix(x: Tensor) -> Tensor:
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+            x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor  # int64: >> copies the sign, which & drops
+        return x
+
+    golden = -7046029254386353131
+    row = mix(mix(seed * golden) + place * golden)
+    column = torch.arange(1, n + 1, device=seed.device)
+    bits = mix(row[:, None] + column * golden) & (1 << 24) - 1
+    return -(-((bits.float() + 0.5) * 2**-24).log()).log()
+
+
+class Sampling(NamedTuple):
+    """temperature 0: the likeliest. top_k 0 and top_p 1 do not restrict; else the k likeliest tokens, and the fewest
+    whose probabilities reach top_p, stay; a token as likely as the last of them does too."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def choose(self, logprobs: Tensor, noise: Tensor | None) -> Tensor:
+        """A token id a row, int64 [B], of logprobs [B, V]. noise: gumbel's, of the same shape; unused if greedy."""
+        if self.temperature == 0:
+            return logprobs.argmax(-1)
+        x = (logprobs - logprobs.amax(-1, keepdim=True)) / self.temperature
+        if 0 < self.top_k < x.shape[-1]:
+            x = x.masked_fill(x < x.topk(self.top_k).values[:, -1:], -torch.inf)
+        if self.top_p < 1:
+            ordered = x.sort(descending=True).values
+            probability = ordered.softmax(-1)
+            kept = probability.cumsum(-1) - probability < self.top_p
+            kept[:, 0] = True
+            x = x.masked_fill(x < torch.where(kept, ordered, torch.inf).amin(-1, keepdim=True), -torch.inf)
+        return (x + noise).argmax(-1)  # a draw from softmax(x)
+
+
+class Token(NamedTuple):
+    """A token that a sequence got. end is None, or why it is the last: "eot" (then this is the end of text itself),
+    "length" (max_new_tokens) or "context" (the engine's max_length). Log-probabilities are in nats, of the model at
+    temperature 1, among text."""
+
+    sequence: int
+    id: int
+    pauses: int  # before it
+    logprob: float
+    logprob_without: float  # before the pauses
+    end: str | None
+    top: list[tuple[int, float]]  # with trace: the likeliest ids and their log-probabilities
+    top_without: list[tuple[int, float]]
+
+
+@dataclass
+class Generation:
+    """What a prompt got: its tokens, those of the text in `ids` and `text`; an end of text is in neither."""
+
+    tokens: list[Token] = field(default_factory=list)
+    text: str = ""
+
+    def add(self, token: Token) -> None:
+        self.tokens.append(token)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens if token.end != "eot"]
+
+    @property
+    def pauses(self) -> int:
+        return sum(token.pauses for token in self.tokens)
+
+    @property
+    def end(self) -> str:
+        """ "eot", "length" or "context"."""
+        return self.tokens[-1].end if self.tokens else "length"
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A prompt on its way. read: how many of its tokens are in the cache; made: tokens it got."""
+
+    index: int
+    prompt: list[int]
+    seed: int
+    slot: int = -1
+    read: int = 0
+    made: int = 0
+    done: bool = False
+
+
+class _Pass(NamedTuple):
+    """What a pass says, which the device may not have finished: a row a sequence."""
+
+    rows: Tensor
+    event: torch.cuda.Event | None
+    sequences: dict[int, _Sequence]
+
+
+class Engine:
+    """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
+    included. chunk: tokens of prompts that one pass reads, so that a long prompt does not keep others waiting; the
+    prefix of a prefix-LM is not cut."""
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 512
+    ):
+        self.model, self.tokenizer, self.max_batch, self.chunk = model, tokenizer, max_batch, chunk
+        self.max_length = model.config.block_size if max_length is None else max_length
+        check("max_batch", max_batch, 1, 2**20)
+        check("chunk", chunk, 1, 2**31)
+        check("max_length", self.max_length, 1, model.config.block_size)
+        self.device = model.head.weight.device
+        self.cache = model.new_cache(max_batch, self.max_length + 1)
+        # Of every sequence; the last column is that of no one.
+        self.state = torch.zeros(7, max_batch + 1, dtype=torch.int64, device=self.device)
+        # length: tokens in the cache. token: the next to append. place: tokens made; left: still to make.
+        # budget: pauses left. alive: 0 where the sequence has ended.
+        self.length, self.token, self.place, self.left, self.budget, self.seed, self.alive = self.state
+        self.policy, self.sampling, self.trace = Policy(), Sampling(), False
+        # The host sees every pass before it starts the next, and pads nothing. On a GPU it runs ahead, with graphs of
+        # a few sizes.
+        self.lockstep = self.device.type != "cuda"
+        self.graphs = {}
+
+    # The operation
+
+    @torch.no_grad()
+    def append(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Append the first counts[b] of tokens[b] to sequence b < n; they read all tokens before them.
+
+        tokens: int64 [n, Q]; counts: int64 [n], 0 to Q, for which there must be room. Returns the residual stream
+        after the last norm, [n, Q, C]; rows from counts[b] on say nothing."""
+        n, Q = tokens.shape
+        j = torch.arange(Q, device=self.device)
+        new, length = j < counts[:, None], self.length[:n, None]
+        positions = torch.where(new, length + j, 0)
+        hi = (length + torch.minimum(j + 1, counts[:, None])).int()
+        x = self.model.hidden(
+            tokens, positions=positions, slots=torch.where(new, positions, self.max_length),
+            lo=torch.where(new, 0, hi), hi=hi, cache=self.cache[:, :, :n],
+        )  # fmt: skip
+        self.length[:n] += counts
+        return x
+
+    def _decode(self, n: int, ride: int) -> Tensor:
+        """A token more for the first n sequences, with `ride` pauses behind the one before it where there is room."""
+        who, head, pause_id = slice(0, n), self.model.head, self.tokenizer.pause_id
+        token, alive = self.token[who, None], self.alive[who]
+        room = (self.budget[who] >= ride) & (self.length[who] + 1 + ride <= self.max_length)
+        rode = ride * room * alive
+        if not ride:
+            return self._settle(who, head(self.append(token, alive)[:, 0]))
+        if self.lockstep:
+            without = head(self.append(token, alive)[:, 0])
+            kept = rode * self._wants(who, without)
+            x = self.append(torch.full((n, ride), pause_id), kept) if kept.any() else None
+            behind = without if x is None else head(x[:, -1])
+        else:
+            x = self.append(F.pad(token, (0, ride), value=pause_id), alive + rode)
+            without, behind = head(x[:, [0, ride]]).unbind(1)
+            kept = rode * self._wants(who, without)
+            self.length[who] += kept - rode
+        return self._settle(who, without, behind, kept)
+
+    def _prefill(self, tokens: Tensor, sequences: Tensor, ride: int) -> Tensor:
+        """Read prompts, and begin the sequences whose prompts end here.
+
+        tokens: int64 [5, N]: ids, positions, slots of the cache as one row, lo, hi. sequences: int64 [8, n]: columns of
+        the state, rows of the prompts' last tokens and of the last pauses, pauses, and the state."""
+        ids, positions, slots, lo, hi = tokens[:, None]
+        row = self.cache.flatten(2, 3).unsqueeze(2)
+        x = self.model.hidden(ids, positions=positions, slots=slots, lo=lo.int(), hi=hi.int(), cache=row)[0]
+        who, first, last, rode, length, left, budget, seed = sequences
+        self.place[who], self.alive[who] = 0, 1
+        self.left[who], self.budget[who], self.seed[who] = left, budget, seed
+        if not ride:
+            self.length[who] = length
+            return self._settle(who, self.model.head(x[first]))
+        without, behind = self.model.head(x[torch.stack((first, last))])
+        kept = rode * self._wants(who, without)
+        self.length[who] = length + kept
+        return self._settle(who, without, behind, kept)
+
+    def _logprobs(self, logits: Tensor, n_ids: int) -> Tensor:
+        """Of the first n_ids: pauses and padded ids are no text. float32 [n, V]."""
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        return logits.float().masked_fill(ids >= n_ids, -torch.inf).log_softmax(-1)
+
+    def _sample(self, who: slice | Tensor, logprobs: Tensor) -> Tensor:
+        noise = None
+        if self.sampling.temperature:
+            noise = gumbel(self.seed[who], self.place[who], logprobs.shape[-1])
+        return self.sampling.choose(logprobs, noise)
+
+    def _wants(self, who: slice | Tensor, logits: Tensor) -> Tensor:
+        """Which of the sequences `who` pause, bool [n], by their logits [n, V] without pauses."""
+        pause_id = self.tokenizer.pause_id
+        asks = None
+        if self.policy.asks:
+            asks = self._sample(who, self._logprobs(logits, pause_id + 1)) == pause_id
+        return self.policy.wants(self._logprobs(logits, pause_id), asks)
+
+    def _settle(
+        self, who: slice | Tensor, without: Tensor, behind: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """The next token of the sequences `who`, from their logits [n, V] without pauses, and behind them where `kept`,
+        the number of pauses, int64 [n], is not 0.
+
+        Returns what the host reads, float64 [n, 6 + …]: id or -1, pauses, log-probability with and without them,
+        whether the sequence goes on, whether the policy is off, and with trace the likeliest tokens of both."""
+        alive, pause_id = self.alive[who] > 0, self.tokenizer.pause_id
+        said = logprobs = self._logprobs(without, pause_id)
+        if behind is None:
+            kept = torch.zeros_like(self.alive[who])
+        else:
+            said = torch.where(kept[:, None] > 0, self._logprobs(behind, pause_id), logprobs)
+        choice = self._sample(who, said)
+        of_choice = [x.gather(1, choice[:, None])[:, 0] for x in (said, logprobs)]
+        self.policy.observe(of_choice[0] - of_choice[1], kept > 0)
+
+        self.token[who] = choice
+        self.place[who] += 1
+        self.left[who] -= 1
+        self.budget[who] -= kept
+        alive_after = (
+            alive & (choice != self.tokenizer.eot_id) & (self.left[who] > 0) & (self.length[who] < self.max_length)
         )
-    device = model.head.weight.device
-    choose = partial(
-        sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=torch.Generator(device).manual_seed(seed)
-    )
-    return _steps(model, tokenizer, torch.tensor([tokens], device=device), max_new_tokens, choose)
+        self.alive[who] = alive_after.long()
+        off = torch.zeros_like(alive) | self.policy.is_off()
+        columns = torch.stack([torch.where(alive, choice, -1), kept, *of_choice, alive_after, off], 1)
+        tops = [torch.stack(x.topk(N_TOP)[::-1], 2).flatten(1) for x in (said, logprobs)] if self.trace else []
+        return torch.cat((columns, *tops), 1)
 
+    def _run(self, key: tuple, function, *inputs: Tensor) -> Tensor:
+        """function(*inputs), on a GPU by the CUDA graph of `key`, which is captured the first time."""
+        if self.device.type != "cuda":
+            return function(*inputs)
+        if key not in self.graphs:
+            static, state = [x.clone() for x in inputs], [x.clone() for x in (self.state, *self.policy.tensors())]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                function(*static)  # compiles
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=next(iter(self.graphs.values()))[0].pool() if self.graphs else None):
+                result = function(*static)
+            for tensor, before in zip((self.state, *self.policy.tensors()), state):
+                tensor.copy_(before)
+            self.graphs[key] = graph, static, result
+        graph, static, result = self.graphs[key]
+        for mine, given in zip(static, inputs):
+            mine.copy_(given)
+        graph.replay()
+        return result
 
-@torch.inference_mode()
-def _steps(
-    model: GPT, tokenizer: Tokenizer, new: Tensor, max_new_tokens: int, choose: Callable[[Tensor], Tensor]
-) -> Iterator[int]:
-    """new: the prefix, int64 [1, T]; choose(logits [V]) is the next token."""
-    if max_new_tokens == 0:
-        return
-    length = min(model.config.block_size, new.shape[1] + max_new_tokens - 1)  # the last new token is not read
-    cache = model.new_cache(1, length)
-    start = 0
-    while True:
-        positions = torch.arange(start, start + new.shape[1], device=new.device)[None]
-        logits = model.head(model.hidden(new, positions=positions, cache=cache)[0, -1]).float()
-        logits[tokenizer.pause_id :] = -torch.inf
-        start += new.shape[1]
-        token = choose(logits)
-        if token == tokenizer.eot_id:
-            return
-        yield token.item()
-        if start == length:
-            return
-        new = token[None, None]
+    # The batch
+
+    def stream(
+        self,
+        prompts: Sequence[str | list[int]],
+        pauses: int | Policy = 0,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 1337,
+        attention: Literal["causal", "prefix"] = "causal",
+        trace: bool = False,
+    ) -> Iterator[Token]:
+        """The tokens of all prompts as they come, until each has an end of text, max_new_tokens or no room.
+
+        prompts: texts or token ids; an empty one starts after an end of text. pauses: that many after every prompt, or
+        a policy. seed: prompt i draws with seed + i, and gets the same text in any batch. attention: "prefix" lets a
+        prompt and its pauses read each other in both directions; pauses that may be taken back are then left to the
+        tokens after it. trace: keep the likeliest tokens too.
+
+        Raises UserError, before the first token, where a number is out of its range or a prompt and its pauses are
+        longer than max_length.
+        """
+        policy = pauses if isinstance(pauses, Policy) else AfterPrompt(pauses)
+        check("max_new_tokens", max_new_tokens, 0, 2**31)
+        check("temperature", temperature, 0, 1e6)
+        check("top_k", top_k, 0, 2**31)
+        check("top_p", top_p, 0, 1)
+        check("seed", seed, 0, 2**62)
+        if attention not in ("causal", "prefix"):
+            raise UserError(f"attention={attention!r} is neither 'causal' nor 'prefix'")
+        if attention == "prefix" and policy.at_prompt and not (policy.certain or policy.per_token):
+            raise UserError("pauses after the prompt cannot be taken back where the prompt reads them: "
+                            "use attention=causal or a policy that keeps them")  # fmt: skip
+        n_certain, waiting = policy.at_prompt if policy.certain else 0, deque()
+        for i, prompt in enumerate(prompts):
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = ids or [self.tokenizer.eot_id]
+            if len(ids) + n_certain > self.max_length:
+                raise UserError(
+                    f"prompt {i} and its pauses are {len(ids)} + {n_certain} tokens, and at most {self.max_length} can "
+                    f"be read: shorten the prompt or lower the number of pauses"
+                )
+            waiting.append(_Sequence(i, ids, seed + i))
+        settings = policy, Sampling(temperature, top_k, top_p), trace
+        if settings != (self.policy, self.sampling, self.trace):
+            self.graphs.clear()
+        self.policy, self.sampling, self.trace = settings
+        policy.to(self.device)
+        return self._stream(waiting, max_new_tokens, attention == "prefix") if max_new_tokens else iter(())
+
+    def generate(self, prompts: Sequence[str | list[int]], pauses: int | Policy = 0, **options) -> list[Generation]:
+        """What `stream` makes of each prompt, in their order."""
+        made = [Generation() for _ in prompts]
+        for token in self.stream(prompts, pauses, **options):
+            made[token.sequence].add(token)
+        for generation in made:
+            generation.text = self.tokenizer.decode(generation.ids)
+        return made
+
+    @torch.inference_mode()
+    def _stream(self, waiting: deque[_Sequence], max_new_tokens: int, prefix: bool) -> Iterator[Token]:
+        policy, running, in_flight = self.policy, [], deque()
+        lag = 0 if self.lockstep else 2  # passes that the host is ahead
+        self.alive.zero_()
+        off = bool(policy.is_off())
+        while waiting or running or in_flight:
+            at_prompt = 0 if off or (prefix and not policy.certain) else policy.at_prompt
+            for slot in sorted(set(range(self.max_batch)) - {sequence.slot for sequence in running})[: len(waiting)]:
+                running.append(waiting.popleft())
+                running[-1].slot = slot
+            n = self._close_ranks(running)
+            reading = [sequence for sequence in running if sequence.read < len(sequence.prompt)]
+            if reading:
+                in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
+            writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
+            if writing:
+                ride = 0 if off else policy.per_token
+                rows = self._run(("decode", n, ride), partial(self._decode, n, ride))
+                in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
+            while in_flight and (len(in_flight) > lag or not running):
+                tokens, off = self._receive(in_flight.popleft(), max_new_tokens)
+                yield from tokens
+                running = [sequence for sequence in running if not sequence.done]
+
+    def _bucket(self, n: int) -> int:
+        """The size of a pass over n sequences or tokens: that of a graph."""
+        return n if self.lockstep else 1 << (n - 1).bit_length()
+
+    def _close_ranks(self, running: list[_Sequence]) -> int:
+        """How many rows a step needs. Sequences beyond them move to rows that others left."""
+        n = min(self._bucket(len(running)), self.max_batch)
+        free = sorted(set(range(n)) - {sequence.slot for sequence in running})
+        for sequence in running:
+            if sequence.slot >= n:
+                slot = free.pop(0)
+                for tensor in (self.cache, self.state[:, None]):
+                    tensor[:, :, slot] = tensor[:, :, sequence.slot]
+                sequence.slot = slot
+        return n
+
+    def _read_prompts(self, reading: list[_Sequence], max_new_tokens: int, at_prompt: int, prefix: bool) -> _Pass:
+        """A pass over the next tokens of prompts, up to `chunk` of them. The last token of a prompt and its pauses are
+        of one pass, for the policy compares them. A CPU takes one prompt a pass: its attention is a dense one."""
+        S, pause_id = self.max_length + 1, self.tokenizer.pause_id
+        columns, begun, sequences, n = [], {}, [], 0
+        for sequence in sorted(reading, key=lambda sequence: sequence.slot):
+            start, length, room = sequence.read, len(sequence.prompt), self.chunk - n
+            ride = at_prompt if length + at_prompt <= self.max_length else 0
+            rest = length - start
+            if n and (room <= 0 or (prefix and rest + ride > room)):
+                break
+            ends = prefix or rest == 1 or rest + ride <= room
+            take = rest if ends else min(rest - 1, room)
+            ids = sequence.prompt[start : start + take] + [pause_id] * (ride if ends else 0)
+            positions = np.arange(start, start + len(ids))
+            slots = sequence.slot * S + positions
+            hi = np.full_like(slots, slots[-1] + 1) if prefix else slots + 1
+            columns.append(np.stack((ids, positions, slots, np.full_like(slots, sequence.slot * S), hi)))
+            sequence.read += take
+            n += len(ids)
+            if ends:
+                begun[len(sequences)] = sequence
+                sequences.append((sequence.slot, n - 1 - ride, n - 1, ride, length, max_new_tokens,
+                                  self.policy.budget, sequence.seed))  # fmt: skip
+            if self.lockstep:
+                break
+        end = self.max_batch * S
+        padding = np.repeat([[pause_id], [0], [end - 1], [end], [end]], self._bucket(n) - n, axis=1)
+        nobody = [(self.max_batch, *[0] * 7)] * (0 if self.lockstep else self.max_batch - len(sequences))
+        tokens = self._to_device(np.concatenate((*columns, padding), axis=1))
+        numbers = self._to_device(np.array(sequences + nobody, dtype=np.int64).reshape(-1, 8).T)
+        rows = self._run(
+            ("prefill", len(tokens[0]), at_prompt), partial(self._prefill, ride=at_prompt), tokens, numbers
+        )
+        return self._send(rows, begun)
+
+    def _to_device(self, numbers: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _send(self, rows: Tensor, sequences: dict[int, _Sequence]) -> _Pass:
+        """Set out to bring a pass's rows to the host."""
+        if self.device.type != "cuda":
+            return _Pass(rows, None, sequences)
+        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        host.copy_(rows, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return _Pass(host, event, sequences)
+
+    def _receive(self, sent: _Pass, max_new_tokens: int) -> tuple[list[Token], bool]:
+        """The tokens of a pass, and whether the policy is off."""
+        if sent.event is not None:
+            sent.event.synchronize()  # others follow it: the device has work
+        rows, tokens, off = sent.rows.tolist(), [], False
+        for i, sequence in sent.sequences.items():
+            id, pauses, logprob, logprob_without, goes_on, off, *top = rows[i]
+            if sequence.done:  # before this pass, which did not know
+                continue
+            sequence.made += 1
+            sequence.done, end = not goes_on, None
+            if sequence.done:
+                end = (
+                    "eot" if id == self.tokenizer.eot_id else "context" if sequence.made < max_new_tokens else "length"
+                )
+            pairs = [(int(id), logprob) for id, logprob in zip(top[::2], top[1::2])]
+            tokens.append(Token(sequence.index, int(id), int(pauses), logprob, logprob_without, end, pairs[:N_TOP],
+                                pairs[N_TOP:]))  # fmt: skip
+        return tokens, bool(off)

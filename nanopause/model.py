@@ -82,7 +82,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity() for _ in "qk")
 
-    def forward(self, x, rope, positions, lo, hi, cache):
+    def forward(self, x, rope, lo, hi, cache, slots):
         q, k, v = rearrange(self.qkv(x), "b t (h d) -> b t h d", h=self.n_head + 2 * self.n_kv_head).split(
             (self.n_head, self.n_kv_head, self.n_kv_head), dim=2
         )
@@ -91,8 +91,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             rows = torch.arange(len(x), device=x.device)[:, None]
-            for slots, new in zip(cache, (k, v)):
-                slots[rows, positions] = new.to(slots.dtype)
+            for stored, new in zip(cache, (k, v)):
+                stored[rows, slots] = new.to(stored.dtype)
             k, v = cache.to(q.dtype)
         y = kernels.attention(q, k, v, lo, hi)
         return self.out(rearrange(y, "b t h d -> b t (h d)"))
@@ -124,8 +124,8 @@ class Block(nn.Module):
         self.attention_norm, self.attention = norm(config, config.n_embd), Attention(config)
         self.mlp_norm, self.mlp = norm(config, config.n_embd), MLP(config)
 
-    def forward(self, x, rope, positions, lo, hi, cache):
-        x = x + self.attention(self.attention_norm(x), rope, positions, lo, hi, cache)
+    def forward(self, x, rope, lo, hi, cache, slots):
+        x = x + self.attention(self.attention_norm(x), rope, lo, hi, cache, slots)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -163,16 +163,18 @@ class GPT(nn.Module):
         if module is self and self.config.zero_init and not self.config.tied:
             nn.init.zeros_(self.head.weight)
 
-    def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None) -> Tensor:
+    def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None, slots=None) -> Tensor:
         """The residual stream after the last norm, [B, T, C], of tokens [B, T].
 
         positions: int [B, T], places in the sequence; 0, 1, 2… by default. Packed documents count from 0 each.
         lo, hi: int32 [B, T], the keys a query reads (kernels.attention); causal by default.
-        cache: from new_cache; the tokens' keys and values are written to the slots `positions`, which must be given,
-        and hi defaults to positions + 1.
+        cache: from new_cache; the tokens' keys and values are written to its `slots`, int [B, T], which default to
+        their positions, and these must be given; hi defaults to slots + 1.
         """
+        if slots is None:
+            slots = positions
         if cache is not None and hi is None:
-            hi = (positions + 1).int()
+            hi = (slots + 1).int()
         if positions is None:
             if tokens.shape[1] > self.config.block_size:
                 raise UserError(f"{tokens.shape[1]} tokens are more than block_size={self.config.block_size}")
@@ -183,15 +185,15 @@ class GPT(nn.Module):
         else:
             rope = self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, positions, lo, hi, None if cache is None else cache[i])
+            x = block(x, rope, lo, hi, None if cache is None else cache[i], slots)
         return self.norm(x)
 
     def forward(
-        self, tokens, targets=None, *, reduction="mean", positions=None, lo=None, hi=None, cache=None
+        self, tokens, targets=None, *, reduction="mean", positions=None, lo=None, hi=None, cache=None, slots=None
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]; with targets int64 [B, T] (IGNORE where there is no loss) their
         cross-entropy in nats, a scalar, without the logits. The rest is as in `hidden`."""
-        x = self.hidden(tokens, positions=positions, lo=lo, hi=hi, cache=cache)
+        x = self.hidden(tokens, positions=positions, lo=lo, hi=hi, cache=cache, slots=slots)
         if targets is None:
             return self.head(x)
         return kernels.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction=reduction)

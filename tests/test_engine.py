@@ -1,91 +1,355 @@
-"""Generation on the cache says what the model says without one."""
+"""Generation on the cache says what the model says without one, whoever shares the batch."""
+
+import math
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nanopause.engine import sample, stream
+from nanopause.engine import Engine, Sampling, gumbel
 from nanopause.errors import UserError
 from nanopause.model import GPT, GPTConfig
+from nanopause.policy import AfterPrompt, BelowConfidence, Never, OnRequest, StopWhenUseless
 from nanopause.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
-GPT2_STYLE = dict(position="learned", norm="layer", qk_norm=False, mlp="gelu", tied=True, bias=True)
-LLAMA_STYLE = dict(position="rope", norm="rms", qk_norm=False, mlp="swiglu", n_kv_head=2)
+PAUSE, EOT = BYTES.pause_id, BYTES.eot_id
+STYLES = {
+    "gpt2": dict(position="learned", norm="layer", qk_norm=False, mlp="gelu", tied=True, bias=True),
+    "llama": dict(position="rope", norm="rms", qk_norm=False, mlp="swiglu", n_kv_head=2),
+    "modern": {},
+}
+PROMPTS = ["a prompt", "another, longer prompt", "x", "", "seven", "the last of six"]
 
 
-def model_of(style, block_size=48):
+def model_of(style="modern", block_size=64, std=0.3, sharpness=8.0):
     torch.manual_seed(0)
     shape = dict(vocab_size=BYTES.vocab_size, block_size=block_size, n_layer=2, n_head=4, n_embd=32, zero_init=False)
-    model = GPT(GPTConfig(**shape, **style)).eval()
+    model = GPT(GPTConfig(**shape, **STYLES[style])).eval()
     for parameter in model.parameters():  # untrained logits are too flat to tell tokens apart
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=std)
+    with torch.no_grad():
+        model.norm.weight *= sharpness
+        model.head.weight[EOT] *= 0.5  # ends some texts, not most
     return model
 
 
+def engine_of(model, lockstep=True, **options):
+    """lockstep=False: as on a GPU, padded to the sizes of graphs, pauses riding, the host ahead."""
+    engine = Engine(model, BYTES, **{"max_batch": 3, "chunk": 7} | options)
+    engine.lockstep = lockstep
+    return engine
+
+
 @torch.no_grad()
-def greedy_without_cache(model, tokens, n):
-    """n tokens by whole forward passes, with the ids from the pause on banned."""
-    for _ in range(n):
-        logits = model(torch.tensor([tokens]))[0, -1]
-        tokens = [*tokens, logits[: BYTES.pause_id].argmax().item()]
-    return tokens[-n:]
+def ask_now_and_then(model, attention="causal"):
+    """A pause is a little likelier than the token that is said most."""
+    made = engine_of(model).generate(PROMPTS, temperature=0, max_new_tokens=12, attention=attention)
+    ((favourite, _),) = Counter(i for one in made for i in one.ids).most_common(1)
+    model.head.weight[PAUSE] = 1.02 * model.head.weight[favourite]
 
 
-@pytest.mark.parametrize("style", [GPT2_STYLE, LLAMA_STYLE, {}], ids=["gpt2", "llama", "modern"])
-@pytest.mark.parametrize("pauses", [0, 1, 10])
-def test_prompt_and_pauses_are_one_pass_with_the_result_of_many(style, pauses):
-    model = model_of(style)
-    expected = greedy_without_cache(model, BYTES.encode("a prompt") + [BYTES.pause_id] * pauses, 12)
-    passes = []
+@torch.no_grad()
+def logprobs_without_cache(model, tokens, prefix=0, n_ids=PAUSE):
+    """Of the next token, by a whole pass in which the first `prefix` tokens read each other."""
+    hi = torch.arange(1, len(tokens) + 1).clamp(min=prefix)[None].int()
+    return model(torch.tensor([tokens]), lo=torch.zeros_like(hi), hi=hi)[0, -1, :n_ids].log_softmax(0)
+
+
+def generate_without_cache(model, prompt, n, policy=None, prefix=False):
+    """Greedy ids, and the pauses before each: what Engine is to say, one whole pass a token."""
+    policy = policy or Never()
+    tokens = BYTES.encode(prompt) or [EOT]
+    ids, pauses, budget, n_prefix = [], [], policy.budget, len(tokens)
+    while len(ids) < n:
+        first = not ids
+        logprobs = logprobs_without_cache(model, tokens, n_prefix if prefix else 0)
+        m = policy.at_prompt if first else policy.per_token
+        if prefix and first and not policy.certain:
+            m = 0
+        asks = logprobs_without_cache(model, tokens, n_prefix if prefix else 0, PAUSE + 1).argmax()[None] == PAUSE
+        if not (
+            m and m <= budget and len(tokens) + m <= model.config.block_size and policy.wants(logprobs[None], asks)
+        ):
+            m = 0
+        tokens, budget = tokens + [PAUSE] * m, budget - m
+        n_prefix += m if first else 0
+        said = logprobs_without_cache(model, tokens, n_prefix if prefix else 0).argmax().item()
+        ids, pauses = [*ids, said], [*pauses, m]
+        if said == EOT or len(tokens) == model.config.block_size:
+            break
+        tokens = [*tokens, said]
+    return ids, pauses
+
+
+POLICIES = [Never(), AfterPrompt(1), AfterPrompt(10), BelowConfidence(0.7, 3), BelowConfidence(1.0, 2, budget=7),
+            OnRequest(4, budget=20)]  # fmt: skip
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix-LM"])
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@pytest.mark.parametrize("style", STYLES)
+def test_a_batch_says_what_whole_passes_say(style, policy, prefix, lockstep):
+    """More prompts than rows, prompts longer than a chunk, every policy."""
+    model, attention = model_of(style), "prefix" if prefix else "causal"
+    ask_now_and_then(model, attention)
+    made = engine_of(model, lockstep).generate(PROMPTS, policy, temperature=0, max_new_tokens=12, attention=attention)
+    expected = [generate_without_cache(model, prompt, 12, policy, prefix) for prompt in PROMPTS]
+    assert [([token.id for token in one.tokens], [token.pauses for token in one.tokens]) for one in made] == expected
+    if policy.per_token:
+        assert sum(one.pauses for one in made) > 0
+
+
+@pytest.mark.parametrize("style", STYLES)
+@settings(max_examples=30, deadline=None)
+@given(
+    schedule=st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_ragged_appends_are_one_pass(style, schedule, seed):
+    """append(q_b tokens to sequence b), any q_b, against the model without a cache: logits to 1e-5."""
+    model = model_of(style, std=0.15, sharpness=1.0)
+    engine = engine_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    sequences, got = [[], [], []], [[], [], []]
+    for counts in schedule:
+        new = torch.randint(BYTES.vocab_size, (3, max(counts) + 1), generator=generator)
+        x = model.head(engine.append(new, torch.tensor(counts)))
+        for b, count in enumerate(counts):
+            sequences[b] += new[b, :count].tolist()
+            got[b].append(x[b, :count])
+    assert engine.length[:3].tolist() == [len(tokens) for tokens in sequences]
+    for tokens, logits in zip(sequences, got):
+        if tokens:
+            with torch.no_grad():
+                torch.testing.assert_close(torch.cat(logits), model(torch.tensor([tokens]))[0], atol=1e-5, rtol=0)
+
+
+def test_prompt_and_pauses_are_one_pass():
+    model, passes = model_of(), []
     hook = model.token_embedding.register_forward_hook(lambda module, args, out: passes.append(args[0].shape[1]))
-    made = list(stream(model, BYTES, "a prompt", pauses=pauses, max_new_tokens=12, temperature=0))
+    engine_of(model, chunk=64).generate(["a prompt"], 10, max_new_tokens=4, temperature=0)
+    assert passes == [18, 1, 1, 1]
+    del passes[:]
+    engine_of(model, lockstep=False, max_batch=1).generate(
+        ["a"], BelowConfidence(1.0, 3), max_new_tokens=3, temperature=0
+    )
     hook.remove()
-    assert made == (expected[: expected.index(BYTES.eot_id)] if BYTES.eot_id in expected else expected)
-    assert passes[0] == 8 + pauses and set(passes[1:]) <= {1}
+    assert passes == [4, 4, 4, 4, 4][: len(passes)]  # a token and three pauses are a step; the host runs ahead
 
 
-def test_pause_and_padding_are_never_sampled():
-    model = model_of({})
+def test_m_pauses_in_a_step_are_m_steps():
+    model = model_of("llama", std=0.15, sharpness=1.0)
+    at_once, one_by_one = engine_of(model), engine_of(model)
+    prompt = torch.tensor([BYTES.encode("a prompt")])
+    pauses = torch.full((1, 10), PAUSE)
+    together = at_once.append(torch.cat((prompt, pauses), 1), torch.tensor([18]))[:, -1]
+    one_by_one.append(prompt, torch.tensor([8]))
+    for _ in range(10):
+        last = one_by_one.append(pauses[:, :1], torch.tensor([1]))[:, -1]
+    torch.testing.assert_close(model.head(together), model.head(last), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_a_text_does_not_depend_on_who_shares_its_batch(lockstep):
+    model = model_of(std=0.1, sharpness=1.0)
+    options = dict(pauses=2, temperature=1.0, top_p=0.95, top_k=200, max_new_tokens=20)
+    together = engine_of(model, lockstep, max_batch=4).generate(PROMPTS, seed=7, **options)
+    alone = [engine_of(model).generate([prompt], seed=7 + i, **options)[0] for i, prompt in enumerate(PROMPTS)]
+    other = engine_of(model, lockstep, max_batch=4).generate(PROMPTS, seed=70, **options)
+    assert [one.ids for one in together] == [one.ids for one in alone] != [one.ids for one in other]
+    assert len({tuple(one.ids) for one in engine_of(model).generate(["x"] * 5, **options)}) == 5
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 64])
+def test_a_prompt_in_chunks_is_the_whole_prompt(chunk):
+    model = model_of()
+    expected = [generate_without_cache(model, prompt, 8, AfterPrompt(6))[0] for prompt in PROMPTS]
+    for lockstep in (True, False):
+        made = engine_of(model, lockstep, chunk=chunk).generate(PROMPTS, 6, temperature=0, max_new_tokens=8)
+        assert [[token.id for token in one.tokens] for one in made] == expected
+
+
+def test_a_long_prompt_does_not_stop_the_others():
+    model = model_of()
+    order = [token.sequence for token in engine_of(model, chunk=4).stream(["x", "y" * 40], max_new_tokens=12)]
+    assert order.index(1) >= 8  # ten chunks, and a token of the first prompt after each
+
+
+def test_the_numbers_of_a_token():
+    model = model_of()
+    policy = BelowConfidence(0.5, 3)
+    (made,) = engine_of(model).generate(["a prompt"], policy, temperature=0, max_new_tokens=12, trace=True)
+    tokens = BYTES.encode("a prompt")
+    for token in made.tokens:
+        without = logprobs_without_cache(model, tokens)
+        tokens += [PAUSE] * token.pauses
+        behind = logprobs_without_cache(model, tokens)
+        tokens += [token.id]
+        assert (token.pauses > 0) == (without.max().exp() < 0.5).item()
+        assert token.logprob == pytest.approx(behind[token.id].item(), abs=1e-4)
+        assert token.logprob_without == pytest.approx(without[token.id].item(), abs=1e-4)
+        for top, truth in ((token.top, behind), (token.top_without, without)):
+            assert [i for i, _ in top] == truth.topk(5).indices.tolist()
+            assert [x for _, x in top] == pytest.approx(truth.topk(5).values.tolist(), abs=1e-4)
+    assert {token.pauses for token in made.tokens} == {0, 3}
+
+
+# Ends and bad input
+
+
+def test_pause_and_padding_are_never_said():
+    model = model_of("modern")
     with torch.no_grad():
-        model.head.weight[BYTES.pause_id :] = 100 * model.head.weight.abs().max()
-    for seed in range(20):
-        assert all(i < BYTES.pause_id for i in stream(model, BYTES, "x", temperature=5.0, seed=seed, max_new_tokens=20))
-
-
-def test_the_seed_decides_the_text():
-    model = model_of({})
-    once, again, other = (list(stream(model, BYTES, "x", seed=seed, max_new_tokens=20)) for seed in (1, 1, 2))
-    assert once == again != other
+        model.head.weight[PAUSE:] = 100 * model.head.weight.abs().max()
+    for policy in (0, BelowConfidence(1.0, 1), OnRequest(1, budget=3)):
+        made = engine_of(model).generate(["x"] * 20, policy, temperature=5.0, max_new_tokens=20)
+        assert all(i < PAUSE for one in made for i in one.ids)
 
 
 def test_the_context_is_the_limit():
-    model = model_of({}, block_size=16)
+    model = model_of(block_size=16)
     with torch.no_grad():
-        model.head.weight[BYTES.eot_id] = 0  # a logit of 0 is not the largest
-    count = lambda prompt, **keys: len(list(stream(model, BYTES, prompt, temperature=0, **keys)))  # noqa: E731
-    assert count("x" * 10, pauses=2, max_new_tokens=100) == 16 - 12 + 1
-    assert count("x" * 16, max_new_tokens=100) == 1
-    assert count("x" * 10, max_new_tokens=3) == 3
-    with pytest.raises(UserError, match="17 tokens, and the model reads 16 at most"):
-        next(stream(model, BYTES, "x" * 10, pauses=7))
-    assert list(stream(model, BYTES, "", max_new_tokens=0)) == []
+        model.head.weight[EOT] = 0  # a logit of 0 is not the largest
+
+    def count(prompt, pauses=0, **options):
+        (made,) = engine_of(model).generate([prompt], pauses, temperature=0, **{"max_new_tokens": 100} | options)
+        return len(made.tokens), made.pauses, made.end
+
+    assert count("x" * 10, pauses=2) == (16 - 12 + 1, 2, "context")  # the last token is not read
+    assert count("x" * 16) == (1, 0, "context")
+    assert count("x" * 10, max_new_tokens=3) == (3, 0, "length")
+    assert count("x" * 10, max_new_tokens=0) == (0, 0, "length")
+    assert count("", pauses=15) == (1, 15, "context")
+    assert count("x" * 13, pauses=BelowConfidence(1.0, 2)) == (2, 2, "context")  # no room for two more
+    assert count("x" * 15, pauses=BelowConfidence(1.0, 2)) == (2, 0, "context")
+    assert count("x" * 10, max_new_tokens=2, pauses=OnRequest(7)) == (2, 0, "length")
+    with pytest.raises(UserError, match=r"prompt 1 and its pauses are 10 \+ 7 tokens, and at most 16 can be read"):
+        engine_of(model).stream(["x", "x" * 10], 7)
+    with pytest.raises(UserError, match=r"prompt 0 and its pauses are 17 \+ 0 tokens"):
+        engine_of(model).stream(["x" * 17], BelowConfidence(0.5, 1))
+    assert engine_of(model, max_length=8).generate(["x" * 8], max_new_tokens=9)[0].end == "context"
+    assert engine_of(model).generate([]) == []
 
 
 @pytest.mark.parametrize("key, value", [("pauses", -1), ("max_new_tokens", -1), ("temperature", -1.0), ("top_p", 2.0),
                                         ("temperature", float("nan")), ("top_k", -1), ("seed", 10**20)])  # fmt: skip
 def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
     with pytest.raises(UserError, match=f"{key}={value}".replace("+", "[+]")):
-        stream(model_of({}), BYTES, "x", **{key: value})
+        engine_of(model_of()).stream(["x"], **{key: value})
+
+
+@pytest.mark.parametrize("make, text", [
+    (lambda: BelowConfidence(1.5, 1), "threshold=1.5 must be 0 to 1"),
+    (lambda: BelowConfidence(0.5, 0), "pauses=0 must be 1 to"),
+    (lambda: OnRequest(1, budget=-1), "budget=-1 must be 0 to"),
+    (lambda: StopWhenUseless(Never(), min_count=1), "min_count=1 must be 2 to"),
+    (lambda: Engine(model_of(), BYTES, max_length=65), "max_length=65 must be 1 to 64"),
+    (lambda: engine_of(model_of()).stream(["x"], attention="both"), "attention='both' is neither"),
+    (lambda: engine_of(model_of()).stream(["x"], StopWhenUseless(AfterPrompt(2)), attention="prefix"), "taken back"),
+])  # fmt: skip
+def test_what_cannot_be_is_one_sentence(make, text):
+    with pytest.raises(UserError, match=text):
+        make()
+
+
+def test_an_engine_serves_again_after_an_abandoned_stream():
+    model = model_of()
+    engine = engine_of(model)
+    next(engine.stream(PROMPTS, max_new_tokens=50))
+    again = engine.generate(PROMPTS, temperature=0, max_new_tokens=9)
+    assert [one.ids for one in again] == [
+        one.ids for one in engine_of(model).generate(PROMPTS, temperature=0, max_new_tokens=9)
+    ]
+
+
+# Sampling
 
 
 def test_top_k_and_top_p_restrict():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    drawn = lambda k, p: {sample(logits, 1.0, k, p, torch.Generator().manual_seed(i)).item() for i in range(200)}  # noqa: E731
-    assert drawn(0, 1.0) == {0, 1, 2, 3}
-    assert drawn(2, 1.0) == {0, 1}
-    assert drawn(0, 0.5) == {0}
-    assert drawn(0, 0.79) == {0, 1}
-    assert drawn(0, 0.81) == {0, 1, 2}
-    assert drawn(0, 0.0) == {0}
-    assert sample(logits, 0.0, 0, 1.0, torch.Generator()).item() == 0
-    assert sample(logits, 1e-40, 0, 1.0, torch.Generator()).item() == 0
+    logprobs = torch.tensor([[0.3, 0.5, 0.05, 0.15]]).log()
+
+    def drawn(temperature, top_k, top_p):
+        noise = gumbel(torch.arange(200), torch.zeros(200, dtype=torch.int64), 4)
+        return set(Sampling(temperature, top_k, top_p).choose(logprobs.expand(200, 4), noise).tolist())
+
+    assert drawn(1.0, 0, 1.0) == {0, 1, 2, 3}
+    assert drawn(1.0, 2, 1.0) == {0, 1}
+    assert drawn(1.0, 9, 1.0) == {0, 1, 2, 3}
+    assert drawn(1.0, 0, 0.49) == {1}
+    assert drawn(1.0, 0, 0.79) == {0, 1}
+    assert drawn(1.0, 0, 0.81) == {0, 1, 3}
+    assert drawn(1.0, 0, 0.0) == {1}
+    assert drawn(0.0, 0, 1.0) == {1}
+    assert drawn(1e-40, 0, 1.0) == {1}
+
+
+def test_draws_have_the_probabilities_and_no_relatives():
+    """By χ² at 5 standard deviations, over seeds, over places, and of pairs of neighbouring ones."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    n = 20_000
+    numbers, zeros = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    by_seed, by_place = (
+        Sampling(1.0).choose(p.log().expand(n, 4), gumbel(*noise, 4)) for noise in ((numbers, zeros), (zeros, numbers))
+    )
+    pairs = torch.outer(p, p).flatten()
+    for drawn, probability in (
+        (by_seed, p), (by_place, p), (4 * by_seed + by_place, pairs), (4 * by_seed[1:] + by_seed[:-1], pairs),
+        (4 * by_place[1:] + by_place[:-1], pairs),
+    ):  # fmt: skip
+        counts, expected = drawn.bincount(minlength=len(probability)), len(drawn) * probability
+        chi2, free = ((counts - expected) ** 2 / expected).sum(), len(probability) - 1
+        assert abs(chi2 - free) < 5 * math.sqrt(2 * free)
+
+
+# Turning pauses off
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("inner", [AfterPrompt(4), BelowConfidence(1.0, 2), OnRequest(2)], ids=repr)
+def test_stop_when_useless_measures_and_stops(inner, lockstep):
+    model = model_of()
+    ask_now_and_then(model)
+    policy = StopWhenUseless(inner, min_gain=1e6, min_count=6)
+    made = engine_of(model, lockstep).generate([*PROMPTS, *PROMPTS], policy, temperature=0, max_new_tokens=12)
+    gains = [token.logprob - token.logprob_without for one in made for token in one.tokens if token.pauses]
+    # A step may bring several sequences over the count at once.
+    assert 6 <= len(gains) <= 8
+    mean, deviation = sum(gains) / len(gains), torch.tensor(gains).double().std().item()
+    got_mean, got_bound = (x.item() for x in policy._mean_and_bound())
+    assert got_mean == pytest.approx(mean, abs=1e-4)
+    assert got_bound == pytest.approx(3 * deviation / math.sqrt(len(gains)), abs=1e-4)
+    assert f"pausing turned off after {len(gains)} times" in policy.report()
+    later = engine_of(model, lockstep).generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
+    never = engine_of(model, lockstep).generate(PROMPTS, 0, temperature=0, max_new_tokens=12)
+    assert [one.ids for one in later] == [one.ids for one in never]
+
+
+def test_pauses_that_matter_stay():
+    model = model_of()
+    policy = StopWhenUseless(BelowConfidence(1.0, 2), min_gain=0.01, min_count=6)
+    made = engine_of(model).generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
+    assert Counter(token.pauses for one in made for token in one.tokens) == {2: sum(len(one.tokens) for one in made)}
+    assert "left on" in policy.report()
+    assert "not measured" in StopWhenUseless(Never()).report()
+
+
+# On a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs and synchronisation are a GPU's")
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_on_a_gpu_graphs_replay_and_nothing_waits(policy):
+    model = model_of()
+    expected = [generate_without_cache(model, prompt, 12, policy)[0] for prompt in PROMPTS]
+    engine = Engine(model.cuda(), BYTES, max_batch=3, chunk=7)
+    for _ in range(2):  # captured, then replayed
+        torch.cuda.set_sync_debug_mode("error" if engine.graphs else "default")
+        try:
+            made = engine.generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert [[token.id for token in one.tokens] for one in made] == expected

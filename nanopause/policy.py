@@ -1,0 +1,164 @@
+"""When to pause. What pauses are is pauses.py; what they cost is the engine's step.
+
+A policy says how many pauses follow the prompt and how many ride along with every token; the engine reads them in the
+same step, and the policy then says, from what the model would say without them, whether they count. If not, they are
+taken back. All of it happens on the device, for all sequences of a batch at once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanopause.errors import UserError
+
+
+def check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{name}={value} must be {low:g} to {high:g}")
+
+
+class Policy:
+    """What the engine asks. The numbers are pauses of one sequence."""
+
+    at_prompt = 0  # behind the prompt
+    per_token = 0  # behind every token that the model wrote
+    budget = 0  # kept, in all
+    certain = False  # kept whatever the model would say without them
+    asks = False  # the model may say <|pause|> itself
+
+    def wants(self, logprobs: Tensor, asks: Tensor | None) -> Tensor:
+        """Which sequences pause before their next token, bool [n].
+
+        logprobs: float32 [n, V], of the text that may come next, without pauses. asks: bool [n], where the model would
+        say <|pause|>; None unless `asks` is set."""
+        return torch.ones_like(logprobs[:, 0], dtype=torch.bool)
+
+    def observe(self, gain: Tensor, paused: Tensor) -> None:
+        """gain: float [n], by how many nats the pauses raised the log-probability of what was said after them; of the
+        sequences `paused`, bool [n]."""
+
+    def is_off(self) -> Tensor | bool:
+        """Whether it has stopped pausing, bool []."""
+        return False
+
+    def tensors(self) -> list[Tensor]:
+        """What it measures."""
+        return []
+
+    def to(self, device: torch.device) -> None:
+        """Move what it measures to a device."""
+
+
+@dataclass
+class Never(Policy):
+    """No pauses."""
+
+
+@dataclass
+class AfterPrompt(Policy):
+    """`pauses` pauses after the prompt [Goyal et al. 2023, Algorithm 3]."""
+
+    pauses: int
+    certain = True
+
+    def __post_init__(self):
+        check("pauses", self.pauses, 0, 2**31)
+        self.at_prompt = self.budget = self.pauses
+
+
+@dataclass
+class BelowConfidence(Policy):
+    """`pauses` pauses before a token whose highest probability is below `threshold`, at most `budget` pauses a text."""
+
+    threshold: float
+    pauses: int
+    budget: int = 1000
+
+    def __post_init__(self):
+        check("threshold", self.threshold, 0, 1)
+        check("pauses", self.pauses, 1, 2**31)
+        check("budget", self.budget, 0, 2**31)
+        self.at_prompt = self.per_token = self.pauses
+
+    def wants(self, logprobs, asks):
+        return logprobs.amax(-1).exp() < self.threshold
+
+
+@dataclass
+class OnRequest(Policy):
+    """`pauses` pauses where the model says <|pause|>, at most `budget` pauses a text; after them it says text.
+
+    For models whose training had a loss on pauses, or that were prompted with them: others never ask.
+    """
+
+    pauses: int
+    budget: int = 1000
+    asks = True
+
+    def __post_init__(self):
+        check("pauses", self.pauses, 1, 2**31)
+        check("budget", self.budget, 0, 2**31)
+        self.at_prompt = self.per_token = self.pauses
+
+    def wants(self, logprobs, asks):
+        return asks
+
+
+@dataclass(eq=False)  # it measures: two of them are not the same
+class StopWhenUseless(Policy):
+    """A policy that is turned off, for all texts that follow, once it is clear that its pauses change nothing.
+
+    The gain of pausing is log p(said | pauses) − log p(said | none), said being the token said after the pauses. Where
+    that is drawn at temperature 1, the mean gain is the divergence KL(with ‖ without): 0 if and only if pauses change
+    nothing of what the model would have said. Whether a change is for the better, this cannot know.
+
+    Pausing stops when, after `min_count` times, the mean gain is below `min_gain` nats with confidence: mean +
+    z · standard deviation / √count < min_gain. It is looked at every time, hence the high z.
+    """
+
+    policy: Policy
+    min_gain: float = 0.01
+    min_count: int = 50
+    z: float = 3.0
+
+    def __post_init__(self):
+        check("min_gain", self.min_gain, 0, 1e6)
+        check("min_count", self.min_count, 2, 2**31)
+        self.at_prompt, self.per_token = self.policy.at_prompt, self.policy.per_token
+        self.budget, self.asks = self.policy.budget, self.policy.asks
+        self.sums = torch.zeros(3, dtype=torch.float64)  # of 1, gain and gain²
+
+    def to(self, device):
+        self.sums = self.sums.to(device)
+
+    def _mean_and_bound(self) -> tuple[Tensor, Tensor]:
+        """The mean gain, and by how much it may be off."""
+        count = self.sums[0].clamp(min=1)
+        mean = self.sums[1] / count
+        variance = (self.sums[2] / count - mean**2).clamp(min=0) * count / (count - 1).clamp(min=1)
+        return mean, self.z * (variance / count).sqrt()
+
+    def tensors(self):
+        return [self.sums]
+
+    def is_off(self):
+        mean, bound = self._mean_and_bound()
+        return (self.sums[0] >= self.min_count) & (mean + bound < self.min_gain)
+
+    def wants(self, logprobs, asks):
+        return self.policy.wants(logprobs, asks) & ~self.is_off()
+
+    def observe(self, gain, paused):
+        # Once it is off, the figures that turned it off stay.
+        gain = torch.where(paused & ~self.is_off(), gain, 0).double()
+        self.sums += torch.stack(((paused & ~self.is_off()).sum(), gain.sum(), (gain**2).sum()))
+
+    def report(self) -> str:
+        """What was measured, in a sentence."""
+        if not self.sums[0]:
+            return "pausing was not measured: no pause"
+        mean, bound = (x.item() for x in self._mean_and_bound())
+        state = "turned off" if self.is_off() else "left on"
+        return (f"pausing {state} after {int(self.sums[0])} times: they raised the log-probability of what was said by "
+                f"{mean:.4f} ± {bound:.4f} nats; useless is below {self.min_gain:g}")  # fmt: skip
