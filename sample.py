@@ -1,63 +1,246 @@
 """Write text with a model that train.py made.
 
-python sample.py --out_dir=out/pause --prompt="The function returns" --pauses=10
+One prompt, or several; a file of them, a line each; or a conversation of prompts at the terminal:
+    python sample.py --out_dir=out/pause --prompt="The function returns" --pauses=10 --show_pauses
+    python sample.py --prompt="Return a" --prompt="Raises" --trace=out.html
+    python sample.py --prompt_file=prompts.txt --json
+    python sample.py --prompt_file=-
+Pauses where the model is unsure, turned off once they are seen to change nothing:
+    python sample.py --prompt="Return a" --pauses=5 --pause_when=below_confidence --threshold=0.3 --stop_when_useless
 """
 
 import codecs
+import json
+import statistics
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+import torch
 import tyro
 
 import kernels
-from nanopause import checkpoint, engine, errors
+from nanopause import checkpoint, cli, errors
 from nanopause.distributed import Processes
+from nanopause.engine import Engine, Generation, Token
+from nanopause.errors import UserError
+from nanopause.policy import AfterPrompt, BelowConfidence, OnRequest, Policy, StopWhenUseless
+from nanopause.tokenizer import Tokenizer
+from nanopause.trace import page
+
+# The untrained imitation of pauses by a prompt alone: background, possible solutions, the best of them and why.
+STEPWISE = """{prompt}
+
+Answer in this order. First, the background: what is known about this problem. Then, the possible solutions, one by one.
+Last, the best of them, and why.
+"""
 
 
-def main(
-    out_dir: str = "out/pause",
-    prompt: str = "",
-    pauses: int = 0,
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 1337,
-    show_pauses: bool = False,
-    device: str = "auto",
-) -> None:
-    """Continue a prompt, thinking for some pauses before the first token.
+@dataclass
+class Settings:
+    out_dir: str = "out/pause"
+    """Folder of a training run; its newest intact checkpoint is read."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text to continue; several times for several texts. None: a new document."""
+    prompt_file: str = ""
+    """File with a prompt a line; - is standard input, at a terminal a conversation of prompts."""
+    prompt_style: Literal["plain", "stepwise"] = "plain"
+    """stepwise asks for background, solutions and the best of them: pauses imitated by a prompt, without training."""
+    filler: str = "."
+    """Text that is repeated n_filler times after the prompt: the baseline of pauses that nobody trained."""
+    n_filler: int = 0
+    """How often the filler stands after the prompt."""
+    pauses: int = 0
+    """Pauses, wherever they go."""
+    pause_when: Literal["after_prompt", "below_confidence", "on_request"] = "after_prompt"
+    """After the prompt; before tokens that are less likely than the threshold; or where the model says <|pause|>."""
+    threshold: float = 0.5
+    """Of below_confidence: the highest probability of a token from which on there is no pause."""
+    pause_budget: int = 100
+    """Pauses that a text may have, unless after_prompt."""
+    stop_when_useless: bool = False
+    """Turn pauses off once it is clear that they change nothing of what the model says."""
+    attention: Literal["causal", "prefix"] = "causal"
+    """prefix: prompt and pauses read each other both ways, for models that were finetuned so."""
+    max_new_tokens: int = 200
+    """Tokens to write at most, a prompt."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 does not restrict."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probabilities reach this."""
+    seed: int = 1337
+    """Of the sampling; the i-th prompt has seed + i."""
+    batch_size: int = 8
+    """Prompts at a time."""
+    show_pauses: bool = False
+    """Print a mark for every pause."""
+    json: bool = False
+    """Print one JSON object a prompt, in the order of the prompts, instead of the text."""
+    trace: str = ""
+    """HTML file to write: every token shaded by its likelihood, with what was likeliest before and after pauses."""
+    device: str = "auto"
+    """cpu, cuda, …; auto takes a GPU where there is one."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of weights and cache; auto is bfloat16 on a GPU."""
 
-    Args:
-        out_dir: Folder of a training run; its newest intact checkpoint is read.
-        prompt: Text to continue. Empty: a new document.
-        pauses: Pauses after the prompt, read in the same pass.
-        max_new_tokens: Tokens to write at most.
-        temperature: 0 takes the likeliest token.
-        top_k: Sample among the k likeliest tokens; 0 does not restrict.
-        top_p: Sample among the fewest tokens whose probabilities reach this.
-        seed: Of the sampling.
-        show_pauses: Print a mark for every pause.
-        device: "cpu", "cuda", …; "auto" takes a GPU where there is one.
-    """
-    device = Processes(device).device
-    model, tokenizer, _ = checkpoint.load(Path(out_dir), device)
-    ids = engine.stream(
-        model, tokenizer, prompt, pauses=pauses, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-    )  # fmt: skip
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+
+def policy_of(settings: Settings) -> Policy:
+    """What --pauses, --pause_when and --stop_when_useless say."""
+    n, budget = settings.pauses, settings.pause_budget
+    if n == 0 and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
+        raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=5, say")
+    if settings.pause_when == "after_prompt":
+        policy = AfterPrompt(n)
+    elif settings.pause_when == "below_confidence":
+        policy = BelowConfidence(settings.threshold, n, budget)
+    else:
+        policy = OnRequest(n, budget)
+    return StopWhenUseless(policy) if settings.stop_when_useless else policy
+
+
+def read_prompts(settings: Settings) -> Iterator[list[str]]:
+    """Prompts, those that are answered together; at a terminal one after the other."""
+    if settings.prompt and settings.prompt_file:
+        raise UserError("--prompt and --prompt_file both say what to continue: leave one out")
+    if not settings.prompt_file:
+        yield list(settings.prompt) or [""]
+    elif settings.prompt_file != "-":
+        yield Path(settings.prompt_file).read_text("utf-8").splitlines()
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read().splitlines()
+    else:
+        while True:
+            try:
+                yield [input("> ")]
+            except EOFError:
+                return
+
+
+class Printer:
+    """Prints the texts in the order of their prompts, each as far as it has come."""
+
+    def __init__(self, prompts: list[str], tokenizer: Tokenizer, show_pauses: bool):
+        self.prompts, self.tokenizer, self.show_pauses = prompts, tokenizer, show_pauses
+        self.coming = [[] for _ in prompts]  # tokens of each text that are not printed yet
+        self.current = -1
+        self.begin_next()
+
+    def begin_next(self) -> None:
+        self.current += 1
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
+        if self.current < len(self.prompts):
+            print(self.prompts[self.current], end="", flush=True)
+
+    def add(self, token: Token) -> None:
+        self.coming[token.sequence].append(token)
+        while self.current < len(self.prompts) and self.coming[self.current]:
+            token = self.coming[self.current].pop(0)
+            if self.show_pauses and token.pauses:
+                print("<|pause|>" + f"×{token.pauses}" * (token.pauses > 1), end="")
+            text = b"" if token.end == "eot" else self.tokenizer.decode_bytes([token.id])
+            print(self.decoder.decode(text, final=token.end is not None), end="\n" if token.end else "", flush=True)
+            if token.end:
+                self.begin_next()
+
+
+def as_json(prompt: str, generation: Generation, tokenizer: Tokenizer) -> str:
+    """A line: the text, and of every token, an end of text included, its id, the pauses before it and its
+    log-probability in nats."""
+    return json.dumps({
+        "prompt": prompt,
+        "text": tokenizer.decode(generation.ids),
+        "end": generation.end,
+        "ids": [token.id for token in generation.tokens],
+        "pauses": [token.pauses for token in generation.tokens],
+        "logprobs": [token.logprob for token in generation.tokens],
+    })  # fmt: skip
+
+
+def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int], generations: list[Generation]) -> float:
+    """What the pauses added to the time of these texts: passes with and without them, by turns, the median of seven
+    differences, times how many there were. It is measured on the engine's cache, afterwards."""
+    n, context = min(engine.max_batch, len(generations)), round(statistics.mean(prompt_lengths))
+    n_tokens, n_paused = (sum(bool(f(t)) for g in generations for t in g.tokens) for f in (bool, lambda t: t.pauses))
+
+    def seconds(context: int, *counts: int) -> float:
+        """Of appending counts[0], then counts[1], … tokens to n sequences that hold `context`."""
+        engine.length[:n] = context
+        start = time.perf_counter()
+        for count in counts:
+            x = engine.append(
+                torch.zeros(n, count, dtype=torch.int64, device=engine.device),
+                torch.full((n,), count, device=engine.device),
+            )
+        x[0, 0, 0].item()  # waits
+        return time.perf_counter() - start
+
+    def added(context: int, without: tuple[int, ...], with_pauses: tuple[int, ...]) -> float:
+        differences = [seconds(context, *with_pauses) - seconds(context, *without) for _ in range(8)]
+        return statistics.median(differences[1:]) / n  # the first warms up
+
+    if not n_paused:
+        return 0.0
+    if not policy.per_token:
+        return n_paused * added(0, (context,), (context + policy.at_prompt,))
+    context = min(context, engine.max_length - 1 - policy.per_token)
+    if engine.lockstep:  # a pass for those that want pauses
+        return n_paused * added(context, (1,), (1, policy.per_token))
+    return n_tokens * added(context, (1,), (1 + policy.per_token,))
+
+
+def main() -> None:
+    settings = cli.parse(Settings, sys.argv[1:], "python sample.py", __doc__)
+    policy = policy_of(settings)
+    device = Processes(settings.device).device
+    model, tokenizer, _ = checkpoint.load(Path(settings.out_dir), device)
+    if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
+        model = model.bfloat16()
     kernels.choose(None, device)  # says which, before the text
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    print(prompt + "<|pause|>" * (pauses if show_pauses else 0), end="", flush=True)
-    begin, n = time.perf_counter(), 0
-    for token in ids:
-        n += 1
-        print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
-    print(f"{n} tokens, {n / (time.perf_counter() - begin):.0f} tokens/s, {pauses} pauses", file=sys.stderr)
+    prompts, generations, seconds = [], [], 0.0
+    for group in read_prompts(settings):
+        if settings.prompt_style == "stepwise":
+            group = [STEPWISE.format(prompt=prompt) for prompt in group]
+        group = [prompt + settings.filler * settings.n_filler for prompt in group]
+        if not prompts:
+            engine = Engine(model, tokenizer, max_batch=max(1, min(settings.batch_size, len(group))))
+        tokens = engine.stream(
+            group, policy, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed, attention=settings.attention,
+            trace=bool(settings.trace),
+        )  # fmt: skip
+        made = [Generation() for _ in group]
+        printer = None if settings.json else Printer(group, tokenizer, settings.show_pauses)
+        start = time.perf_counter()
+        for token in tokens:
+            made[token.sequence].tokens.append(token)
+            if printer:
+                printer.add(token)
+        seconds += time.perf_counter() - start
+        if printer and not settings.max_new_tokens:
+            print()
+        if settings.json:
+            print(*(as_json(*each, tokenizer) for each in zip(group, made)), sep="\n", flush=True)
+        prompts, generations = prompts + group, generations + made
+
+    n_tokens, n_pauses = (sum(f(g) for g in generations) for f in (lambda g: len(g.tokens), lambda g: g.pauses))
+    text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_pauses} pauses"
+    if n_pauses:
+        lengths = [len(tokenizer.encode(prompt)) or 1 for prompt in prompts]
+        added = added_seconds(engine, policy, lengths, generations)
+        text += f", which added {1000 * added:.1f} of {1000 * seconds:.0f} ms"
+    print(text, file=sys.stderr)
+    if isinstance(policy, StopWhenUseless):
+        print(policy.report(), file=sys.stderr)
+    if settings.trace:
+        Path(settings.trace).write_text(page(settings.out_dir, prompts, generations, tokenizer), "utf-8")
+        print(f"written: {settings.trace}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    errors.run(lambda: tyro.cli(main, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    errors.run(main)

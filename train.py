@@ -26,10 +26,11 @@ from torch.optim import Optimizer
 
 import kernels
 from data.pydocs import prepare_pydocs
-from nanopause import checkpoint, engine, errors, flops, metrics
+from nanopause import checkpoint, errors, flops, metrics
 from nanopause.config import load_config
 from nanopause.data import Batch, Corpus, TrainingBatches, prefetch, validation_batches
 from nanopause.distributed import Processes
+from nanopause.engine import Engine
 from nanopause.errors import UserError
 from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates
@@ -215,10 +216,10 @@ def main():
             ticker.say(f"stopped by SIGTERM after step {done} of {out_dir}: continue with --resume")
         elif processes.is_main:
             metrics.plot(log.rows, out_dir / "loss.png", out_dir.name)
-            ids = engine.stream(
-                model, tokenizer, "", max_new_tokens=config.block_size, temperature=0.7, seed=config.seed
+            (sample,) = Engine(model.eval(), tokenizer, max_batch=1).generate(
+                [""], max_new_tokens=config.block_size, temperature=0.7, seed=config.seed
             )
-            ticker.say(f"\na sample:\n{tokenizer.decode(list(ids))}\n\nwritten: {out_dir} (checkpoints, metrics.jsonl, "
+            ticker.say(f"\na sample:\n{sample.text}\n\nwritten: {out_dir} (checkpoints, metrics.jsonl, "
                        f"loss.png); try: python sample.py --out_dir={out_dir}")  # fmt: skip
         if processes.is_main:
             log.finish()

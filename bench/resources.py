@@ -57,7 +57,7 @@ def cases(quick: bool) -> list[dict]:
 
 @contextmanager
 def caught_launches(arch: str, compiled: bool = True):
-    """Yields a list that gets (name, options, kernel compiled for arch or None) of every launch, which is not started."""
+    """Yields a list that gets (name, options, kernel compiled for arch or None) of launches, which are not started."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction

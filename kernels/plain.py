@@ -24,7 +24,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | N
             first = min(max(int(lo[:, 0].min()), 0), last - 1)
             k, v = k[:, first:last], v[:, first:last]
         s = torch.arange(first, last, device=q.device)
-        # SDPA turns a row without keys into NaN, forward and backward: it reads the first key instead and is zeroed after.
+        # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
         mask = (((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == first)))[:, None]
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),

@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from nanopause.cli import parse
 from nanopause.errors import UserError
 from nanopause.model import GPTConfig
 
@@ -123,14 +124,7 @@ def _arguments(file: str) -> list[str]:
 
 
 def _parse(args: list[str]) -> Config:
-    """Command-line arguments to a Config; a wrong one ends the program with its name, its help and exit code 2."""
-    return tyro.cli(
-        Config,
-        prog="python train.py [config/a.py config/b.py …]",
-        args=args,
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-    )
+    return parse(Config, args, "python train.py [config/a.py config/b.py …]")
 
 
 def load_config(args: list[str]) -> Config:
@@ -139,8 +133,7 @@ def load_config(args: list[str]) -> Config:
     A boolean key alone means True. Raises UserError, or SystemExit where an argument is not understood.
     """
     files = [arg for arg in args if not arg.startswith("-")]
-    booleans = {f"--{field.name}" for field in fields(Config) if field.type in (bool, bool | None)}
-    settings = [f"{arg}=True" if arg in booleans else arg for arg in args if arg.startswith("-")]
+    settings = [arg for arg in args if arg.startswith("-")]
     from_files = []
     for file in files:
         arguments = _arguments(file)

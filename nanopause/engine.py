@@ -98,9 +98,6 @@ class Generation:
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
 
-    def add(self, token: Token) -> None:
-        self.tokens.append(token)
-
     @property
     def ids(self) -> list[int]:
         return [token.id for token in self.tokens if token.end != "eot"]
@@ -111,7 +108,7 @@ class Generation:
 
     @property
     def end(self) -> str:
-        """ "eot", "length" or "context"."""
+        """Why it ended, see Token."""
         return self.tokens[-1].end if self.tokens else "length"
 
 
@@ -138,11 +135,11 @@ class _Pass(NamedTuple):
 
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
-    included. chunk: tokens of prompts that one pass reads, so that a long prompt does not keep others waiting; the
-    prefix of a prefix-LM is not cut."""
+    included. chunk: tokens of prompts that are read before all others get a token more; the prefix of a prefix-LM is
+    not cut. It serves one stream at a time."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 512
+        self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
     ):
         self.model, self.tokenizer, self.max_batch, self.chunk = model, tokenizer, max_batch, chunk
         self.max_length = model.config.block_size if max_length is None else max_length
@@ -168,8 +165,12 @@ class Engine:
     def append(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """Append the first counts[b] of tokens[b] to sequence b < n; they read all tokens before them.
 
-        tokens: int64 [n, Q]; counts: int64 [n], 0 to Q, for which there must be room. Returns the residual stream
-        after the last norm, [n, Q, C]; rows from counts[b] on say nothing."""
+        tokens: int64 [n, Q]; counts: int64 [n], 0 to Q, for which there must be room: self.length is what they hold.
+        Returns the residual stream after the last norm, [n, Q, C], up to the next call on a GPU; rows from counts[b]
+        on say nothing."""
+        return self._run(("append", *tokens.shape), self._append, tokens, counts)
+
+    def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
         n, Q = tokens.shape
         j = torch.arange(Q, device=self.device)
         new, length = j < counts[:, None], self.length[:n, None]
@@ -189,15 +190,15 @@ class Engine:
         room = (self.budget[who] >= ride) & (self.length[who] + 1 + ride <= self.max_length)
         rode = ride * room * alive
         if not ride:
-            return self._settle(who, head(self.append(token, alive)[:, 0]))
+            return self._settle(who, head(self._append(token, alive)[:, 0]))
         if self.lockstep:
-            without = head(self.append(token, alive)[:, 0])
+            without = head(self._append(token, alive)[:, 0])
             kept = rode * self._wants(who, without)
-            x = self.append(torch.full((n, ride), pause_id), kept) if kept.any() else None
+            x = self._append(token.new_full((n, ride), pause_id), kept) if kept.any() else None
             behind = without if x is None else head(x[:, -1])
         else:
-            x = self.append(F.pad(token, (0, ride), value=pause_id), alive + rode)
-            without, behind = head(x[:, [0, ride]]).unbind(1)
+            x = self._append(F.pad(token, (0, ride), value=pause_id), alive + rode)
+            without, behind = head(x[:, ::ride]).unbind(1)
             kept = rode * self._wants(who, without)
             self.length[who] += kept - rode
         return self._settle(who, without, behind, kept)
@@ -351,7 +352,7 @@ class Engine:
         """What `stream` makes of each prompt, in their order."""
         made = [Generation() for _ in prompts]
         for token in self.stream(prompts, pauses, **options):
-            made[token.sequence].add(token)
+            made[token.sequence].tokens.append(token)
         for generation in made:
             generation.text = self.tokenizer.decode(generation.ids)
         return made
@@ -369,8 +370,7 @@ class Engine:
                 running[-1].slot = slot
             n = self._close_ranks(running)
             reading = [sequence for sequence in running if sequence.read < len(sequence.prompt)]
-            if reading:
-                in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
+            in_flight.extend(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
             writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
             if writing:
                 ride = 0 if off else policy.per_token
@@ -397,44 +397,51 @@ class Engine:
                 sequence.slot = slot
         return n
 
-    def _read_prompts(self, reading: list[_Sequence], max_new_tokens: int, at_prompt: int, prefix: bool) -> _Pass:
-        """A pass over the next tokens of prompts, up to `chunk` of them. The last token of a prompt and its pauses are
-        of one pass, for the policy compares them. A CPU takes one prompt a pass: its attention is a dense one."""
-        S, pause_id = self.max_length + 1, self.tokenizer.pause_id
-        columns, begun, sequences, n = [], {}, [], 0
+    def _read_prompts(
+        self, reading: list[_Sequence], max_new_tokens: int, at_prompt: int, prefix: bool
+    ) -> Iterator[_Pass]:
+        """Read the next tokens of prompts, up to `chunk`. The last token of a prompt and its pauses are not parted, for
+        the policy compares them. In lockstep every prompt has a pass of its own: attention in plain PyTorch is dense.
+        """
+        S, pause_id, parts, n_read = self.max_length + 1, self.tokenizer.pause_id, [], 0
         for sequence in sorted(reading, key=lambda sequence: sequence.slot):
-            start, length, room = sequence.read, len(sequence.prompt), self.chunk - n
+            start, length, room = sequence.read, len(sequence.prompt), self.chunk - n_read
             ride = at_prompt if length + at_prompt <= self.max_length else 0
             rest = length - start
-            if n and (room <= 0 or (prefix and rest + ride > room)):
+            if parts and (room <= 0 or (prefix and rest + ride > room)):
                 break
             ends = prefix or rest == 1 or rest + ride <= room
-            take = rest if ends else min(rest - 1, room)
-            ids = sequence.prompt[start : start + take] + [pause_id] * (ride if ends else 0)
+            sequence.read += rest if ends else min(rest - 1, room)
+            ids = sequence.prompt[start : sequence.read] + [pause_id] * (ride if ends else 0)
             positions = np.arange(start, start + len(ids))
             slots = sequence.slot * S + positions
+            lo = np.full_like(slots, sequence.slot * S)
             hi = np.full_like(slots, slots[-1] + 1) if prefix else slots + 1
-            columns.append(np.stack((ids, positions, slots, np.full_like(slots, sequence.slot * S), hi)))
-            sequence.read += take
-            n += len(ids)
-            if ends:
-                begun[len(sequences)] = sequence
-                sequences.append((sequence.slot, n - 1 - ride, n - 1, ride, length, max_new_tokens,
-                                  self.policy.budget, sequence.seed))  # fmt: skip
-            if self.lockstep:
-                break
+            parts.append((sequence, np.stack((ids, positions, slots, lo, hi)), ride if ends else None))
+            n_read += len(ids)
+
         end = self.max_batch * S
-        padding = np.repeat([[pause_id], [0], [end - 1], [end], [end]], self._bucket(n) - n, axis=1)
-        nobody = [(self.max_batch, *[0] * 7)] * (0 if self.lockstep else self.max_batch - len(sequences))
-        tokens = self._to_device(np.concatenate((*columns, padding), axis=1))
-        numbers = self._to_device(np.array(sequences + nobody, dtype=np.int64).reshape(-1, 8).T)
-        rows = self._run(
-            ("prefill", len(tokens[0]), at_prompt), partial(self._prefill, ride=at_prompt), tokens, numbers
-        )
-        return self._send(rows, begun)
+        for together in [[part] for part in parts] if self.lockstep else [parts] * bool(parts):
+            columns, begun, numbers, n = [], {}, [], 0
+            for sequence, tokens, ride in together:
+                columns.append(tokens)
+                n += tokens.shape[1]
+                if ride is not None:
+                    begun[len(numbers)] = sequence
+                    numbers.append((sequence.slot, n - 1 - ride, n - 1, ride, len(sequence.prompt), max_new_tokens,
+                                    self.policy.budget, sequence.seed))  # fmt: skip
+            if not self.lockstep:
+                n = self._bucket(n) - n
+                columns.append(np.repeat([[pause_id], [0], [end - 1], [end], [end]], n, axis=1))
+                numbers += [(self.max_batch, *[0] * 7)] * (self.max_batch - len(numbers))
+            rows = self._run(
+                ("prefill", sum(part.shape[1] for part in columns), at_prompt), partial(self._prefill, ride=at_prompt),
+                self._to_device(np.concatenate(columns, 1)), self._to_device(np.reshape(numbers, (-1, 8)).T),
+            )  # fmt: skip
+            yield self._send(rows, begun)
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+        tensor = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _send(self, rows: Tensor, sequences: dict[int, _Sequence]) -> _Pass:
@@ -456,12 +463,11 @@ class Engine:
             id, pauses, logprob, logprob_without, goes_on, off, *top = rows[i]
             if sequence.done:  # before this pass, which did not know
                 continue
-            sequence.made += 1
-            sequence.done, end = not goes_on, None
-            if sequence.done:
-                end = (
-                    "eot" if id == self.tokenizer.eot_id else "context" if sequence.made < max_new_tokens else "length"
-                )
+            sequence.made, sequence.done, end = sequence.made + 1, not goes_on, None
+            if sequence.done and id == self.tokenizer.eot_id:
+                end = "eot"
+            elif sequence.done:
+                end = "length" if sequence.made == max_new_tokens else "context"
             pairs = [(int(id), logprob) for id, logprob in zip(top[::2], top[1::2])]
             tokens.append(Token(sequence.index, int(id), int(pauses), logprob, logprob_without, end, pairs[:N_TOP],
                                 pairs[N_TOP:]))  # fmt: skip

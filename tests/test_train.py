@@ -55,10 +55,12 @@ def test_a_run_leaves_everything(train, tmp_path):
     sample = [sys.executable, "sample.py", f"--out_dir={out}", "--prompt=the model", "--max_new_tokens=5"]
     plain = subprocess.run(sample, cwd=ROOT, capture_output=True, text=True, check=True)
     assert plain.stdout.startswith("the model") and "<|pause|>" not in plain.stdout
-    shown = subprocess.run([*sample, "--pauses=3", "--show_pauses=True"], cwd=ROOT, capture_output=True, text=True)
-    assert shown.stdout.startswith("the model<|pause|><|pause|><|pause|>") and shown.stdout.count("<|pause|>") == 3
+    shown = subprocess.run([*sample, "--pauses=3", "--show_pauses"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.startswith("the model<|pause|>×3") and shown.stdout.count("<|pause|>") == 1
     long = subprocess.run([*sample, "--pauses=30"], cwd=ROOT, capture_output=True, text=True)
-    assert long.returncode == 1 and long.stderr.count("\n") == 1 and "lower --pauses" in long.stderr, long.stderr
+    assert long.returncode == 1 and long.stderr.count("\n") == 1 and "lower the number of pauses" in long.stderr, (
+        long.stderr
+    )
 
 
 def test_killed_twenty_times_it_ends_with_the_same_bits(train, tiny_corpus, tmp_path):

@@ -1,0 +1,174 @@
+"""sample.py: prompts in, text, JSON or a page out."""
+
+import html.parser
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+import sample
+from nanopause import checkpoint
+from nanopause.config import load_config
+from nanopause.engine import Generation, Token
+from nanopause.errors import UserError
+from nanopause.model import GPT
+from nanopause.tokenizer import load_tokenizer
+from nanopause.trace import page
+
+BYTES = load_tokenizer("bytes")
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    """A checkpoint of an untrained model that says letters."""
+    folder = tmp_path_factory.mktemp("run")
+    config = load_config(["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--zero_init=False"])
+    torch.manual_seed(0)
+    model = GPT(config.gpt(BYTES.vocab_size))
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[ord("a") : ord("z")].normal_(std=1.5)
+    checkpoint.save(folder, 1, model, [], config)
+    return folder
+
+
+@pytest.fixture
+def run(out_dir, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={out_dir}", "--max_new_tokens=6", *arguments])
+        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+        sample.main()
+        return capsys.readouterr()
+
+    return run
+
+
+def test_several_prompts_are_printed_in_their_order(run):
+    printed = run(
+        "--prompt=First", "--prompt=Second", "--prompt=Third", "--batch_size=2", "--pauses=3", "--show_pauses"
+    )
+    assert re.fullmatch(
+        r"First<\|pause\|>×3[a-z]{6}\nSecond<\|pause\|>×3[a-z]{6}\nThird<\|pause\|>×3[a-z]{6}\n", printed.out
+    )
+    assert re.search(r"18 tokens, \d+ tokens/s, 9 pauses, which added -?[\d.]+ of \d+ ms", printed.err)
+
+
+def test_prompts_of_a_file_and_of_standard_input_as_json(run, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("Eins\nZwei …\n", "utf-8")
+    from_file = run(f"--prompt_file={tmp_path / 'prompts.txt'}", "--json", "--temperature=0").out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Eins\nZwei …\n"))
+    assert run("--prompt_file=-", "--json", "--temperature=0").out == from_file
+    rows = [json.loads(line) for line in from_file.splitlines()]
+    assert [row["prompt"] for row in rows] == ["Eins", "Zwei …"]
+    for row in rows:
+        assert row["text"] == BYTES.decode(row["ids"]) and row["end"] == "length"
+        assert row["pauses"] == [0] * 6 and len(row["logprobs"]) == 6
+
+
+def test_a_conversation_at_a_terminal(run, monkeypatch):
+    lines = iter(["One", "Two"])
+
+    def answer(prompt):
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", answer)
+    assert re.fullmatch(r"One[a-z]{6}\nTwo[a-z]{6}\n", run("--prompt_file=-").out)
+
+
+def test_prompt_styles(run):
+    filled = json.loads(run("--prompt=Why?", "--filler=. ", "--n_filler=4", "--json").out)
+    assert filled["prompt"] == "Why?. . . . "
+    with pytest.raises(UserError, match="at most 64 can be read"):  # the longer prompt has no room here
+        run("--prompt=Why?", "--prompt_style=stepwise", "--json")
+    asked = sample.STEPWISE.format(prompt="Why?")
+    assert asked.startswith("Why?\n") and asked.index("background") < asked.index("solutions") < asked.index("best")
+
+
+def test_policies_from_the_command_line(run):
+    row = json.loads(run("--prompt=x", "--pauses=2", "--pause_when=below_confidence", "--threshold=1", "--json").out)
+    assert row["pauses"] == [2] * 6
+    row = json.loads(run("--prompt=x", "--pauses=2", "--pause_when=below_confidence", "--threshold=1", "--json",
+                         "--pause_budget=5").out)  # fmt: skip
+    assert row["pauses"] == [2, 2, 0, 0, 0, 0]
+    row = json.loads(run("--prompt=x", "--pauses=2", "--pause_when=on_request", "--json").out)
+    assert row["pauses"] == [0] * 6
+    assert "pausing left on after 1 times" in run("--prompt=x", "--pauses=2", "--stop_when_useless").err
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--pause_when=on_request"], "add --pauses=5"),
+    (["--stop_when_useless"], "add --pauses=5"),
+    (["--prompt=x", "--prompt_file=y"], "leave one out"),
+    (["--prompt=x", "--pauses=64"], "1 \\+ 64 tokens, and at most 64"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence(run, arguments, text):
+    with pytest.raises(UserError, match=text):
+        run(*arguments)
+
+
+class Reader(html.parser.HTMLParser):
+    """The tokens of a page, their shades, the pauses, and the rows of the tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tokens, self.shades, self.pauses, self.rows, self.open = [], [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in ("meta", "p", "html"):
+            self.open.append((tag, attributes.get("class")))
+        if attributes.get("class") == "token":
+            self.tokens.append("")
+            self.shades.append(float(attributes["style"].removeprefix("--d:")))
+        if tag == "tr":
+            self.rows.append("")
+
+    def handle_endtag(self, tag):
+        if tag not in ("p", "html"):
+            assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        names = [name for _, name in self.open]
+        if "tip" in names:
+            self.rows[-1] += data + " "
+        elif "token" in names:
+            self.tokens[-1] += data
+        elif "pause" in names and "text" in names:
+            self.pauses.append(data)
+
+
+def test_the_page_says_what_the_tokens_say(run, tmp_path):
+    run(
+        "--prompt=<b>&",
+        "--pauses=2",
+        "--pause_when=below_confidence",
+        "--threshold=1",
+        f"--trace={tmp_path / 'a.html'}",
+    )
+    text = (tmp_path / "a.html").read_text("utf-8")
+    assert "http" not in text and "<script" not in text and "&lt;b&gt;&amp;" in text
+    read = Reader(text)
+    assert len(read.tokens) == len(read.pauses) == 6 and all(re.fullmatch("[a-z]", token) for token in read.tokens)
+    assert len(read.rows) == 6 * 2 * (1 + 5)
+
+    top = [(ord("<"), -0.105), (10, -2.3)]
+    tokens = [
+        Token(0, ord("<"), 3, -0.105, -3.0, None, top, top[::-1]),
+        Token(0, 10, 0, -2.5, -2.5, None, top, top),
+        Token(0, 0xC3, 0, -0.1, -0.1, None, top, top),  # ä in two tokens
+        Token(0, 0xA4, 0, -9.0, -9.0, None, top, top),
+        Token(0, BYTES.eot_id, 0, 0.0, 0.0, "eot", top, top),
+    ]
+    read = Reader(page("title", ["prompt"], [Generation(tokens)], BYTES))
+    assert read.tokens == ["<", "↵\n", "·", "ä", "end"]
+    assert read.pauses == ["❚❚ 3"]
+    assert read.shades == [0.02, 0.42, 0.02, 0.85, 0.0]
+    assert read.rows[:6] == ["before the pauses ", "↵ 10.0% ", "< 90.0% ", "after the pauses ", "< 90.0% ", "↵ 10.0% "]
