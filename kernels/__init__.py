@@ -34,7 +34,7 @@ def choose(impl: str | None, device: torch.device) -> str:
                 why = ": the Triton kernels need compute capability 8.0"
             else:
                 impl = "triton"
-        if not torch.compiler.is_compiling() and device.type not in _said:
+        if device.type not in (*_said, "meta") and not torch.compiler.is_compiling():
             _said.add(device.type)
             print(f"kernels: {impl} on {device.type}{why}", file=sys.stderr)
     if impl not in IMPLEMENTATIONS:
@@ -45,7 +45,7 @@ def choose(impl: str | None, device: torch.device) -> str:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast in its precision, as every matrix product."""
     device_type = tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
     return tensors
 

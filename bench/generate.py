@@ -1,0 +1,170 @@
+"""Tokens per second of generation, beside transformers and a loop without a cache, with the same weights.
+
+Every prompt is `context` random tokens, and gets `new` more, the likeliest; all must say the same. The loop reads the
+whole text anew for every token, as nanoGPT's generate does; it makes fewer tokens, and its seconds are per token.
+"""
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.harness import OURS, Bench, Rival, Shape, Wrong, label, number
+from nanopause.engine import Engine
+from nanopause.model import GPT, GPTConfig
+from nanopause.tokenizer import load_tokenizer
+
+MODELS = {"124M": dict(n_layer=12, n_head=12, n_embd=768), "small": dict(n_layer=3, n_head=4, n_embd=128)}
+GPT2 = dict(position="learned", norm="layer", qk_norm=False, mlp="gelu", tied=True, bias=True, zero_init=False)
+NAMES = {"attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "mlp_norm": "ln_2",
+         "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # fmt: skip
+LOOP_TOKENS = 2  # of the loop without a cache
+
+
+class Problem:
+    """A model of GPT-2's shape with random weights, and prompts."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
+        torch.manual_seed(0)
+        self.shape, self.n_new = shape, shape["new"]
+        length = shape["context"] + shape["new"]
+        config = GPTConfig(vocab_size=50304, block_size=length, **MODELS[shape["model"]], **GPT2)
+        self.model, self.tokenizer = GPT(config).eval(), load_tokenizer("gpt2")
+        with torch.no_grad():
+            for parameter in self.model.parameters():  # initial weights repeat one token
+                if parameter.ndim == 2:
+                    parameter.normal_(std=0.05)
+            self.model.head.weight[self.tokenizer.eot_id :] = 0  # nobody ends, nobody pauses
+        self.model.to(device, dtype)
+        self.prompts = torch.randint(self.tokenizer.eot_id, (shape["batch"], shape["context"]), device=device)
+
+
+Generate = Callable[[int], Tensor]  # n → the next n tokens of every prompt, [batch, n]
+
+
+def ours(problem: Problem) -> Generate:
+    engine = Engine(problem.model, problem.tokenizer, max_batch=len(problem.prompts))
+    prompts = problem.prompts.tolist()
+    return lambda n: torch.tensor([one.ids for one in engine.generate(prompts, max_new_tokens=n, temperature=0)])
+
+
+def transformers(problem: Problem, **options) -> Generate:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config, weights = problem.model.config, {}
+    same = {key: getattr(config, key) for key in ("vocab_size", "n_embd", "n_layer", "n_head")}
+    theirs = GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, **same))
+    for name, tensor in problem.model.state_dict().items():
+        block, i, *rest = name.split(".")
+        if block == "blocks":
+            part = ".".join(rest[:-1])
+            name = f"transformer.h.{i}.{NAMES[part]}.{rest[-1]}"
+            tensor = tensor.T if tensor.ndim == 2 else tensor  # it keeps projections as [in, out]
+        else:
+            heads = {"token_embedding": "transformer.wte", "position_embedding": "transformer.wpe",
+                     "norm": "transformer.ln_f", "head": "lm_head"}  # fmt: skip
+            name = ".".join((heads[block], i))
+        weights[name] = tensor
+    theirs.load_state_dict(weights)
+    theirs.to(problem.prompts.device, problem.model.head.weight.dtype).eval()
+    theirs.generation_config.eos_token_id = None
+
+    def generate(n: int) -> Tensor:
+        made = theirs.generate(problem.prompts, attention_mask=torch.ones_like(problem.prompts), max_new_tokens=n,
+                               min_new_tokens=n, do_sample=False, pad_token_id=0, **options)  # fmt: skip
+        return made[:, problem.prompts.shape[1] :].cpu()
+
+    return generate
+
+
+def loop(problem: Problem) -> Generate:
+    @torch.inference_mode()
+    def generate(n: int) -> Tensor:
+        tokens = problem.prompts
+        for _ in range(n):
+            tokens = torch.cat((tokens, problem.model(tokens)[:, -1:].argmax(-1)), 1)
+        return tokens[:, problem.prompts.shape[1] :].cpu()
+
+    return generate
+
+
+LOOP = "no cache"
+RIVALS = (
+    Rival("transformers", "transformers", transformers),
+    Rival("transformers, static cache", "transformers", lambda p: transformers(p, cache_implementation="static")),
+    Rival(LOOP, "torch", loop),
+)
+
+
+def shapes(device: str, quick: bool) -> list[Shape]:
+    if quick:
+        return [{"model": "small", "batch": 2, "context": 32, "new": 16}]
+    new = 256 if device == "cuda" else 64
+    return [{"model": model, "batch": batch, "context": context, "new": new} for model, batch, context in (
+        ("small", 8, 512), ("124M", 8, 512), ("small", 1, 512), ("124M", 1, 512), ("124M", 32, 256),
+    )]  # fmt: skip
+
+
+def measure(bench: Bench, shape: Shape) -> None:
+    problem = Problem(shape, bench.device, bench.dtype)
+    calls = {OURS: ours(problem)} | bench.functions(RIVALS, problem, shape)
+    n_of = {name: LOOP_TOKENS if name == LOOP else shape["new"] for name in calls}
+    expected = None
+    for name, generate in list(calls.items()):
+        try:
+            said = generate(n_of[name])
+            expected = said if expected is None else expected
+            # In bfloat16 two close tokens may change places, and the texts part there.
+            same = (said == expected[:, : said.shape[1]]).float().mean().item()
+            if same < 1 and bench.dtype == torch.float32:
+                raise Wrong(f"{1 - same:.1%} of the tokens are others")
+        except Exception as error:
+            if name == OURS:
+                raise
+            bench.lack(name, shape, str(error).splitlines()[0][:200])
+            del calls[name]
+    seconds, prompt_seconds = ({name: [] for name in calls} for _ in "ab")
+    for _ in range(3 if bench.device.type == "cpu" else 5):
+        for name, generate in calls.items():
+            for n, samples in ((1, prompt_seconds), (n_of[name], seconds)):
+                start = perf_counter()
+                generate(n)  # its tokens come to the host: nothing is left to wait for
+                samples[name].append(perf_counter() - start)
+    for name in calls:
+        n, batch = n_of[name], shape["batch"]
+        per_token, base = np.array(seconds[name]) / n, np.array(seconds[OURS]) / shape["new"]
+        after = np.subtract(seconds[name], prompt_seconds[name]) / (n - 1)
+        base_after = np.subtract(seconds[OURS], prompt_seconds[OURS]) / (shape["new"] - 1)
+        p10, p50, p90 = np.percentile(per_token * 1e3, (10, 50, 90)).tolist()
+        bench.rows.append({
+            "what": "generate", "shape": shape, "name": name, "version": bench.versions[name],
+            "samples": len(per_token), "p10_ms": p10, "p50_ms": p50, "p90_ms": p90,
+            "tokens_per_second": batch / median(per_token), "ratio": float(np.median(per_token / base)),
+            "tokens_per_second_after_prompt": batch / median(after),
+            "ratio_after_prompt": float(np.median(after / base_after)),
+            "prompt_seconds": median(prompt_seconds[name]), "error": 0.0,
+        })  # fmt: skip
+    line = ", ".join(f"{row['name']} {number(row['tokens_per_second'])}" for row in bench.rows if row["shape"] is shape)
+    print(f"generate: {label(shape)}, tokens/s: {line}", flush=True)
+
+
+def main(quick: bool = False) -> None:
+    """Tokens per second of generation, beside rivals.
+
+    Args:
+        quick: A small model, one shape.
+    """
+    bench = Bench("generate", quick)
+    for shape in shapes(bench.device.type, quick):
+        if bench.begin(shape):
+            measure(bench, shape)
+    for what, suffix in (("prompts included", ""), ("after the prompts", "_after_prompt")):
+        bench.show(
+            lambda row, what=what: f"{what}: tokens per second, and how many times faster ours is",
+            lambda row, of=suffix: f"{number(row['tokens_per_second' + of])} {row['ratio' + of]:5.2f}",
+            first={"ours": lambda row, of=suffix: number(row["tokens_per_second" + of])},
+        )
+    bench.finish()
