@@ -104,48 +104,71 @@ def policy_of(settings: Settings) -> Policy:
 
 
 def read_prompts(settings: Settings) -> Iterator[list[str]]:
-    """Prompts, those that are answered together; at a terminal one after the other."""
+    """Prompts, those that are answered together; at a terminal one after the other. Empty lines are none."""
     if settings.prompt and settings.prompt_file:
         raise UserError("--prompt and --prompt_file both say what to continue: leave one out")
     if not settings.prompt_file:
         yield list(settings.prompt) or [""]
-    elif settings.prompt_file != "-":
-        yield Path(settings.prompt_file).read_text("utf-8").splitlines()
-    elif not sys.stdin.isatty():
-        yield sys.stdin.read().splitlines()
-    else:
+    elif settings.prompt_file == "-" and sys.stdin.isatty():
         while True:
-            try:
-                yield [input("> ")]
-            except EOFError:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
                 return
+            if line.strip():
+                yield [line.rstrip("\r\n")]
+    else:
+        try:
+            text = sys.stdin.read() if settings.prompt_file == "-" else Path(settings.prompt_file).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{settings.prompt_file} is not UTF-8 text ({error.reason} at byte {error.start}): "
+                            f"convert it") from None  # fmt: skip
+        yield [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 class Printer:
-    """Prints the texts in the order of their prompts, each as far as it has come."""
+    """Prints the texts in the order of their prompts: each as far as it has come, or in JSON when it has ended."""
 
-    def __init__(self, prompts: list[str], tokenizer: Tokenizer, show_pauses: bool):
-        self.prompts, self.tokenizer, self.show_pauses = prompts, tokenizer, show_pauses
-        self.coming = [[] for _ in prompts]  # tokens of each text that are not printed yet
-        self.current = -1
-        self.begin_next()
+    def __init__(self, prompts: list[str], tokenizer: Tokenizer, settings: Settings):
+        self.prompts, self.tokenizer, self.settings = prompts, tokenizer, settings
+        self.made = [Generation() for _ in prompts]
+        self.current = self.printed = 0  # the text whose turn it is, and how many of its tokens are printed
+        self.begin()
 
-    def begin_next(self) -> None:
-        self.current += 1
+    def begin(self) -> None:
+        self.printed = 0
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
-        if self.current < len(self.prompts):
+        if self.current < len(self.prompts) and not self.settings.json:
             print(self.prompts[self.current], end="", flush=True)
 
+    def end(self) -> None:
+        if self.settings.json:
+            print(as_json(self.prompts[self.current], self.made[self.current], self.tokenizer), flush=True)
+        else:
+            print(flush=True)
+        self.current += 1
+        self.begin()
+
     def add(self, token: Token) -> None:
-        self.coming[token.sequence].append(token)
-        while self.current < len(self.prompts) and self.coming[self.current]:
-            token = self.coming[self.current].pop(0)
-            if self.show_pauses and token.pauses:
-                print("<|pause|>" + f"×{token.pauses}" * (token.pauses > 1), end="")
-            text = b"" if token.end == "eot" else self.tokenizer.decode_bytes([token.id])
-            print(self.decoder.decode(text, final=token.end is not None), end="\n" if token.end else "", flush=True)
+        self.made[token.sequence].tokens.append(token)
+        while self.current < len(self.prompts) and self.printed < len(self.made[self.current].tokens):
+            token = self.made[self.current].tokens[self.printed]
+            self.printed += 1
+            if not self.settings.json:
+                self.print(token)
             if token.end:
-                self.begin_next()
+                self.end()
+
+    def print(self, token: Token) -> None:
+        if self.settings.show_pauses and token.pauses:
+            print("<|pause|>" + f"×{token.pauses}" * (token.pauses > 1), end="")
+        text = b"" if token.end == "eot" else self.tokenizer.decode_bytes([token.id])
+        print(self.decoder.decode(text, final=token.end is not None), end="", flush=True)
+
+    def close(self) -> None:
+        """End the texts that got no token at all."""
+        while self.current < len(self.prompts):
+            self.end()
 
 
 def as_json(prompt: str, generation: Generation, tokenizer: Tokenizer) -> str:
@@ -161,13 +184,14 @@ def as_json(prompt: str, generation: Generation, tokenizer: Tokenizer) -> str:
     })  # fmt: skip
 
 
-def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int], generations: list[Generation]) -> float:
-    """What the pauses added to the time of these texts: passes with and without them, by turns, the median of seven
-    differences, times how many there were. It is measured on the engine's cache, afterwards."""
-    n, context = min(engine.max_batch, len(generations)), round(statistics.mean(prompt_lengths))
-    n_tokens, n_paused = (sum(bool(f(t)) for g in generations for t in g.tokens) for f in (bool, lambda t: t.pauses))
+def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> float:
+    """What the passes with pauses took longer than without: the median of three differences of a typical pass, by
+    turns, times how many there were. It is measured afterwards, on the engine's cache."""
+    context = round(statistics.mean(prompt_lengths))
+    pauses = policy.per_token or policy.at_prompt
+    context = min(context, engine.max_length - 1 - pauses)
 
-    def seconds(context: int, *counts: int) -> float:
+    def seconds(n: int, context: int, *counts: int) -> float:
         """Of appending counts[0], then counts[1], … tokens to n sequences that hold `context`."""
         engine.length[:n] = context
         start = time.perf_counter()
@@ -179,67 +203,71 @@ def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int], gen
         x[0, 0, 0].item()  # waits
         return time.perf_counter() - start
 
-    def added(context: int, without: tuple[int, ...], with_pauses: tuple[int, ...]) -> float:
-        differences = [seconds(context, *with_pauses) - seconds(context, *without) for _ in range(8)]
-        return statistics.median(differences[1:]) / n  # the first warms up
-
-    if not n_paused:
-        return 0.0
     if not policy.per_token:
-        return n_paused * added(0, (context,), (context + policy.at_prompt,))
-    context = min(context, engine.max_length - 1 - policy.per_token)
-    if engine.lockstep:  # a pass for those that want pauses
-        return n_paused * added(context, (1,), (1, policy.per_token))
-    return n_tokens * added(context, (1,), (1 + policy.per_token,))
+        shape, without, with_pauses = (1, 0), (context,), (context + pauses,)
+    elif engine.lockstep:  # pauses are read in a pass of their own, where they are wanted
+        shape, without, with_pauses = (engine.max_batch, context), (1,), (1, pauses)
+    else:
+        shape, without, with_pauses = (engine.max_batch, context), (1,), (1 + pauses,)
+    differences = [seconds(*shape, *with_pauses) - seconds(*shape, *without) for _ in range(4)]
+    return statistics.median(differences[1:]) * engine.passes_with_pauses  # the first warms up
 
 
 def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python sample.py", __doc__)
     policy = policy_of(settings)
+    errors.check("batch_size", settings.batch_size, 1, 2**20)
+    errors.check("n_filler", settings.n_filler, 0, 2**20)
+    if settings.trace:
+        Path(settings.trace).touch()  # fails now rather than when all is said
     device = Processes(settings.device).device
     model, tokenizer, _ = checkpoint.load(Path(settings.out_dir), device)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
     kernels.choose(None, device)  # says which, before the text
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    prompts, generations, seconds = [], [], 0.0
-    for group in read_prompts(settings):
-        if settings.prompt_style == "stepwise":
-            group = [STEPWISE.format(prompt=prompt) for prompt in group]
-        group = [prompt + settings.filler * settings.n_filler for prompt in group]
-        if not prompts:
-            engine = Engine(model, tokenizer, max_batch=max(1, min(settings.batch_size, len(group))))
-        tokens = engine.stream(
-            group, policy, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-            top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed, attention=settings.attention,
-            trace=bool(settings.trace),
-        )  # fmt: skip
-        made = [Generation() for _ in group]
-        printer = None if settings.json else Printer(group, tokenizer, settings.show_pauses)
-        start = time.perf_counter()
-        for token in tokens:
-            made[token.sequence].tokens.append(token)
-            if printer:
+    engine, prompts, generations, seconds = None, [], [], 0.0
+    try:
+        for group in read_prompts(settings):
+            if settings.prompt_style == "stepwise":
+                group = [STEPWISE.format(prompt=prompt) for prompt in group]
+            group = [prompt + settings.filler * settings.n_filler for prompt in group]
+            if engine is None:
+                engine = Engine(model, tokenizer, max_batch=max(1, min(settings.batch_size, len(group))))
+            try:
+                tokens = engine.stream(
+                    group, policy, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                    top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed + len(prompts),
+                    attention=settings.attention, trace=bool(settings.trace),
+                )  # fmt: skip
+            except UserError as error:
+                if not (settings.prompt_file == "-" and sys.stdin.isatty()):
+                    raise
+                print(f"error: {error}", file=sys.stderr)  # the conversation goes on
+                continue
+            printer = Printer(group, tokenizer, settings)
+            prompts, generations = prompts + group, generations + printer.made
+            start = time.perf_counter()
+            for token in tokens:
                 printer.add(token)
-        seconds += time.perf_counter() - start
-        if printer and not settings.max_new_tokens:
-            print()
-        if settings.json:
-            print(*(as_json(*each, tokenizer) for each in zip(group, made)), sep="\n", flush=True)
-        prompts, generations = prompts + group, generations + made
-
+            printer.close()
+            seconds += time.perf_counter() - start
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    if settings.trace:
+        text = page(settings.out_dir, prompts, generations, tokenizer)
+        Path(settings.trace).write_text(text, "utf-8", errors="replace")
+        print(f"written: {settings.trace}", file=sys.stderr)
+    if not generations:
+        return
     n_tokens, n_pauses = (sum(f(g) for g in generations) for f in (lambda g: len(g.tokens), lambda g: g.pauses))
     text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_pauses} pauses"
-    if n_pauses:
-        lengths = [len(tokenizer.encode(prompt)) or 1 for prompt in prompts]
-        added = added_seconds(engine, policy, lengths, generations)
+    if engine.passes_with_pauses:
+        added = added_seconds(engine, policy, [max(1, len(tokenizer.encode(prompt))) for prompt in prompts])
         text += f", which added {1000 * added:.1f} of {1000 * seconds:.0f} ms"
     print(text, file=sys.stderr)
     if isinstance(policy, StopWhenUseless):
         print(policy.report(), file=sys.stderr)
-    if settings.trace:
-        Path(settings.trace).write_text(page(settings.out_dir, prompts, generations, tokenizer), "utf-8")
-        print(f"written: {settings.trace}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
 RIVALS_TOLERANCE = {dtype: 4 * tolerance for dtype, tolerance in TOLERANCE.items()}
 
 
+# GPT-2's block, for models with random weights.
+GPT2 = dict(position="learned", norm="layer", qk_norm=False, mlp="gelu", tied=True, bias=True, zero_init=False)
+
 # Comparing
 
 

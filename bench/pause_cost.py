@@ -15,7 +15,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import OURS, RIVALS_TOLERANCE, Bench, Shape, check, label, number, race
+from bench.harness import GPT2, OURS, RIVALS_TOLERANCE, Bench, Shape, check, number, race
 from nanopause.engine import Engine
 from nanopause.flops import forward_flops
 from nanopause.model import GPT, GPTConfig
@@ -23,7 +23,6 @@ from nanopause.tokenizer import load_tokenizer
 
 SEQUENTIAL, WITHOUT = "sequential", "without"
 PAUSES = (1, 2, 4, 8, 16, 32, 50)
-GPT2 = dict(position="learned", norm="layer", qk_norm=False, mlp="gelu", tied=True, bias=True, zero_init=False)
 
 
 def config_of(quick: bool, length: int) -> GPTConfig:
@@ -31,17 +30,15 @@ def config_of(quick: bool, length: int) -> GPTConfig:
     return GPTConfig(vocab_size=50304, block_size=length, **shape, **GPT2)
 
 
-def shapes(device: str, quick: bool) -> list[Shape]:
+def shapes(quick: bool) -> list[Shape]:
     """The most telling first: what there is no time for is listed as missing."""
     if quick:
         return [{"what": what, "batch": 2, "context": 64} for what in ("step", "prefix")]
     steps = [(1, 256), (8, 256), (1, 1024), (8, 1024), (32, 256), (1, 4096), (32, 1024), (8, 4096), (32, 4096)]
-    prefixes = [(1, 256), (1, 1024), (8, 256)]
-    if device == "cuda":
-        prefixes += [(8, 1024), (1, 4096), (32, 256), (32, 1024), (8, 4096)]
-    first = [{"what": "step", "batch": b, "context": c} for b, c in steps[:4]]
-    second = [{"what": "prefix", "batch": b, "context": c} for b, c in prefixes]
-    return first + second + [{"what": "step", "batch": b, "context": c} for b, c in steps[4:]]
+    prefixes = [(1, 256), (1, 1024), (8, 256), (8, 1024), (1, 4096), (32, 256), (32, 1024), (8, 4096), (32, 4096)]
+    pairs = [("step", *step) for step in steps[:4]] + [("prefix", *prefix) for prefix in prefixes[:3]]
+    pairs += [("step", *step) for step in steps[4:]] + [("prefix", *prefix) for prefix in prefixes[3:]]
+    return [{"what": what, "batch": batch, "context": context} for what, batch, context in pairs]
 
 
 def sequential_pauses(device: str, shape: Shape) -> tuple[int, ...]:
@@ -115,10 +112,12 @@ def measure(bench: Bench, shape: Shape) -> None:
             "flops_per_pause_counted": (counted - counted_without) / m if m else None,
             "error": errors.get(m, 0.0),
         })  # fmt: skip
-    print(f"pause_cost: {label(shape)}: {1e3 * np.median(base):.1f} ms without pauses", flush=True)
+    print(
+        f"pause_cost: {' '.join(map(str, shape.values()))}: {1e3 * np.median(base):.1f} ms without pauses", flush=True
+    )
 
 
-def plot(bench_rows: list[dict], file: Path, device: str) -> None:
+def plot(bench_rows: list[dict], file: Path, title: str) -> None:
     """Time of a step with pauses over that without, a panel a batch size."""
     rows = [row for row in bench_rows if row["what"] == "step" and row["name"] != WITHOUT]
     batches = sorted({row["shape"]["batch"] for row in rows})
@@ -144,7 +143,7 @@ def plot(bench_rows: list[dict], file: Path, device: str) -> None:
     all_axes[0][0].set_ylabel("time of a step, times that without pauses")
     handles = {text: handle for axes in all_axes[0] for handle, text in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"A token and its pauses, GPT-2 124M on {device}", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     for suffix in ("png", "svg"):
         figure.savefig(file.with_suffix(f".{suffix}"), dpi=150)
     plt.close(figure)
@@ -159,7 +158,7 @@ def main(quick: bool = False) -> None:
     matplotlib.use("Agg")
     bench = Bench("pause_cost", quick)
     bench.versions[SEQUENTIAL] = torch.__version__
-    for shape in shapes(bench.device.type, quick):
+    for shape in shapes(quick):
         if bench.begin(shape):
             measure(bench, shape)
     without = {(row["what"], *list(row["shape"].values())[:2]): row["p50_ms"]
@@ -183,4 +182,5 @@ def main(quick: bool = False) -> None:
         hidden=("batch", "context"),
     )  # fmt: skip
     bench.rows = rows
-    plot(rows, bench.finish(), bench.header["device"])
+    model = "a small model" if quick else "GPT-2 124M"
+    plot(rows, bench.finish(), f"A token and its pauses: {model} on {bench.header['device']}")

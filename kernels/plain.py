@@ -18,8 +18,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | N
         hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
         empty = hi <= lo
         first, last = 0, S
-        if q.device.type == "cpu" and not torch.compiler.is_compiling() and hi.numel() and S:
-            # Keys that nobody reads, such as a cache's unused slots: there, the bounds can be looked at.
+        if q.device.type == "cpu" and type(hi) is Tensor and hi.numel() and S and not torch.compiler.is_compiling():
+            # Without keys that nobody reads, such as a cache's unused slots: a CPU's bounds can be looked at.
             last = min(max(int(hi[:, -1].max()), 1), S)
             first = min(max(int(lo[:, 0].min()), 0), last - 1)
             k, v = k[:, first:last], v[:, first:last]

@@ -8,9 +8,9 @@ weights takes the time. So pauses never are steps of their own:
                                 whose word counts, and pauses that do not are taken back: the next token takes their
                                 place in the cache.
 
-Every decision falls on the device: the host launches step s + 1 before it reads what step s said, and the device never
-waits for it. Sequences have a row each of a static cache, [n_layer, 2, max_batch, max_length + 1, G, D], whose last
-slot takes what padded queries write. Both layouts of a step are intervals of that cache (kernels.attention):
+Every decision falls on the device. On a GPU the host launches steps before it reads what the last ones said, and the
+device never waits for it. Sequences have a row each of a static cache, [n_layer, 2, max_batch, max_length + 1, G, D],
+whose last slot takes what padded queries write. Both layouts of a step are intervals of it (kernels.attention):
 
     decode     queries [n, 1 + M], a row a sequence: keys [0, length + j + 1) of the row
     prefill    queries [1, N], prompts one behind the other: the cache is one long row, and the prompt of sequence b
@@ -18,7 +18,7 @@ slot takes what padded queries write. Both layouts of a step are intervals of th
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanopause.errors import UserError
+from nanopause.errors import UserError, check
 from nanopause.model import GPT
-from nanopause.policy import AfterPrompt, Policy, check
+from nanopause.policy import AfterPrompt, Policy
 from nanopause.tokenizer import Tokenizer
 
 N_TOP = 5  # likeliest tokens that a trace keeps
@@ -48,8 +48,9 @@ def gumbel(seed: Tensor, place: Tensor, n: int) -> Tensor:
     golden = -7046029254386353131
     row = mix(mix(seed * golden) + place * golden)
     column = torch.arange(1, n + 1, device=seed.device)
-    bits = mix(row[:, None] + column * golden) & (1 << 24) - 1
-    return -(-((bits.float() + 0.5) * 2**-24).log()).log()
+    # 23 bits and a half are exact in float32: neither 0 nor 1, whose noise would be infinite.
+    bits = mix(row[:, None] + column * golden) & (1 << 23) - 1
+    return -(-((bits.float() + 0.5) * 2**-23).log()).log()
 
 
 class Sampling(NamedTuple):
@@ -93,13 +94,14 @@ class Token(NamedTuple):
 
 @dataclass
 class Generation:
-    """What a prompt got: its tokens, those of the text in `ids` and `text`; an end of text is in neither."""
+    """What a prompt got. text: of the tokens up to an end of text."""
 
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
 
     @property
     def ids(self) -> list[int]:
+        """The tokens of the text."""
         return [token.id for token in self.tokens if token.end != "eot"]
 
     @property
@@ -136,7 +138,7 @@ class _Pass(NamedTuple):
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
     included. chunk: tokens of prompts that are read before all others get a token more; the prefix of a prefix-LM is
-    not cut. It serves one stream at a time."""
+    not cut. It serves one stream at a time, and on a GPU captures its graphs anew for another policy or sampling."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
@@ -147,9 +149,10 @@ class Engine:
         check("chunk", chunk, 1, 2**31)
         check("max_length", self.max_length, 1, model.config.block_size)
         self.device = model.head.weight.device
-        self.cache = model.new_cache(max_batch, self.max_length + 1)
-        # Of every sequence; the last column is that of no one.
-        self.state = torch.zeros(7, max_batch + 1, dtype=torch.int64, device=self.device)
+        with torch.inference_mode(False):  # they are written to in and outside of it
+            self.cache = model.new_cache(max_batch, self.max_length + 1)
+            # Of every sequence; the last column is that of no one.
+            self.state = torch.zeros(7, max_batch + 1, dtype=torch.int64, device=self.device)
         # length: tokens in the cache. token: the next to append. place: tokens made; left: still to make.
         # budget: pauses left. alive: 0 where the sequence has ended.
         self.length, self.token, self.place, self.left, self.budget, self.seed, self.alive = self.state
@@ -158,6 +161,8 @@ class Engine:
         # a few sizes.
         self.lockstep = self.device.type != "cuda"
         self.graphs = {}
+        self.settings = self.current = None  # of the graphs; the stream that runs
+        self.passes_with_pauses = 0
 
     # The operation
 
@@ -168,7 +173,13 @@ class Engine:
         tokens: int64 [n, Q]; counts: int64 [n], 0 to Q, for which there must be room: self.length is what they hold.
         Returns the residual stream after the last norm, [n, Q, C], up to the next call on a GPU; rows from counts[b]
         on say nothing."""
-        return self._run(("append", *tokens.shape), self._append, tokens, counts)
+        (n, Q), rows, width = (
+            tokens.shape,
+            min(self._bucket(len(tokens)), self.max_batch),
+            self._bucket(tokens.shape[1]),
+        )
+        tokens, counts = F.pad(tokens, (0, width - Q, 0, rows - n)), F.pad(counts, (0, rows - n))
+        return self._run(("append", rows, width), self._append, tokens, counts)[:n, :Q]
 
     def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
         n, Q = tokens.shape
@@ -195,6 +206,7 @@ class Engine:
             without = head(self._append(token, alive)[:, 0])
             kept = rode * self._wants(who, without)
             x = self._append(token.new_full((n, ride), pause_id), kept) if kept.any() else None
+            self.passes_with_pauses += x is not None
             behind = without if x is None else head(x[:, -1])
         else:
             x = self._append(F.pad(token, (0, ride), value=pause_id), alive + rode)
@@ -212,7 +224,7 @@ class Engine:
         row = self.cache.flatten(2, 3).unsqueeze(2)
         x = self.model.hidden(ids, positions=positions, slots=slots, lo=lo.int(), hi=hi.int(), cache=row)[0]
         who, first, last, rode, length, left, budget, seed = sequences
-        self.place[who], self.alive[who] = 0, 1
+        self.place[who], self.alive[who] = torch.zeros_like(left), torch.ones_like(left)
         self.left[who], self.budget[who], self.seed[who] = left, budget, seed
         if not ride:
             self.length[who] = length
@@ -232,10 +244,8 @@ class Engine:
         """Of the first n_ids alone, float32 [n, n_ids]: pauses and padded ids are no text."""
         return logits[:, :n_ids].float().log_softmax(-1)
 
-    def _sample(self, who: slice | Tensor, logprobs: Tensor) -> Tensor:
-        noise = None
-        if self.sampling.temperature:
-            noise = gumbel(self.seed[who], self.place[who], logprobs.shape[-1])
+    def _sample(self, logprobs: Tensor, seed: Tensor, place: Tensor) -> Tensor:
+        noise = gumbel(seed, place, logprobs.shape[-1]) if self.sampling.temperature else None
         return self.sampling.choose(logprobs, noise)
 
     def _wants(self, who: slice | Tensor, logits: Tensor) -> Tensor:
@@ -243,7 +253,9 @@ class Engine:
         pause_id = self.tokenizer.pause_id
         asks = None
         if self.policy.asks:
-            asks = self._sample(who, self._logprobs(logits, pause_id + 1)) == pause_id
+            # With noise of its own: what is said after the pauses must not depend on that which asked for them.
+            said = self._sample(self._logprobs(logits, pause_id + 1), ~self.seed[who], self.place[who])
+            asks = said == pause_id
         return self.policy.wants(self._logprobs(logits, pause_id), asks)
 
     def _settle(
@@ -252,7 +264,7 @@ class Engine:
         """The next token of the sequences `who`, from their logits [n, V] without pauses, and behind them where `kept`,
         the number of pauses, int64 [n], is not 0.
 
-        Returns what the host reads, float64 [n, 6 + …]: id or -1, pauses, log-probability with and without them,
+        Returns what the host reads, float32 [n, 6 + …]: id or -1, pauses, log-probability with and without them,
         whether the sequence goes on, whether the policy is off, and with trace the likeliest tokens of both."""
         alive, pause_id = self.alive[who] > 0, self.tokenizer.pause_id
         said = logprobs = self._logprobs(without, pause_id)
@@ -260,7 +272,7 @@ class Engine:
             kept = torch.zeros_like(self.alive[who])
         else:
             said = torch.where(kept[:, None] > 0, self._logprobs(behind, pause_id), logprobs)
-        choice = self._sample(who, said)
+        choice = self._sample(said, self.seed[who], self.place[who])
         of_choice = [x.gather(1, choice[:, None])[:, 0] for x in (said, logprobs)]
         self.policy.observe(of_choice[0] - of_choice[1], kept > 0)
 
@@ -277,28 +289,33 @@ class Engine:
         tops = [torch.stack(x.topk(N_TOP)[::-1], 2).flatten(1) for x in (said, logprobs)] if self.trace else []
         return torch.cat((columns, *tops), 1)
 
-    def _run(self, key: tuple, function, *inputs: Tensor) -> Tensor:
+    def _run(self, key: tuple, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """function(*inputs), on a GPU by the CUDA graph of `key`, which is captured the first time."""
         if self.device.type != "cuda":
             return function(*inputs)
-        if key not in self.graphs:
-            static, state = [x.clone() for x in inputs], [x.clone() for x in (self.state, *self.policy.tensors())]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                function(*static)  # compiles
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=next(iter(self.graphs.values()))[0].pool() if self.graphs else None):
-                result = function(*static)
-            for tensor, before in zip((self.state, *self.policy.tensors()), state):
-                tensor.copy_(before)
-            self.graphs[key] = graph, static, result
-        graph, static, result = self.graphs[key]
-        for mine, given in zip(static, inputs):
-            mine.copy_(given)
-        graph.replay()
+        with torch.cuda.device(self.device):
+            if key not in self.graphs:
+                self.graphs[key] = self._capture(function, inputs)
+            graph, static, result = self.graphs[key]
+            for mine, given in zip(static, inputs):
+                mine.copy_(given)
+            graph.replay()
         return result
+
+    def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple:
+        """The graph, its inputs and its result; the state is as before."""
+        static, state = [x.clone() for x in inputs], (self.state, *self.policy.tensors())
+        before, side = [x.clone() for x in state], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function(*static)  # compiles
+        torch.cuda.current_stream().wait_stream(side)
+        graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
+        with torch.cuda.graph(graph, pool=others[0][0].pool() if others else None):
+            result = function(*static)
+        for tensor, was in zip(state, before):
+            tensor.copy_(was)
+        return graph, static, result
 
     # The batch
 
@@ -318,7 +335,8 @@ class Engine:
         """The tokens of all prompts as they come, until each has an end of text, max_new_tokens or no room.
 
         prompts: texts or token ids; an empty one starts after an end of text. pauses: that many after every prompt, or
-        a policy. seed: prompt i draws with seed + i, and gets the same text in any batch. attention: "prefix" lets a
+        a policy. seed: prompt i draws with seed + i, and gets the same text in any batch, but for roundings, and for
+        StopWhenUseless, which measures all. attention: "prefix" lets a
         prompt and its pauses read each other in both directions; pauses that may be taken back are then left to the
         tokens after it. trace: keep the likeliest tokens too.
 
@@ -336,6 +354,8 @@ class Engine:
         if attention == "prefix" and policy.at_prompt and not (policy.certain or policy.per_token):
             raise UserError("pauses after the prompt cannot be taken back where the prompt reads them: "
                             "use attention=causal or a policy that keeps them")  # fmt: skip
+        if isinstance(prompts, str):
+            raise UserError("generation takes a list of prompts, not one")
         n_certain, waiting = policy.at_prompt if policy.certain else 0, deque()
         for i, prompt in enumerate(prompts):
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -345,26 +365,33 @@ class Engine:
                     f"prompt {i} and its pauses are {len(ids)} + {n_certain} tokens, and at most {self.max_length} can "
                     f"be read: shorten the prompt or lower the number of pauses"
                 )
+            if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
+                raise UserError(f"prompt {i} has a token id that is not 0 to {self.model.config.vocab_size - 1}")
             waiting.append(_Sequence(i, ids, seed + i))
         settings = policy, Sampling(temperature, top_k, top_p), trace
-        if settings != (self.policy, self.sampling, self.trace):
-            self.graphs.clear()
-        self.policy, self.sampling, self.trace = settings
-        policy.to(self.device)
-        return self._stream(waiting, max_new_tokens, attention == "prefix") if max_new_tokens else iter(())
+        return self._stream(waiting, settings, max_new_tokens, attention == "prefix")
 
     def generate(self, prompts: Sequence[str | list[int]], pauses: int | Policy = 0, **options) -> list[Generation]:
         """What `stream` makes of each prompt, in their order."""
-        made = [Generation() for _ in prompts]
-        for token in self.stream(prompts, pauses, **options):
+        stream, made = self.stream(prompts, pauses, **options), [Generation() for _ in prompts]
+        for token in stream:
             made[token.sequence].tokens.append(token)
         for generation in made:
             generation.text = self.tokenizer.decode(generation.ids)
         return made
 
     @torch.inference_mode()
-    def _stream(self, waiting: deque[_Sequence], max_new_tokens: int, prefix: bool) -> Iterator[Token]:
-        policy, running, in_flight = self.policy, [], deque()
+    def _stream(
+        self, waiting: deque[_Sequence], settings: tuple[Policy, Sampling, bool], max_new_tokens: int, prefix: bool
+    ) -> Iterator[Token]:
+        if max_new_tokens == 0:
+            return
+        self.policy, self.sampling, self.trace = settings
+        policy, running, in_flight, current = self.policy, [], deque(), object()
+        policy.to(self.device)
+        if self.settings != (settings := (*settings, [tensor.data_ptr() for tensor in policy.tensors()])):
+            self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] == "append"}
+        self.settings, self.current = settings, current
         lag = 0 if self.lockstep else 2  # passes that the host is ahead
         self.alive.zero_()
         off = bool(policy.is_off())
@@ -375,14 +402,18 @@ class Engine:
                 running[-1].slot = slot
             n = self._close_ranks(running)
             reading = [sequence for sequence in running if sequence.read < len(sequence.prompt)]
+            if self.current is not current:
+                raise UserError("the engine has begun another stream since: it serves one at a time")
             in_flight.extend(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
             writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
             if writing:
                 ride = 0 if off else policy.per_token
                 rows = self._run(("decode", n, ride), partial(self._decode, n, ride))
+                self.passes_with_pauses += ride > 0 and not self.lockstep
                 in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
             while in_flight and (len(in_flight) > lag or not running):
-                tokens, off = self._receive(in_flight.popleft(), max_new_tokens)
+                tokens, now_off = self._receive(in_flight.popleft(), max_new_tokens)
+                off |= now_off
                 yield from tokens
                 running = [sequence for sequence in running if not sequence.done]
 
@@ -399,6 +430,7 @@ class Engine:
                 slot = free.pop(0)
                 for tensor in (self.cache, self.state[:, None]):
                     tensor[:, :, slot] = tensor[:, :, sequence.slot]
+                self.alive[sequence.slot] = 0
                 sequence.slot = slot
         return n
 
@@ -411,7 +443,8 @@ class Engine:
         S, pause_id, parts, n_read = self.max_length + 1, self.tokenizer.pause_id, [], 0
         for sequence in sorted(reading, key=lambda sequence: sequence.slot):
             start, length, room = sequence.read, len(sequence.prompt), self.chunk - n_read
-            ride = at_prompt if length + at_prompt <= self.max_length else 0
+            room_for_pauses = at_prompt <= self.policy.budget and length + at_prompt <= self.max_length
+            ride = at_prompt if room_for_pauses else 0
             rest = length - start
             if parts and (room <= 0 or (prefix and rest + ride > room)):
                 break
@@ -443,6 +476,7 @@ class Engine:
                 ("prefill", sum(part.shape[1] for part in columns), at_prompt), partial(self._prefill, ride=at_prompt),
                 self._to_device(np.concatenate(columns, 1)), self._to_device(np.reshape(numbers, (-1, 8)).T),
             )  # fmt: skip
+            self.passes_with_pauses += bool(at_prompt and begun)
             yield self._send(rows, begun)
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:

@@ -9,6 +9,12 @@ class UserError(Exception):
     """Bad input. Its text is one sentence: what is wrong, where, and how to mend it."""
 
 
+def check(name: str, value: float, low: float, high: float) -> None:
+    """Raises UserError unless low ≤ value ≤ high."""
+    if not low <= value <= high:
+        raise UserError(f"{name}={value} must be {low} to {high}")
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input and failing disks end in one sentence on stderr and exit code 1."""
     try:

@@ -10,12 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanopause.errors import UserError
-
-
-def check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{name}={value} must be {low:g} to {high:g}")
+from nanopause.errors import check
 
 
 class Policy:
@@ -35,8 +30,8 @@ class Policy:
         return torch.ones_like(logprobs[:, 0], dtype=torch.bool)
 
     def observe(self, gain: Tensor, paused: Tensor) -> None:
-        """gain: float [n], by how many nats the pauses raised the log-probability of what was said after them; of the
-        sequences `paused`, bool [n]."""
+        """gain: float [n], by how many nats the pauses raised the log-probability of what was said after them; it
+        counts where `paused`, bool [n]."""
 
     def is_off(self) -> Tensor | bool:
         """Whether it has stopped pausing, bool []."""
@@ -109,31 +104,29 @@ class OnRequest(Policy):
 class StopWhenUseless(Policy):
     """A policy that is turned off, for all texts that follow, once it is clear that its pauses change nothing.
 
-    The gain of pausing is log p(said | pauses) − log p(said | none), said being the token said after the pauses. Where
-    that is drawn at temperature 1, the mean gain is the divergence KL(with ‖ without): 0 if and only if pauses change
-    nothing of what the model would have said. Whether a change is for the better, this cannot know.
-
-    Pausing stops when, after `min_count` times, the mean gain is below `min_gain` nats with confidence: mean +
-    z · standard deviation / √count < min_gain. It is looked at every time, hence the high z.
+    Every pause is measured by |log p(said | pauses) − log p(said | none)|, said being the token said after them, and
+    stops when after `min_count` measures their mean is below `min_change` nats with confidence: mean + z · standard
+    deviation / √count < min_change. It is looked at every time, hence the high z. Whether a change is for the better,
+    this cannot know. Pauses after the prompt that have no room are left out.
     """
 
     policy: Policy
-    min_gain: float = 0.01
+    min_change: float = 0.01
     min_count: int = 50
     z: float = 3.0
 
     def __post_init__(self):
-        check("min_gain", self.min_gain, 0, 1e6)
+        check("min_change", self.min_change, 0, 1e6)
         check("min_count", self.min_count, 2, 2**31)
         self.at_prompt, self.per_token = self.policy.at_prompt, self.policy.per_token
         self.budget, self.asks = self.policy.budget, self.policy.asks
-        self.sums = torch.zeros(3, dtype=torch.float64)  # of 1, gain and gain²
+        self.sums = torch.zeros(3, dtype=torch.float64)  # of 1, change and change²
 
     def to(self, device):
         self.sums = self.sums.to(device)
 
     def _mean_and_bound(self) -> tuple[Tensor, Tensor]:
-        """The mean gain, and by how much it may be off."""
+        """The mean change, and by how much it may be off."""
         count = self.sums[0].clamp(min=1)
         mean = self.sums[1] / count
         variance = (self.sums[2] / count - mean**2).clamp(min=0) * count / (count - 1).clamp(min=1)
@@ -144,15 +137,15 @@ class StopWhenUseless(Policy):
 
     def is_off(self):
         mean, bound = self._mean_and_bound()
-        return (self.sums[0] >= self.min_count) & (mean + bound < self.min_gain)
+        return (self.sums[0] >= self.min_count) & (mean + bound < self.min_change)
 
     def wants(self, logprobs, asks):
         return self.policy.wants(logprobs, asks) & ~self.is_off()
 
     def observe(self, gain, paused):
-        # Once it is off, the figures that turned it off stay.
-        gain = torch.where(paused & ~self.is_off(), gain, 0).double()
-        self.sums += torch.stack(((paused & ~self.is_off()).sum(), gain.sum(), (gain**2).sum()))
+        counts = paused & ~self.is_off()  # once it is off, the figures that turned it off stay
+        change = torch.where(counts, gain.abs(), 0).double()
+        self.sums += torch.stack((counts.sum(), change.sum(), (change**2).sum()))
 
     def report(self) -> str:
         """What was measured, in a sentence."""
@@ -160,5 +153,5 @@ class StopWhenUseless(Policy):
             return "pausing was not measured: no pause"
         mean, bound = (x.item() for x in self._mean_and_bound())
         state = "turned off" if self.is_off() else "left on"
-        return (f"pausing {state} after {int(self.sums[0])} times: they raised the log-probability of what was said by "
-                f"{mean:.4f} ± {bound:.4f} nats; useless is below {self.min_gain:g}")  # fmt: skip
+        return (f"pausing {state} after {int(self.sums[0])} times: it changed the log-probability of what was said by "
+                f"{mean:.4f} ± {bound:.4f} nats; below {self.min_change:g} it is useless")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The benches' measuring, on clocks that say what they are told, and both benches at sizes that take no time."""
+"""The benches' measuring, on clocks that say what they are told, and the benches at sizes that take no time."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kernels
-from bench import attention, harness, loss
+from bench import attention, generate, harness, loss, pause_cost
 from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -342,3 +342,33 @@ def test_truth_in_pieces_is_the_whole():
     gradients = torch.autograd.grad(out, (q, k, v), problem.upstream.double())
     for name, expected in zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients)):
         torch.testing.assert_close(attention.truth(problem)[name], expected)
+
+
+def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(pause_cost, "PAUSES", (1, 3))
+    monkeypatch.setattr(pause_cost, "race", lambda calls, *_: {name: [1.0 + name[0]] * 3 for name in calls})
+    pause_cost.main(quick=True)
+    (file,) = tmp_path.glob("*/pause_cost.quick.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["what"], row["name"], row["shape"]["pauses"]) for row in rows} == {
+        (what, name, m) for what in ("step", "prefix")
+        for name, m in (("without", 0), ("ours", 1), ("ours", 3), ("sequential", 1), ("sequential", 3))
+    }  # fmt: skip
+    for row in rows:
+        assert row["flops"] == row["flops_counted"] and row["error"] < 1e-5
+        if m := row["shape"]["pauses"]:
+            assert row["ratio"] == 1 + m and row["added_ms_per_pause"] == 1000
+            assert row["flops_per_pause"] == row["flops_per_pause_counted"] > 0
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_all_generators_say_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setitem(generate.MODELS, "small", dict(n_layer=1, n_head=2, n_embd=16))
+    monkeypatch.setattr(generate, "shapes", lambda *_: [{"model": "small", "batch": 3, "context": 9, "new": 4}])
+    generate.main(quick=True)
+    (file,) = tmp_path.glob("*/generate.quick.json")
+    result = json.loads(file.read_text())
+    assert [row["name"] for row in result["rows"]] == ["ours", *(rival.name for rival in generate.RIVALS)]
+    assert not result["missing"] and not any(row["error"] for row in result["rows"])

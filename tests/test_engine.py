@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,6 @@ def model_of(style="modern", block_size=64, std=0.3, sharpness=8.0):
         torch.nn.init.normal_(parameter, std=std)
     with torch.no_grad():
         model.norm.weight *= sharpness
-        model.head.weight[EOT] *= 0.5  # ends some texts, not most
     return model
 
 
@@ -44,10 +44,14 @@ def engine_of(model, lockstep=True, **options):
 
 
 @torch.no_grad()
-def ask_now_and_then(model, attention="causal"):
-    """A pause is a little likelier than the token that is said most."""
+def end_and_ask_now_and_then(model, attention="causal"):
+    """The end of text takes the place of the token that is said most often last, and a pause is a little likelier than
+    the one that is said most."""
     made = engine_of(model).generate(PROMPTS, temperature=0, max_new_tokens=12, attention=attention)
-    ((favourite, _),) = Counter(i for one in made for i in one.ids).most_common(1)
+    said = Counter(i for one in made for i in one.ids)
+    (favourite, _), *_ = said.most_common(1)
+    last, _ = Counter(one.ids[-1] for one in made if one.ids[-1] != favourite).most_common(1)[0]
+    model.head.weight[EOT] = 1.02 * model.head.weight[last]
     model.head.weight[PAUSE] = 1.02 * model.head.weight[favourite]
 
 
@@ -84,8 +88,8 @@ def generate_without_cache(model, prompt, n, policy=None, prefix=False):
     return ids, pauses
 
 
-POLICIES = [Never(), AfterPrompt(1), AfterPrompt(10), BelowConfidence(0.7, 3), BelowConfidence(1.0, 2, budget=7),
-            OnRequest(4, budget=20)]  # fmt: skip
+POLICIES = [Never(), AfterPrompt(10), BelowConfidence(0.7, 3), BelowConfidence(1.0, 2, budget=7),
+            BelowConfidence(1.0, 5, budget=3), OnRequest(4, budget=20)]  # fmt: skip
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
@@ -95,12 +99,13 @@ POLICIES = [Never(), AfterPrompt(1), AfterPrompt(10), BelowConfidence(0.7, 3), B
 def test_a_batch_says_what_whole_passes_say(style, policy, prefix, lockstep):
     """More prompts than rows, prompts longer than a chunk, every policy."""
     model, attention = model_of(style), "prefix" if prefix else "causal"
-    ask_now_and_then(model, attention)
+    end_and_ask_now_and_then(model, attention)
     made = engine_of(model, lockstep).generate(PROMPTS, policy, temperature=0, max_new_tokens=12, attention=attention)
     expected = [generate_without_cache(model, prompt, 12, policy, prefix) for prompt in PROMPTS]
     assert [([token.id for token in one.tokens], [token.pauses for token in one.tokens]) for one in made] == expected
-    if policy.per_token:
-        assert sum(one.pauses for one in made) > 0
+    if policy == Never():
+        assert {one.end for one in made} == {"eot", "length"}
+    assert (sum(one.pauses for one in made) > 0) == (policy.budget >= max(policy.at_prompt, 1))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -134,11 +139,11 @@ def test_prompt_and_pauses_are_one_pass():
     engine_of(model, chunk=64).generate(["a prompt"], 10, max_new_tokens=4, temperature=0)
     assert passes == [18, 1, 1, 1]
     del passes[:]
-    engine_of(model, lockstep=False, max_batch=1).generate(
-        ["a"], BelowConfidence(1.0, 3), max_new_tokens=3, temperature=0
-    )
+    engine = engine_of(model, lockstep=False, max_batch=1)
+    (made,) = engine.generate(["a"], BelowConfidence(1.0, 3), max_new_tokens=3, temperature=0)
     hook.remove()
-    assert passes == [4, 4, 4, 4, 4][: len(passes)]  # a token and three pauses are a step; the host runs ahead
+    assert [token.pauses for token in made.tokens] == [3, 3, 3]
+    assert passes == [4] * 5  # a token and three pauses are a step, and the host runs two ahead
 
 
 def test_m_pauses_in_a_step_are_m_steps():
@@ -162,6 +167,34 @@ def test_a_text_does_not_depend_on_who_shares_its_batch(lockstep):
     other = engine_of(model, lockstep, max_batch=4).generate(PROMPTS, seed=70, **options)
     assert [one.ids for one in together] == [one.ids for one in alone] != [one.ids for one in other]
     assert len({tuple(one.ids) for one in engine_of(model).generate(["x"] * 5, **options)}) == 5
+
+
+def test_sampled_text_is_that_of_a_loop_with_the_same_noise():
+    model = model_of(std=0.1, sharpness=1.0)
+    (made,) = engine_of(model).generate(["a prompt"], 3, temperature=0.9, max_new_tokens=20, seed=5)
+    tokens = BYTES.encode("a prompt") + [PAUSE] * 3
+    for place, token in enumerate(made.tokens):
+        logprobs = logprobs_without_cache(model, tokens)[None]
+        noise = gumbel(torch.tensor([5]), torch.tensor([place]), PAUSE)
+        assert token.id == Sampling(0.9).choose(logprobs, noise).item()
+        tokens.append(token.id)
+
+
+def test_what_is_said_after_a_request_is_drawn_from_the_model():
+    """Two tokens and a pause are equally likely; after the pause the two are, which the noise that asked must not
+    change."""
+    model = GPT(GPTConfig(vocab_size=BYTES.vocab_size, block_size=64, n_layer=1, n_head=2, n_embd=16)).eval()
+    with torch.no_grad():
+        model.token_embedding.weight.abs_()
+        model.head.weight.fill_(-10.0)
+        model.head.weight[[97, PAUSE]] = 10.0
+        model.head.weight[98] = 9.9
+    made = engine_of(model, max_batch=8).generate(
+        ["x"] * 1500, OnRequest(1), temperature=1000.0, top_k=3, max_new_tokens=1
+    )
+    said = [token.id for one in made for token in one.tokens if token.pauses]
+    assert len(said) > 300
+    assert abs(said.count(97) - said.count(98)) < 5 * math.sqrt(len(said))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 64])
@@ -202,12 +235,17 @@ def test_the_numbers_of_a_token():
 
 
 def test_pause_and_padding_are_never_said():
-    model = model_of("modern")
+    shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=64)
+    model = GPT(GPTConfig(vocab_size=BYTES.vocab_size + 40, **shape)).eval()  # 40 rows of padding
     with torch.no_grad():
-        model.head.weight[PAUSE:] = 100 * model.head.weight.abs().max()
+        model.head.weight[PAUSE:] = 100.0
+        model.norm.weight.abs_()
+        model.token_embedding.weight.abs_()  # so that the logits of all these are large
+        assert model(torch.tensor([[120]])).argmax() >= PAUSE
     for policy in (0, BelowConfidence(1.0, 1), OnRequest(1, budget=3)):
-        made = engine_of(model).generate(["x"] * 20, policy, temperature=5.0, max_new_tokens=20)
-        assert all(i < PAUSE for one in made for i in one.ids)
+        for lockstep in (True, False):
+            made = engine_of(model, lockstep).generate(["x"] * 6, policy, temperature=5.0, max_new_tokens=20)
+            assert all(token.id < PAUSE for one in made for token in one.tokens)
 
 
 def test_the_context_is_the_limit():
@@ -256,6 +294,19 @@ def test_what_cannot_be_is_one_sentence(make, text):
         make()
 
 
+def test_one_stream_at_a_time():
+    engine = engine_of(model_of())
+    first, second = (engine.stream(["a prompt"], n, temperature=0, max_new_tokens=5) for n in (5, 0))
+    begun = next(first)
+    assert begun.pauses == 5 and next(second).pauses == 0
+    with pytest.raises(UserError, match="one at a time"):
+        list(first)
+    with pytest.raises(UserError, match="a list of prompts"):
+        engine.generate("hello")
+    with pytest.raises(UserError, match="prompt 1 has a token id that is not 0 to 257"):
+        engine.generate([[1], [258]])
+
+
 def test_an_engine_serves_again_after_an_abandoned_stream():
     model = model_of()
     engine = engine_of(model)
@@ -267,6 +318,12 @@ def test_an_engine_serves_again_after_an_abandoned_stream():
 
 
 # Sampling
+
+
+def test_noise_is_finite():
+    """The largest number of 24 bits and a half would round to 1, which has infinite noise."""
+    noise = gumbel(torch.arange(400), torch.zeros(400, dtype=torch.int64), 50_304)
+    assert noise.isfinite().all() and noise.max() > 15
 
 
 def test_top_k_and_top_p_restrict():
@@ -312,10 +369,10 @@ def test_draws_have_the_probabilities_and_no_relatives():
 @pytest.mark.parametrize("inner", [AfterPrompt(4), BelowConfidence(1.0, 2), OnRequest(2)], ids=repr)
 def test_stop_when_useless_measures_and_stops(inner, lockstep):
     model = model_of()
-    ask_now_and_then(model)
-    policy = StopWhenUseless(inner, min_gain=1e6, min_count=6)
+    end_and_ask_now_and_then(model)
+    policy = StopWhenUseless(inner, min_change=1e6, min_count=6)
     made = engine_of(model, lockstep).generate([*PROMPTS, *PROMPTS], policy, temperature=0, max_new_tokens=12)
-    gains = [token.logprob - token.logprob_without for one in made for token in one.tokens if token.pauses]
+    gains = [abs(token.logprob - token.logprob_without) for one in made for token in one.tokens if token.pauses]
     # A step may bring several sequences over the count at once.
     assert 6 <= len(gains) <= 8
     mean, deviation = sum(gains) / len(gains), torch.tensor(gains).double().std().item()
@@ -330,7 +387,7 @@ def test_stop_when_useless_measures_and_stops(inner, lockstep):
 
 def test_pauses_that_matter_stay():
     model = model_of()
-    policy = StopWhenUseless(BelowConfidence(1.0, 2), min_gain=0.01, min_count=6)
+    policy = StopWhenUseless(BelowConfidence(1.0, 2), min_change=0.01, min_count=6)
     made = engine_of(model).generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
     assert Counter(token.pauses for one in made for token in one.tokens) == {2: sum(len(one.tokens) for one in made)}
     assert "left on" in policy.report()
@@ -339,17 +396,22 @@ def test_pauses_that_matter_stay():
 
 # On a GPU
 
+GPU_OPTIONS = [{}, {"attention": "prefix"}, {"temperature": 0.9, "top_k": 100, "top_p": 0.9}, {"trace": True}]
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs and synchronisation are a GPU's")
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_on_a_gpu_graphs_replay_and_nothing_waits(policy):
-    model = model_of()
-    expected = [generate_without_cache(model, prompt, 12, policy)[0] for prompt in PROMPTS]
+@pytest.mark.parametrize("options", GPU_OPTIONS, ids=repr)
+@pytest.mark.parametrize("policy", [*POLICIES, StopWhenUseless(BelowConfidence(1.0, 2), min_change=1e6)], ids=repr)
+def test_on_a_gpu_graphs_replay_and_nothing_waits(policy, options):
+    model, options = model_of(), {"temperature": 0, "max_new_tokens": 12} | options
+    expected = engine_of(model).generate(PROMPTS, replace(policy), **options)
     engine = Engine(model.cuda(), BYTES, max_batch=3, chunk=7)
-    for _ in range(2):  # captured, then replayed
-        torch.cuda.set_sync_debug_mode("error" if engine.graphs else "default")
+    for replayed in (False, True):
+        policy.is_off()
+        torch.cuda.set_sync_debug_mode("error" if replayed and not isinstance(policy, StopWhenUseless) else "default")
         try:
-            made = engine.generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
+            made = engine.generate(PROMPTS, policy, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert [[token.id for token in one.tokens] for one in made] == expected
+        if not isinstance(policy, StopWhenUseless):  # which the second time is off from the start
+            assert [one.ids for one in made] == [one.ids for one in expected]

@@ -57,7 +57,7 @@ def test_several_prompts_are_printed_in_their_order(run):
 
 
 def test_prompts_of_a_file_and_of_standard_input_as_json(run, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("Eins\nZwei …\n", "utf-8")
+    (tmp_path / "prompts.txt").write_text("Eins\n\nZwei …\r\n", "utf-8")
     from_file = run(f"--prompt_file={tmp_path / 'prompts.txt'}", "--json", "--temperature=0").out
     monkeypatch.setattr(sys, "stdin", io.StringIO("Eins\nZwei …\n"))
     assert run("--prompt_file=-", "--json", "--temperature=0").out == from_file
@@ -69,16 +69,27 @@ def test_prompts_of_a_file_and_of_standard_input_as_json(run, tmp_path, monkeypa
 
 
 def test_a_conversation_at_a_terminal(run, monkeypatch):
-    lines = iter(["One", "Two"])
+    """Empty lines are none, a prompt that is too long does not end it, and the same one gets another text."""
+    terminal = io.StringIO(f"One\n\n{'x' * 65}\nOne\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    printed = run("--prompt_file=-", "--temperature=3")
+    first, second = re.fullmatch(r"One(.*)\nOne(.*)\n", printed.out).groups()
+    assert first != second
+    assert "error: prompt 0 and its pauses are 65 + 0 tokens" in printed.err and "12 tokens" in printed.err
 
-    def answer(prompt):
-        for line in lines:
-            return line
-        raise EOFError
 
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", answer)
-    assert re.fullmatch(r"One[a-z]{6}\nTwo[a-z]{6}\n", run("--prompt_file=-").out)
+def test_no_prompts_and_no_tokens(run, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    assert run(f"--prompt_file={tmp_path / 'empty.txt'}", "--json").out == ""
+    assert run("--prompt=a", "--prompt=b", "--max_new_tokens=0").out == "a\nb\n"
+    rows = run("--prompt=a", "--prompt=b", "--max_new_tokens=0", "--json").out.splitlines()
+    assert [json.loads(row)["text"] for row in rows] == ["", ""]
+
+
+def test_pauses_of_prompts_of_very_different_lengths_are_timed(run):
+    assert "10 pauses, which added" in run("--prompt=ab", *["--prompt=" + 64 * "x"] * 10, "--pauses=10",
+                                           "--stop_when_useless").err  # fmt: skip
 
 
 def test_prompt_styles(run):
@@ -106,8 +117,13 @@ def test_policies_from_the_command_line(run):
     (["--stop_when_useless"], "add --pauses=5"),
     (["--prompt=x", "--prompt_file=y"], "leave one out"),
     (["--prompt=x", "--pauses=64"], "1 \\+ 64 tokens, and at most 64"),
+    (["--batch_size=0"], "batch_size=0 must be 1 to"),
+    (["--n_filler=-1"], "n_filler=-1 must be 0 to"),
+    (["--prompt_file=LATIN"], "LATIN is not UTF-8 text"),
 ])  # fmt: skip
-def test_bad_input_is_one_sentence(run, arguments, text):
+def test_bad_input_is_one_sentence(run, arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "LATIN").write_bytes("ä".encode("latin-1"))
     with pytest.raises(UserError, match=text):
         run(*arguments)
 
