@@ -224,7 +224,6 @@ def main() -> None:
     model, tokenizer, _ = checkpoint.load(Path(settings.out_dir), device)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
-    kernels.choose(None, device)  # says which, before the text
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     engine, prompts, generations, seconds = None, [], [], 0.0
     try:
@@ -245,6 +244,7 @@ def main() -> None:
                     raise
                 print(f"error: {error}", file=sys.stderr)  # the conversation goes on
                 continue
+            kernels.choose(None, device)  # says which, before the text
             printer = Printer(group, tokenizer, settings)
             prompts, generations = prompts + group, generations + printer.made
             start = time.perf_counter()

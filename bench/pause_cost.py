@@ -41,9 +41,14 @@ def shapes(quick: bool) -> list[Shape]:
     return [{"what": what, "batch": batch, "context": context} for what, batch, context in pairs]
 
 
-def sequential_pauses(device: str, shape: Shape) -> tuple[int, ...]:
-    """How many pauses are fed one by one: on a CPU not so many that little else could be measured."""
-    return PAUSES if device == "cuda" or shape["batch"] == 1 else PAUSES[:4]
+def pauses_of(device: str, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many pauses go into one pass, and how many are fed one by one: on a CPU not so many that little else could be
+    measured."""
+    if device == "cuda":
+        return PAUSES, PAUSES
+    if shape["what"] == "prefix":
+        return PAUSES[::3], PAUSES[:4:3]
+    return PAUSES, PAUSES if shape["batch"] == 1 else PAUSES[:4]
 
 
 def flops(config: GPTConfig, batch: int, context: int, n: int) -> tuple[int, int]:
@@ -86,11 +91,10 @@ def measure(bench: Bench, shape: Shape) -> None:
     for i in range(0, held, 512):
         engine.append(text[:, i : min(i + 512, held)], count(min(512, held - i)))
     last = text[:, held : held + new]
+    at_once, one_by_one = pauses_of(device.type, shape)
     calls = {(0, WITHOUT): call(last)}
-    for m in PAUSES:
-        calls[m, OURS] = call(torch.cat((last, pause[:, :m]), 1))
-        if m in sequential_pauses(device.type, shape):
-            calls[m, SEQUENTIAL] = call(last, *[pause[:, :1]] * m)
+    calls |= {(m, OURS): call(torch.cat((last, pause[:, :m]), 1)) for m in at_once}
+    calls |= {(m, SEQUENTIAL): call(last, *[pause[:, :1]] * m) for m in one_by_one}
     errors = {}
     for (m, name), run in calls.items():
         if name == SEQUENTIAL:

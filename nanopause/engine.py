@@ -221,7 +221,7 @@ class Engine:
         tokens: int64 [5, N]: ids, positions, slots of the cache as one row, lo, hi. sequences: int64 [8, n]: columns of
         the state, rows of the prompts' last tokens and of the last pauses, pauses, and the state."""
         ids, positions, slots, lo, hi = tokens[:, None]
-        row = self.cache.flatten(2, 3).unsqueeze(2)
+        row = self.cache.flatten(2, 3).unsqueeze(2)  # a view
         x = self.model.hidden(ids, positions=positions, slots=slots, lo=lo.int(), hi=hi.int(), cache=row)[0]
         who, first, last, rode, length, left, budget, seed = sequences
         self.place[who], self.alive[who] = torch.zeros_like(left), torch.ones_like(left)

@@ -199,8 +199,10 @@ class GPT(nn.Module):
         return kernels.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction=reduction)
 
     def new_cache(self, batch_size: int, length: int) -> Tensor:
-        """Keys and values of `length` tokens for `batch_size` sequences, zeros [n_layer, 2, B, S, G, D]."""
+        """Keys and values of `length` tokens for `batch_size` sequences, zeros [n_layer, 2, B, S, G, D].
+
+        In memory a head's keys are neighbours, which one query after the other reads: [n_layer, 2, G, B, S, D]."""
         config = self.config
         D = config.n_embd // config.n_head
         weight = self.token_embedding.weight
-        return weight.new_zeros(config.n_layer, 2, batch_size, length, config.n_kv_head, D)
+        return weight.new_zeros(config.n_layer, 2, config.n_kv_head, batch_size, length, D).permute(0, 1, 3, 4, 2, 5)

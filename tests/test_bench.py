@@ -347,6 +347,7 @@ def test_truth_in_pieces_is_the_whole():
 def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(pause_cost, "PAUSES", (1, 3))
+    monkeypatch.setattr(pause_cost, "pauses_of", lambda *_: ((1, 3), (1, 3)))
     monkeypatch.setattr(pause_cost, "race", lambda calls, *_: {name: [1.0 + name[0]] * 3 for name in calls})
     pause_cost.main(quick=True)
     (file,) = tmp_path.glob("*/pause_cost.quick.json")
