@@ -173,11 +173,8 @@ class Engine:
         tokens: int64 [n, Q]; counts: int64 [n], 0 to Q, for which there must be room: self.length is what they hold.
         Returns the residual stream after the last norm, [n, Q, C], up to the next call on a GPU; rows from counts[b]
         on say nothing."""
-        (n, Q), rows, width = (
-            tokens.shape,
-            min(self._bucket(len(tokens)), self.max_batch),
-            self._bucket(tokens.shape[1]),
-        )
+        n, Q = tokens.shape
+        rows, width = min(self._bucket(n), self.max_batch), self._bucket(Q)
         tokens, counts = F.pad(tokens, (0, width - Q, 0, rows - n)), F.pad(counts, (0, rows - n))
         return self._run(("append", rows, width), self._append, tokens, counts)[:n, :Q]
 
@@ -198,10 +195,10 @@ class Engine:
         """A token more for the first n sequences, with `ride` pauses behind the one before it where there is room."""
         who, head, pause_id = slice(0, n), self._head, self.tokenizer.pause_id
         token, alive = self.token[who, None], self.alive[who]
-        room = (self.budget[who] >= ride) & (self.length[who] + 1 + ride <= self.max_length)
-        rode = ride * room * alive
         if not ride:
             return self._settle(who, head(self._append(token, alive)[:, 0]))
+        room = (self.budget[who] >= ride) & (self.length[who] + 1 + ride <= self.max_length)
+        rode = ride * room * alive
         if self.lockstep:
             without = head(self._append(token, alive)[:, 0])
             kept = rode * self._wants(who, without)
@@ -336,9 +333,8 @@ class Engine:
 
         prompts: texts or token ids; an empty one starts after an end of text. pauses: that many after every prompt, or
         a policy. seed: prompt i draws with seed + i, and gets the same text in any batch, but for roundings, and for
-        StopWhenUseless, which measures all. attention: "prefix" lets a
-        prompt and its pauses read each other in both directions; pauses that may be taken back are then left to the
-        tokens after it. trace: keep the likeliest tokens too.
+        StopWhenUseless, which measures all. attention: "prefix" lets a prompt and its pauses read each other in both
+        directions; pauses that may be taken back are then left to the tokens after it. trace: keep the likeliest ids.
 
         Raises UserError, before the first token, where a number is out of its range or a prompt and its pauses are
         longer than max_length.
@@ -396,14 +392,14 @@ class Engine:
         self.alive.zero_()
         off = bool(policy.is_off())
         while waiting or running or in_flight:
+            if self.current is not current:
+                raise UserError("the engine has begun another stream since: it serves one at a time")
             at_prompt = 0 if off or (prefix and not policy.certain) else policy.at_prompt
             for slot in sorted(set(range(self.max_batch)) - {sequence.slot for sequence in running})[: len(waiting)]:
                 running.append(waiting.popleft())
                 running[-1].slot = slot
             n = self._close_ranks(running)
             reading = [sequence for sequence in running if sequence.read < len(sequence.prompt)]
-            if self.current is not current:
-                raise UserError("the engine has begun another stream since: it serves one at a time")
             in_flight.extend(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
             writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
             if writing:
@@ -490,7 +486,7 @@ class Engine:
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         host.copy_(rows, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return _Pass(host, event, sequences)
 
     def _receive(self, sent: _Pass, max_new_tokens: int) -> tuple[list[Token], bool]:

@@ -407,7 +407,6 @@ def test_on_a_gpu_graphs_replay_and_nothing_waits(policy, options):
     expected = engine_of(model).generate(PROMPTS, replace(policy), **options)
     engine = Engine(model.cuda(), BYTES, max_batch=3, chunk=7)
     for replayed in (False, True):
-        policy.is_off()
         torch.cuda.set_sync_debug_mode("error" if replayed and not isinstance(policy, StopWhenUseless) else "default")
         try:
             made = engine.generate(PROMPTS, policy, **options)
