@@ -1,7 +1,8 @@
 """Tokens per second of generation, beside transformers and a loop without a cache, with the same weights.
 
 Every prompt is `context` random tokens, and gets `new` more, the likeliest; all must say the same. The loop reads the
-whole text anew for every token, as nanoGPT's generate does; it makes one, and its seconds are of that.
+whole text anew for every token, as nanoGPT's generate does; it makes one, and its seconds are of that. What comes after
+the prompts is timed from the first token on.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,12 @@ from nanopause.engine import Engine
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import load_tokenizer
 
-MODELS = {"124M": dict(n_layer=12, n_head=12, n_embd=768), "small": dict(n_layer=3, n_head=4, n_embd=128)}
+SMALL = dict(n_layer=3, n_head=4, n_embd=128)  # that of `train.py config/gpt2.py`
+MODELS = {
+    "124M": ("gpt2", dict(n_layer=12, n_head=12, n_embd=768)),
+    "small": ("bytes", SMALL),
+    "small, GPT-2's vocabulary": ("gpt2", SMALL),
+}
 NAMES = {"attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "mlp_norm": "ln_2",
          "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # fmt: skip
 
@@ -29,8 +35,9 @@ class Problem:
         torch.manual_seed(0)
         self.shape, self.n_new = shape, shape["new"]
         length = shape["context"] + shape["new"]
-        config = GPTConfig(vocab_size=50304, block_size=length, **MODELS[shape["model"]], **GPT2)
-        self.model, self.tokenizer = GPT(config).eval(), load_tokenizer("gpt2")
+        name, size = MODELS[shape["model"]]
+        self.tokenizer = load_tokenizer(name)
+        self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, block_size=length, **size, **GPT2)).eval()
         with torch.no_grad():
             for parameter in self.model.parameters():  # initial weights repeat one token
                 if parameter.ndim == 2:
@@ -40,17 +47,26 @@ class Problem:
         self.prompts = torch.randint(self.tokenizer.eot_id, (shape["batch"], shape["context"]), device=device)
 
 
-Generate = Callable[[int], Tensor]  # n → the next n tokens of every prompt, [batch, n]
+# n → the next n tokens of every prompt, [batch, n], and when all had their first, by perf_counter.
+Generate = Callable[[int], tuple[Tensor, float]]
 
 
 def ours(problem: Problem) -> Generate:
     engine = Engine(problem.model, problem.tokenizer, max_batch=len(problem.prompts))
     prompts = problem.prompts.tolist()
-    return lambda n: torch.tensor([one.ids for one in engine.generate(prompts, max_new_tokens=n, temperature=0)])
+
+    def generate(n: int) -> tuple[Tensor, float]:
+        ids, first = [[] for _ in prompts], 0.0
+        for token in engine.stream(prompts, max_new_tokens=n, temperature=0):
+            ids[token.sequence].append(token.id)
+            first = first or (perf_counter() if all(ids) else 0.0)
+        return torch.tensor(ids), first
+
+    return generate
 
 
 def transformers(problem: Problem, **options) -> Generate:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 
     config, weights = problem.model.config, {}
     same = {key: getattr(config, key) for key in ("vocab_size", "n_embd", "n_layer", "n_head")}
@@ -70,22 +86,31 @@ def transformers(problem: Problem, **options) -> Generate:
     theirs.to(problem.prompts.device, problem.model.head.weight.dtype).eval()
     theirs.generation_config.eos_token_id = None
 
-    def generate(n: int) -> Tensor:
+    def generate(n: int) -> tuple[Tensor, float]:
+        times = []
+
+        def look(ids, scores, **_):
+            if not times:
+                ids[0, -1].item()  # waits
+                times.append(perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
         made = theirs.generate(problem.prompts, attention_mask=torch.ones_like(problem.prompts), max_new_tokens=n,
-                               min_new_tokens=n, do_sample=False, pad_token_id=0, **options)  # fmt: skip
-        return made[:, problem.prompts.shape[1] :].cpu()
+                               min_new_tokens=n, do_sample=False, pad_token_id=0,
+                               stopping_criteria=StoppingCriteriaList([look]), **options)  # fmt: skip
+        return made[:, problem.prompts.shape[1] :].cpu(), times[0]
 
     return generate
 
 
 def loop(problem: Problem) -> Generate:
     @torch.inference_mode()
-    def generate(n: int) -> Tensor:
+    def generate(n: int) -> tuple[Tensor, float]:
         tokens = problem.prompts
         for _ in range(n):
             last = problem.model.hidden(tokens)[:, -1:]
             tokens = torch.cat((tokens, problem.model.head(last).argmax(-1)), 1)
-        return tokens[:, problem.prompts.shape[1] :].cpu()
+        return tokens[:, problem.prompts.shape[1] :].cpu(), 0.0
 
     return generate
 
@@ -101,8 +126,7 @@ RIVALS = (
 def shapes(device: str, quick: bool) -> list[Shape]:
     if quick:
         return [{"model": "small", "batch": 2, "context": 32, "new": 16}]
-    pairs = [("small", 8, 512), ("124M", 8, 512), ("small", 1, 512), ("124M", 1, 512)]
-    new = 32
+    pairs, new = [(model, batch, 512) for batch in (8, 1) for model in MODELS], 128
     if device == "cuda":
         pairs, new = [*pairs, ("124M", 32, 512), ("124M", 1, 4096), ("124M", 8, 4096)], 256
     return [{"model": model, "batch": batch, "context": context, "new": new} for model, batch, context in pairs]
@@ -115,7 +139,7 @@ def measure(bench: Bench, shape: Shape) -> None:
     expected, differ = None, {}
     for name, generate in list(calls.items()):
         try:
-            said = generate(n_of[name])
+            said, _ = generate(n_of[name])
             expected = said if expected is None else expected
             # In bfloat16 two close tokens may change places, and the texts part there.
             differ[name] = (said != expected[:, : said.shape[1]]).float().mean().item()
@@ -126,28 +150,27 @@ def measure(bench: Bench, shape: Shape) -> None:
                 raise
             bench.lack(name, shape, first_line(error))
             del calls[name]
-    seconds, prompt_seconds = ({name: [] for name in calls} for _ in "ab")
+    seconds, after = ({name: [] for name in calls} for _ in "ab")
     for _ in range(3):
         for name, generate in calls.items():
-            for n, samples in ((1, prompt_seconds), (n_of[name], seconds)):
-                start = perf_counter()
-                generate(n)  # its tokens come to the host: nothing is left to wait for
-                samples[name].append(perf_counter() - start)
-    steps = shape["new"] - 1
-    base = np.array(seconds[OURS]) / shape["new"]
-    base_after = np.subtract(seconds[OURS], prompt_seconds[OURS]) / steps
+            start = perf_counter()
+            _, first = generate(n_of[name])  # its tokens come to the host: nothing is left to wait for
+            end = perf_counter()
+            seconds[name].append((end - start) / n_of[name])
+            # A loop without a cache has no other pass than that over all it has.
+            after[name].append(seconds[name][-1] if name == LOOP else (end - first) / (n_of[name] - 1))
+
+    def ratio(samples: dict[str, list[float]], name: str) -> float:
+        return float(np.median(np.divide(samples[name], samples[OURS])))
+
     for name in calls:
-        per_token = np.array(seconds[name]) / n_of[name]
-        # A loop without a cache has no other pass than that over all it has.
-        after = per_token if name == LOOP else np.subtract(seconds[name], prompt_seconds[name]) / steps
-        p10, p50, p90 = np.percentile(per_token * 1e3, (10, 50, 90)).tolist()
+        p10, p50, p90 = np.percentile(np.multiply(seconds[name], 1e3), (10, 50, 90)).tolist()
         bench.rows.append({
             "what": "generate", "shape": shape, "name": name, "version": bench.versions[name],
-            "samples": len(per_token), "p10_ms": p10, "p50_ms": p50, "p90_ms": p90,
-            "tokens_per_second": shape["batch"] / median(per_token), "ratio": float(np.median(per_token / base)),
-            "tokens_per_second_after_prompt": shape["batch"] / median(after),
-            "ratio_after_prompt": float(np.median(after / base_after)),
-            "prompt_seconds": median(prompt_seconds[name]), "error": differ[name],
+            "samples": len(seconds[name]), "p10_ms": p10, "p50_ms": p50, "p90_ms": p90,
+            "tokens_per_second": shape["batch"] / median(seconds[name]), "ratio": ratio(seconds, name),
+            "tokens_per_second_after_prompt": shape["batch"] / median(after[name]),
+            "ratio_after_prompt": ratio(after, name), "error": differ[name],
         })  # fmt: skip
     line = ", ".join(f"{row['name']} {number(row['tokens_per_second'])}" for row in bench.rows if row["shape"] is shape)
     print(f"generate: {label(shape)}, tokens/s: {line}", flush=True)

@@ -12,27 +12,28 @@ CHUNK_ELEMENTS = 1 << 24
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
     """See kernels.attention. Plain causal needs no mask in memory; intervals take a dense [B, 1, T, S] one."""
     T, S = q.shape[1], k.shape[1]
-    mask, empty = None, None
+    mask, empty, causal = None, None, lo is None and hi is None and 1 < T == S
     if lo is not None or hi is not None or 1 < T != S:
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
         first, last, full = 0, S, False
         if q.device.type == "cpu" and type(hi) is Tensor and hi.numel() and S and not torch.compiler.is_compiling():
             # A CPU's bounds can be looked at. Keys that nobody reads, such as a cache's unused slots, are left out, and
-            # so is a mask that would hide nothing.
+            # so is a mask that would hide nothing, or what plain causal hides.
             (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))
             last = min(max(hi_max, 1), S)
             first = min(max(lo_min, 0), last - 1)
             full = lo_max <= first and hi_min >= last
+            causal = 1 < T == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
             k, v = k[:, first:last], v[:, first:last]
-        if not full:
+        if not (full or causal):
             empty, s = hi <= lo, torch.arange(first, last, device=q.device)
             # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
             mask = (((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == first)))[:, None]
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         attn_mask=mask,
-        is_causal=lo is None and hi is None and T > 1,
+        is_causal=causal,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)

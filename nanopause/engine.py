@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nanopause.errors import UserError, check
 from nanopause.model import GPT
+from nanopause.packed import packed
 from nanopause.policy import AfterPrompt, Policy
 from nanopause.tokenizer import Tokenizer
 
@@ -143,7 +144,7 @@ class Engine:
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
     ):
-        self.model, self.tokenizer, self.max_batch, self.chunk = model, tokenizer, max_batch, chunk
+        self.model, self.tokenizer, self.max_batch, self.chunk = packed(model), tokenizer, max_batch, chunk
         self.max_length = model.config.block_size if max_length is None else max_length
         check("max_batch", max_batch, 1, 2**20)
         check("chunk", chunk, 1, 2**31)
@@ -193,7 +194,7 @@ class Engine:
 
     def _decode(self, n: int, ride: int) -> Tensor:
         """A token more for the first n sequences, with `ride` pauses behind the one before it where there is room."""
-        who, head, pause_id = slice(0, n), self._head, self.tokenizer.pause_id
+        who, head, pause_id = slice(0, n), self.model.head, self.tokenizer.pause_id
         token, alive = self.token[who, None], self.alive[who]
         if not ride:
             return self._settle(who, head(self._append(token, alive)[:, 0]))
@@ -225,17 +226,11 @@ class Engine:
         self.left[who], self.budget[who], self.seed[who] = left, budget, seed
         if not ride:
             self.length[who] = length
-            return self._settle(who, self._head(x[first]))
-        without, behind = self._head(x[torch.stack((first, last))])
+            return self._settle(who, self.model.head(x[first]))
+        without, behind = self.model.head(x[torch.stack((first, last))])
         kept = rode * self._wants(who, without)
         self.length[who] = length + kept
         return self._settle(who, without, behind, kept)
-
-    def _head(self, x: Tensor) -> Tensor:
-        """Logits. On a CPU W xᵀ takes half of the time of x Wᵀ, where x has few rows (LOG.md)."""
-        if self.device.type != "cpu":
-            return self.model.head(x)
-        return (self.model.head.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
 
     def _logprobs(self, logits: Tensor, n_ids: int) -> Tensor:
         """Of the first n_ids alone, float32 [n, n_ids]: pauses and padded ids are no text."""

@@ -366,7 +366,7 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
 
 def test_all_generators_say_the_same(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setitem(generate.MODELS, "small", dict(n_layer=1, n_head=2, n_embd=16))
+    monkeypatch.setitem(generate.MODELS, "small", ("bytes", dict(n_layer=1, n_head=2, n_embd=16)))
     monkeypatch.setattr(generate, "shapes", lambda *_: [{"model": "small", "batch": 3, "context": 9, "new": 4}])
     generate.main(quick=True)
     (file,) = tmp_path.glob("*/generate.quick.json")

@@ -1,0 +1,40 @@
+"""A CPU's matrices, laid out for products with few rows."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_ROWS = 256  # from here on the usual layout is as fast
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that shares its parameters with `linear`, and has its matrix a second time in oneDNN's blocks.
+
+    BLAS copies a matrix into blocks for every product of 4 rows or more, which takes as long as reading it. The blocks
+    are made again when the parameter was written to."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.blocks, self.version = None, -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > MAX_ROWS * x.shape[-1]:
+            return F.linear(x, self.weight, self.bias)
+        if self.version != self.weight._version:
+            self.version = self.weight._version
+            self.blocks = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 8)
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """What to generate with: the model itself, or on a CPU in float32 a copy that shares its parameters and has packed
+    linear layers, which take as much memory again."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    linears = {id(module): PackedLinear(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    return copy.deepcopy(model, shared | linears)
