@@ -23,7 +23,7 @@ import torch
 import tyro
 
 import kernels
-from nanopause import checkpoint, cli, errors
+from nanopause import cli, errors, hub
 from nanopause.distributed import Processes
 from nanopause.engine import Engine, Generation, Token
 from nanopause.errors import UserError
@@ -42,7 +42,7 @@ Last, the best of them, and why.
 @dataclass
 class Settings:
     out_dir: str = "out/pause"
-    """Folder of a training run; its newest intact checkpoint is read."""
+    """Folder of a run, whose newest intact checkpoint is read; or a transformers folder, a GGUF file or a hub id."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; several times for several texts. None: a new document."""
     prompt_file: str = ""
@@ -221,7 +221,7 @@ def main() -> None:
     if settings.trace:
         Path(settings.trace).touch()  # fails now rather than when all is said
     device = Processes(settings.device).device
-    model, tokenizer, _ = checkpoint.load(Path(settings.out_dir), device)
+    model, tokenizer, _ = hub.load(settings.out_dir, device)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark

@@ -5,6 +5,8 @@ On a laptop, minutes; on a GPU, seconds:
 GPT-2 124M with pauses on OpenWebText, on one GPU, then on eight:
     python train.py config/pause.py config/openwebtext.py
     torchrun --standalone --nproc_per_node=8 train.py config/pause.py config/openwebtext.py
+Go on from the weights of another run, or of a transformers checkpoint:
+    python train.py config/pause.py --init_from=HuggingFaceTB/SmolLM2-135M --batch_size=8
 Continue a run that was stopped or killed:
     python train.py config/pause.py --resume
 Every setting:
@@ -17,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ from torch.optim import Optimizer
 
 import kernels
 from data.pydocs import prepare_pydocs
-from nanopause import checkpoint, errors, flops, metrics
+from nanopause import checkpoint, errors, flops, hub, metrics
 from nanopause.config import load_config
 from nanopause.data import Batch, Corpus, TrainingBatches, prefetch, validation_batches
 from nanopause.distributed import Processes
@@ -36,7 +39,7 @@ from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates
 from nanopause.pauses import IGNORE
 from nanopause.progress import Ticker
-from nanopause.tokenizer import Tokenizer, load_tokenizer
+from nanopause.tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
 BAD_STEPS = 5  # non-finite steps in a row that end the run
@@ -105,10 +108,14 @@ def main():
 
     with Ticker(config.max_steps, enabled=processes.is_main) as ticker:
         # Data. The default corpus prepares itself.
-        tokenizer = load_tokenizer(config.tokenizer)
-        folder = DATA / config.dataset / config.tokenizer
+        if config.init_from:
+            model, tokenizer, _ = hub.load(config.init_from, device)
+            config = replace(config.shaped(model.config), tokenizer=tokenizer.name)
+        else:
+            tokenizer = load_tokenizer(config.tokenizer)
+        folder = DATA / config.dataset / tokenizer.name
         if config.dataset == "pydocs" and not folder.exists() and processes.is_main:
-            prepare_pydocs(config.tokenizer)
+            prepare_pydocs(tokenizer.source)
         processes.wait()
         training, held_out = (Corpus(folder, split, tokenizer, config.block_size) for split in ("train", "val"))
         batches = TrainingBatches(
@@ -118,7 +125,10 @@ def main():
         # Model and optimizers, new or from the newest intact checkpoint.
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
-        model = GPT(config.gpt(tokenizer.vocab_size)).to(device)
+        if config.init_from:
+            model.train()
+        else:
+            model = GPT(config.gpt(tokenizer.vocab_size)).to(device)
         optimizers = make_optimizers(model, config)
         start = 0
         if config.resume:
@@ -136,6 +146,8 @@ def main():
         peak, peak_source = flops.peak_flops(device, torch.bfloat16 if bfloat16 else torch.float32)
         processes.wait()
         log = metrics.Metrics(config, start) if processes.is_main else None
+        if isinstance(tokenizer, PretrainedTokenizer) and processes.is_main:
+            tokenizer.save(out_dir / "tokenizer")
         ticker.say(
             f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.n_layer} layers, "
             f"{config.n_embd} wide, {config.block_size} tokens long\n"

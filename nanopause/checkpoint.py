@@ -1,7 +1,8 @@
 """Checkpoints that survive a kill at any moment, and say so when they did not.
 
-    out_dir/step_00000500/    model.safetensors, optimizer.pt, checkpoint.json (step, config, versions, sha256s)
+    out_dir/step_00000500/    model.safetensors, optimizer.pt, checkpoint.json (step, configs, versions, sha256s)
     out_dir/latest            the name of the newest
+    out_dir/tokenizer/        where the run began with a transformers checkpoint: its tokenizer
 
 A checkpoint is written beside its final name, fsynced and renamed; `latest` moves last; then all but it and the one
 before it go.
@@ -25,6 +26,8 @@ from nanopause.errors import UserError
 from nanopause.files import replace_file, sha256, sync
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import Tokenizer, load_tokenizer
+
+PARTS = {"config": Config, "model": GPTConfig}  # of checkpoint.json
 
 
 def _folders(out_dir: Path) -> list[Path]:
@@ -50,6 +53,7 @@ def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer]
         state = {
             "step": step,
             "config": asdict(config),
+            "model": asdict(model.config),
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             "sha256": {file.name: sha256(file) for file in sorted(beside.iterdir())},
         }
@@ -83,7 +87,8 @@ def _damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if sha256(folder / name) != state["sha256"][name]:
                 return f"{name} does not have its sha256"
-        if not isinstance(state["step"], int) or set(state["config"]) != {field.name for field in fields(Config)}:
+        keys = [set(state[part]) == {field.name for field in fields(kind)} for part, kind in PARTS.items()]
+        if not isinstance(state["step"], int) or not all(keys):
             return "checkpoint.json is of another version"
     except FileNotFoundError:
         return "checkpoint.json is missing"
@@ -110,7 +115,7 @@ def find(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def read_state(folder: Path) -> dict:
-    """checkpoint.json: step, config, versions."""
+    """checkpoint.json: step, config, the model's own, versions."""
     return json.loads((folder / "checkpoint.json").read_text())
 
 
@@ -148,7 +153,8 @@ def load(out_dir: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
         raise UserError(f"{out_dir} holds no checkpoint: train one with `python train.py config/pause.py`, "
                         f"or name another --out_dir")  # fmt: skip
     state = read_state(folder)
-    tokenizer = load_tokenizer(state["config"]["tokenizer"])
-    model = GPT(Config(**state["config"]).gpt(tokenizer.vocab_size))
+    own = out_dir / "tokenizer"
+    tokenizer = load_tokenizer(str(own) if own.is_dir() else state["config"]["tokenizer"])
+    model = GPT(GPTConfig(**state["model"]))
     safetensors.torch.load_model(model, str(folder / "model.safetensors"), device=str(device))
     return model.to(device).eval(), tokenizer, state

@@ -2,7 +2,7 @@
 
 import runpy
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from inspect import ismodule
 from pathlib import Path
 from typing import Literal
@@ -14,8 +14,8 @@ from nanopause.errors import UserError
 from nanopause.model import GPTConfig
 
 BIG = 2**62
-COUNTS = """block_size n_layer n_head n_kv_head n_embd n_mlp batch_size micro_batch_size max_steps eval_interval
-eval_blocks checkpoint_interval log_interval""".split()
+COUNTS = """block_size n_layer n_head n_kv_head n_embd head_dim n_mlp batch_size micro_batch_size max_steps
+eval_interval eval_blocks checkpoint_interval log_interval""".split()
 LIMITS = {
     **dict.fromkeys(COUNTS, (1, BIG)),
     **dict.fromkeys(("warmup_steps", "seed", "weight_decay", "grad_clip"), (0, BIG)),
@@ -23,6 +23,7 @@ LIMITS = {
     **dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)),
     **dict.fromkeys(("pause_rate", "wsd_share", "min_lr_ratio"), (0, 1)),
     "rope_theta": (1, BIG),
+    "norm_eps": (0, 1),
 }
 
 
@@ -35,13 +36,16 @@ class Config(GPTConfig):
 
     out_dir: str = ""
     """Folder of checkpoints, metrics.jsonl and loss.png. Empty: out/ and the names of the config files."""
+    init_from: str = ""
+    """Weights to start from: the folder of a run, a transformers folder, a GGUF file or a hub id. The model's shape and
+    the tokenizer are then theirs, and block_size is the length trained on. Empty: random weights."""
     resume: bool = False
     """Continue the run in out_dir from its newest intact checkpoint."""
 
     dataset: str = "pydocs"
     """Corpus: a folder in data/ that one of its scripts prepared, or an absolute path."""
     tokenizer: str = "bytes"
-    """"bytes" or "gpt2"; the corpus must have been prepared with it."""
+    """"bytes", "gpt2", a transformers folder or a hub id; the corpus must have been prepared with it."""
     batch_size: int = 8
     """Sequences a step, over all processes."""
     micro_batch_size: int | None = None
@@ -110,6 +114,13 @@ class Config(GPTConfig):
         """The model's part, with the tokenizer's vocabulary."""
         shape = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
         return GPTConfig(**shape | {"vocab_size": vocab_size})
+
+    def shaped(self, model: GPTConfig) -> "Config":
+        """This run for a model that is there. Raises UserError where it reads no sequences of block_size."""
+        if self.block_size > model.block_size:
+            raise UserError(f"block_size={self.block_size} is more than the {model.block_size} tokens that "
+                            f"{self.init_from} reads: lower --block_size")  # fmt: skip
+        return replace(self, **asdict(model) | {"vocab_size": 0, "block_size": self.block_size})
 
 
 def _arguments(file: str) -> list[str]:

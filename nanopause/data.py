@@ -57,7 +57,7 @@ class Corpus:
         shard = int(np.searchsorted(self._first, i, side="right")) - 1
         start = int(i - self._first[shard]) * self.block_size
         block = np.asarray(self.shards[shard][start : start + self.block_size + 1])
-        if block.max() > self.tokenizer.eot_id:
+        if block.max() >= self.tokenizer.pause_id:
             raise UserError(f"a shard of {self.folder} holds the id {block.max()}, which the tokenizer "
                             f"{self.tokenizer.name!r} does not have: prepare it anew")  # fmt: skip
         return block

@@ -326,10 +326,11 @@ class Engine:
     ) -> Iterator[Token]:
         """The tokens of all prompts as they come, until each has an end of text, max_new_tokens or no room.
 
-        prompts: texts or token ids; an empty one starts after an end of text. pauses: that many after every prompt, or
-        a policy. seed: prompt i draws with seed + i, and gets the same text in any batch, but for roundings, and for
-        StopWhenUseless, which measures all. attention: "prefix" lets a prompt and its pauses read each other in both
-        directions; pauses that may be taken back are then left to the tokens after it. trace: keep the likeliest ids.
+        prompts: texts, which begin as the tokenizer has it, or token ids; an empty one starts after an end of text.
+        pauses: that many after every prompt, or a policy. seed: prompt i draws with seed + i, and gets the same text in
+        any batch, but for roundings, and for StopWhenUseless, which measures all. attention: "prefix" lets a prompt and
+        its pauses read each other in both directions; pauses that may be taken back are then left to the tokens after
+        it. trace: keep the likeliest ids.
 
         Raises UserError, before the first token, where a number is out of its range or a prompt and its pauses are
         longer than max_length.
@@ -349,8 +350,12 @@ class Engine:
             raise UserError("generation takes a list of prompts, not one")
         n_certain, waiting = policy.at_prompt if policy.certain else 0, deque()
         for i, prompt in enumerate(prompts):
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            ids = ids or [self.tokenizer.eot_id]
+            bos, eot = self.tokenizer.bos_id, self.tokenizer.eot_id
+            if isinstance(prompt, str):
+                ids = [bos] * (bos is not None) + self.tokenizer.encode(prompt)
+            else:
+                ids = list(prompt)
+            ids = ids or [eot if bos is None else bos]
             if len(ids) + n_certain > self.max_length:
                 raise UserError(
                     f"prompt {i} and its pauses are {len(ids)} + {n_certain} tokens, and at most {self.max_length} can "

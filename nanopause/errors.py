@@ -1,8 +1,10 @@
 """What a person did wrong or a machine ran out of, told in one sentence."""
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 
 class UserError(Exception):
@@ -13,6 +15,14 @@ def check(name: str, value: float, low: float, high: float) -> None:
     """Raises UserError unless low ≤ value ≤ high."""
     if not low <= value <= high:
         raise UserError(f"{name}={value} must be {low} to {high}")
+
+
+def needs(package: str, extra: str) -> ModuleType:
+    """A package that an extra of ours brings. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{package} is not installed: pip install -e '.[{extra}]'") from None
 
 
 def run(main: Callable[[], None]) -> None:

@@ -31,39 +31,69 @@ class GPTConfig:
     n_kv_head: int | None = None
     """Key-value heads a block; divides n_head. None: n_head."""
     n_embd: int = 128
-    """Width of the residual stream; a multiple of n_head."""
+    """Width of the residual stream; a multiple of n_head unless head_dim is given."""
+    head_dim: int | None = None
+    """Width of a head. None: n_embd/n_head."""
     n_mlp: int | None = None
     """Hidden width of the MLP. None: 4·n_embd."""
     norm: Literal["layer", "rms"] = "rms"
     """Normalisation before every sublayer and at the end."""
+    norm_eps: float = 1e-5
+    """What a normalisation adds to the variance."""
     qk_norm: bool = True
     """RMS-normalise queries and keys, a head at a time."""
     position: Literal["learned", "rope"] = "rope"
     """Position embeddings, or rotary positions on queries and keys."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths, in tokens."""
+    rope_scaling: list[float] | None = None
+    """Longer rotary wavelengths: [factor] for all, or Llama 3.1's [factor, low, high, n], which stretches those beyond
+    n/low tokens, keeps those below n/high, and interpolates between."""
     mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
     """GELU (tanh approximation), SwiGLU, or the square of ReLU."""
     tied: bool = False
     """Head and token embedding are one matrix."""
     bias: bool = False
     """Biases in linear layers and layer norms."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values. None: as bias says."""
     zero_init: bool = True
     """Residual projections and an untied head start at zero, rather than with GPT-2's scaled normal."""
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         self.n_mlp = 4 * self.n_embd if self.n_mlp is None else self.n_mlp
-        if self.n_embd % self.n_head:
+        self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        self.head_dim = self.n_embd // self.n_head if self.head_dim is None else self.head_dim
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
-        if self.position == "rope" and (D := self.n_embd // self.n_head) % 2:
-            raise UserError(f"position=rope needs an even head width, and n_embd/n_head is {D}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"position=rope needs an even head width, and it is {self.head_dim}")
 
 
 def norm(config: GPTConfig, width: int) -> nn.Module:
-    return nn.LayerNorm(width, bias=config.bias) if config.norm == "layer" else nn.RMSNorm(width, eps=1e-5)
+    if config.norm == "layer":
+        return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(width, eps=config.norm_eps)
+
+
+def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, float32 [block_size, D], as `rotate` takes them. Angles are products in float32, as
+    those that published models were trained with."""
+    D = config.head_dim
+    frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # radians a token
+    if config.rope_scaling:
+        factor, *rest = config.rope_scaling
+        kept = torch.zeros_like(frequency)
+        if rest:
+            low, high, n = rest
+            kept = ((n * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -77,10 +107,12 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        D = config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * D, bias=config.bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity() for _ in "qk")
+        D = config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * D, bias=config.qkv_bias)
+        self.out = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
 
     def forward(self, x, rope, lo, hi, cache, slots):
         q, k, v = rearrange(self.qkv(x), "b t (h d) -> b t h d", h=self.n_head + 2 * self.n_kv_head).split(
@@ -137,12 +169,8 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         else:
-            D = config.n_embd // config.n_head
-            frequency = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
-            angle = torch.outer(torch.arange(config.block_size, dtype=torch.float64), frequency)
-            cos, sin = angle.cos().float(), angle.sin().float()
-            self.register_buffer("rope_cos", torch.cat((cos, cos), dim=1), persistent=False)  # [block_size, D]
-            self.register_buffer("rope_sin", torch.cat((-sin, sin), dim=1), persistent=False)
+            for name, table in zip(("rope_cos", "rope_sin"), rope_tables(config)):
+                self.register_buffer(name, table, persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -203,6 +231,5 @@ class GPT(nn.Module):
 
         In memory a head's keys are neighbours, which one query after the other reads: [n_layer, 2, G, B, S, D]."""
         config = self.config
-        D = config.n_embd // config.n_head
-        weight = self.token_embedding.weight
-        return weight.new_zeros(config.n_layer, 2, config.n_kv_head, batch_size, length, D).permute(0, 1, 3, 4, 2, 5)
+        shape = config.n_layer, 2, config.n_kv_head, batch_size, length, config.head_dim
+        return self.token_embedding.weight.new_zeros(shape).permute(0, 1, 3, 4, 2, 5)

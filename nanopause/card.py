@@ -1,0 +1,66 @@
+"""The README of an exported checkpoint, filled from its run."""
+
+from pathlib import Path
+
+import torch
+
+from nanopause import metrics
+from nanopause.model import GPT
+from nanopause.tokenizer import Tokenizer
+
+TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pause-tokens]
+---
+
+# {name}
+
+A language model with *pause tokens* ([Goyal et al. 2023](https://arxiv.org/abs/2310.02226)): after the prompt come some
+`<|pause|>`, id {pause_id}, and the answer starts at the last of them. Made with nanopause.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer("Return a", return_tensors="pt")
+model.generate(**inputs, max_new_tokens=50)  # without pauses
+model.generate(**inputs, max_new_tokens=50, custom_generate=folder, trust_remote_code=True, pauses=10)
+```
+
+Where ids are taken, as in vLLM, pauses are ids at the end of the prompt: `prompt_token_ids=ids + 10 * [{pause_id}]`.
+"""
+
+
+def card(source: str, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
+    """state: checkpoint.json of the run `source`, or {} where there is none."""
+    config = state.get("config", {})
+    rows = {"architecture": f"{model.config.n_layer} layers, {model.config.n_embd} wide, "
+                            f"{sum(p.numel() for p in model.parameters()):,} parameters",
+            "context": f"{model.config.block_size:,} tokens, pauses included",
+            "tokenizer": f"{tokenizer.name}, {tokenizer.pause_id:,} ids of text"}  # fmt: skip
+    if config:
+        rate = config["pause_rate"]
+        rows |= {
+            "started from": config["init_from"] or "random weights",
+            "trained on": f"{config['dataset']}, sequences of {config['block_size']} tokens",
+            "steps": f"{state['step']:,}",
+            "tokens": f"{state['step'] * config['batch_size'] * config['block_size']:,}",
+            "pauses in training": f"{rate} a token, {rate / (1 + rate):.1%} of the positions" if rate else "none",
+        }
+        logged = [row for row in metrics.read(Path(source) / "metrics.jsonl") if row["step"] <= state["step"]]
+        for key, name in (("loss", "training loss"), ("val_loss", "held-out loss"),
+                          ("val_loss_pauses", "held-out loss with pauses")):  # fmt: skip
+            if seen := [row for row in logged if key in row]:
+                rows[name] = f"{seen[-1][key]:.3f} nats a token at step {seen[-1]['step']:,}"
+        rows["versions"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+    else:
+        rows["made from"] = Path(source).name
+        rows["versions"] = f"torch {torch.__version__}"
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    return TEMPLATE.format(name=Path(source).name, pause_id=tokenizer.pause_id, rows=table)

@@ -1,0 +1,406 @@
+"""transformers' checkpoints in and out: GPT-2, Llama and SmolLM2, Qwen2 and Qwen3.
+
+    python -m nanopause.hub --checkpoint=out/pause --folder=exported    # for transformers, vLLM and whatever reads them
+
+The pause is the id after the tokenizer's last. Where the table has no row for it, rows are added up to a multiple of
+64; the pause's row, and those added behind it, start as the mean of the text's.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from nanopause import checkpoint, cli, errors
+from nanopause.card import card
+from nanopause.errors import UserError, needs
+from nanopause.model import GPT, GPTConfig, rope_tables
+from nanopause.tokenizer import Tokenizer, pretrained_tokenizer
+
+KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
+CHUNK_ELEMENTS = 1 << 22  # of a tensor in memory beside the model
+COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # some files have them, and need not
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's first bytes, old and new
+ROWS = 64  # a table that grows gets a multiple of
+
+
+# Names and settings, both ways
+
+
+def names(config: GPTConfig, vocab_size: int | None = None) -> dict[str, list[tuple[str, int]]]:
+    """For every parameter of a GPT those of transformers that lie in it one below the other, with their rows. GPT-2's
+    matrices are transposed there. vocab_size: rows of their table, by default ours."""
+    C, D, V = config.n_embd, config.head_dim, vocab_size or config.vocab_size
+    q, kv = config.n_head * D, config.n_kv_head * D
+    if config.norm == "layer":
+        ours = {
+            "token_embedding": [("wte", V)],
+            "position_embedding": [("wpe", config.block_size)],
+            "norm": [("ln_f", C)],
+        }
+        layer, path = {
+            "attention_norm": [("ln_1", C)], "attention.qkv": [("attn.c_attn", 3 * q)],
+            "attention.out": [("attn.c_proj", C)], "mlp_norm": [("ln_2", C)],
+            "mlp.up": [("mlp.c_fc", config.n_mlp)], "mlp.down": [("mlp.c_proj", C)],
+        }, "h"  # fmt: skip
+    else:
+        ours = {"token_embedding": [("embed_tokens", V)], "norm": [("norm", C)]}
+        # ReLU² is a gated ReLU whose gate is its value.
+        layer, path = {
+            "attention_norm": [("input_layernorm", C)], "attention.q_norm": [("self_attn.q_norm", D)],
+            "attention.k_norm": [("self_attn.k_norm", D)],
+            "attention.qkv": [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+            "attention.out": [("self_attn.o_proj", C)], "mlp_norm": [("post_attention_layernorm", C)],
+            "mlp.up": [("mlp.gate_proj", config.n_mlp), ("mlp.up_proj", config.n_mlp)],
+            "mlp.down": [("mlp.down_proj", C)],
+        }, "layers"  # fmt: skip
+    for i in range(config.n_layer):
+        ours |= {
+            f"blocks.{i}.{part}": [(f"{path}.{i}.{name}", rows) for name, rows in theirs]
+            for part, theirs in layer.items()
+        }
+    ours["head"] = [("lm_head", V)]
+    with torch.device("meta"):
+        parameters = [name.rpartition(".") for name, _ in GPT(config).named_parameters()]
+    return {f"{part}.{kind}": [(f"{name}.{kind}", rows) for name, rows in ours[part]] for part, _, kind in parameters}
+
+
+def config_of(theirs: dict, source: str) -> GPTConfig:
+    """The GPTConfig of a transformers config. Raises UserError, with its name, for what a GPT cannot be."""
+    if (kind := theirs["model_type"]) not in KINDS:
+        raise UserError(f"{source} is of the architecture {kind!r}, which is not supported: {', '.join(KINDS)} are")
+
+    def refuse(key: str, *accepted) -> None:
+        if theirs.get(key) not in (None, *accepted):
+            raise UserError(f"{source} has {key}={theirs[key]!r}, which is not supported: "
+                            f"{' or '.join(map(repr, accepted))} is")  # fmt: skip
+
+    if kind == "gpt2":
+        refuse("activation_function", "gelu_new", "gelu_pytorch_tanh")
+        refuse("scale_attn_weights", True)
+        refuse("scale_attn_by_inverse_layer_idx", False)
+        refuse("add_cross_attention", False)
+        return GPTConfig(
+            vocab_size=theirs["vocab_size"], block_size=theirs["n_positions"], n_layer=theirs["n_layer"],
+            n_head=theirs["n_head"], n_embd=theirs["n_embd"], n_mlp=theirs["n_inner"], norm="layer",
+            norm_eps=theirs["layer_norm_epsilon"], qk_norm=False, position="learned", mlp="gelu",
+            tied=theirs["tie_word_embeddings"], bias=True,
+        )  # fmt: skip
+    refuse("hidden_act", "silu", "relu")
+    refuse("attention_bias", False) if kind != "qwen2" else None
+    refuse("mlp_bias", False)
+    refuse("use_sliding_window", False)
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind_of_rope, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if kind_of_rope == "linear":
+        scaling = [rope["factor"]]
+    elif kind_of_rope == "llama3":
+        scaling = [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor",
+                                         "original_max_position_embeddings")]  # fmt: skip
+    elif kind_of_rope != "default":
+        raise UserError(f"{source} has rotary scaling of type {kind_of_rope!r}, which is not supported: 'linear' and "
+                        f"'llama3' are")  # fmt: skip
+    return GPTConfig(
+        vocab_size=theirs["vocab_size"], block_size=theirs["max_position_embeddings"],
+        n_layer=theirs["num_hidden_layers"], n_head=theirs["num_attention_heads"],
+        n_kv_head=theirs["num_key_value_heads"], n_embd=theirs["hidden_size"], head_dim=theirs.get("head_dim"),
+        n_mlp=theirs["intermediate_size"], norm="rms", norm_eps=theirs["rms_norm_eps"], qk_norm=kind == "qwen3",
+        position="rope", rope_theta=rope.get("rope_theta", theirs.get("rope_theta")), rope_scaling=scaling,
+        mlp="swiglu" if theirs["hidden_act"] == "silu" else "relu2", tied=theirs["tie_word_embeddings"], bias=False,
+        qkv_bias=kind == "qwen2",
+    )  # fmt: skip
+
+
+def transformers_config(config: GPTConfig) -> dict:
+    """The transformers config of a GPTConfig. Raises UserError where transformers has no such model."""
+    if config.norm == "layer":
+        ours = config.qk_norm, config.position, config.mlp, config.n_kv_head, config.n_head * config.head_dim
+        if ours != (False, "learned", "gelu", config.n_head, config.n_embd):
+            raise UserError("with norm=layer transformers has GPT-2 alone: qk_norm=False, position=learned, mlp=gelu, "
+                            "and as many key-value heads as heads")  # fmt: skip
+        return {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size,
+            "n_positions": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer,
+            "n_head": config.n_head, "n_inner": config.n_mlp, "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps, "tie_word_embeddings": config.tied, "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+        }  # fmt: skip
+    if config.position != "rope" or config.mlp == "gelu" or config.bias or (config.qkv_bias and config.qk_norm):
+        raise UserError("with norm=rms transformers has Llama, Qwen2 and Qwen3: position=rope, mlp=swiglu or relu2, "
+                        "bias=False, and not both qkv_bias and qk_norm")  # fmt: skip
+    kind = "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias else "Llama"
+    scaling = None
+    if config.rope_scaling:
+        factor, *rest = config.rope_scaling
+        scaling = {"rope_type": "llama3" if rest else "linear", "factor": factor}
+        scaling |= zip(("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), rest)
+    return {
+        "model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"], "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size, "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "intermediate_size": config.n_mlp,
+        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": scaling,
+        "hidden_act": "silu" if config.mlp == "swiglu" else "relu", "tie_word_embeddings": config.tied,
+        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
+    }  # fmt: skip
+
+
+# In
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file, with what is wrong with it in a sentence."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise UserError(
+            f"{file} is missing, and the index of {file.parent} names it: download the folder again"
+        ) from None
+    except safetensors.SafetensorError as error:
+        with open(file, "rb") as stream:
+            if stream.read(4).startswith(PICKLES):
+                raise UserError(f"{file} is a pickle, which can run code, under the name of safetensors: convert it "
+                                f"with safetensors.torch.save_file") from None  # fmt: skip
+        raise UserError(f"{file} is truncated or damaged ({error}): download it again") from None
+
+
+Read = Callable[[str, int, int], Tensor]  # a tensor's name, and its rows from and to
+
+
+def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], Read]:
+    """The shapes of a folder's tensors by name, and how to read them. Every read opens its file anew: pages of a file
+    that stays open count as memory."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(f"{index} is damaged: download it again") from None
+    elif (file := folder / "model.safetensors").exists():
+        with _opened(file) as tensors:
+            files = dict.fromkeys(tensors.keys(), file)
+    elif pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
+        raise UserError(f"{folder} has its weights as a pickle ({pickles[0].name}), which can run code: convert them "
+                        f"to safetensors")  # fmt: skip
+    else:
+        raise UserError(f"{folder} has no model.safetensors")
+    shapes = {}
+    for file in dict.fromkeys(files.values()):
+        with _opened(file) as tensors:
+            here = set(tensors.keys())
+            if missing := sorted(name for name in files if files[name] == file and name not in here):
+                raise UserError(f"{file} has no tensor {missing[0]}, which {index.name} says: download both again")
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in here}
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        with _opened(files[name]) as tensors:
+            return tensors.get_slice(name)[start:stop].clone()
+
+    return shapes, read
+
+
+def _fill(model: GPT, theirs: dict[str, tuple[int, ...]], read: Read, vocab_size: int, source: str) -> None:
+    """Copy their tensors into the model, a few rows at a time."""
+    by_name = {name.removeprefix("transformer.").removeprefix("model."): name for name in theirs}
+    unused = {name for name in by_name if not name.endswith(COMPUTED)}
+    for ours, parts in names(model.config, vocab_size).items():
+        parameter = model.get_parameter(ours).detach()
+        if model.config.norm == "layer" and parameter.ndim == 2 and ours.startswith("blocks."):
+            parameter = parameter.T
+            parts = [(name, len(parameter)) for name, _ in parts]
+        start = 0
+        for name, rows in parts:
+            if name not in by_name:
+                raise UserError(f"{source} has no tensor {name}, which its config.json asks for")
+            unused.discard(name)
+            expected = (rows, *parameter.shape[1:])
+            if (shape := theirs[by_name[name]]) != expected:
+                raise UserError(f"{source} has {name} of shape {list(shape)}, and its config.json asks for "
+                                f"{list(expected)}")  # fmt: skip
+            same = model.config.mlp == "relu2" and start == len(parameter)  # the gate again
+            start = 0 if same else start
+            step = max(1, CHUNK_ELEMENTS // max(1, parameter[0].numel()))
+            for i in range(0, rows, step):
+                chunk, target = (
+                    read(by_name[name], i, min(i + step, rows)),
+                    parameter[start + i :][: min(step, rows - i)],
+                )
+                if same and not torch.equal(target, chunk.to(target)):
+                    raise UserError(f"{source} has hidden_act='relu' and a gate that is not its value: only ReLU² "
+                                    f"is supported so")  # fmt: skip
+                target.copy_(chunk)
+            start += rows
+    if model.config.tied:
+        unused.discard("lm_head.weight")
+    if unused:
+        raise UserError(f"{source} has a tensor {min(unused)}, which no {type(model).__name__} has")
+
+
+def _begin_pause(table: Tensor, pause_id: int, vocab_size: int) -> None:
+    """Set the pause's row, and those from vocab_size on, to the mean of the text's."""
+    n, total = min(pause_id, vocab_size), torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
+    for chunk in table[:n].split(4096):
+        total += chunk.double().sum(0)
+    table[pause_id] = table[vocab_size:] = (total / n).to(table.dtype)
+
+
+def _download(source: str) -> Path:
+    """The folder of a hub id, without weights in other formats."""
+    try:
+        return Path(needs("huggingface_hub", "hub").snapshot_download(
+            source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        ))  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds: no such id, no network, no permission
+        raise UserError(f"{source!r} is no folder here, and the hub does not give it: "
+                        f"{str(error).strip().splitlines()[0]}") from None  # fmt: skip
+
+
+def load_pretrained(
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[GPT, Tokenizer]:
+    """A model in evaluation mode and its tokenizer, from a transformers folder, a GGUF file or a hub id.
+
+    Weights are read from safetensors a few rows at a time, so that memory holds the model and little else; a GGUF file
+    goes through transformers, and is there twice for a while. A table without a row for the pause grows.
+
+    Raises UserError for an architecture or a setting that is not supported, and for files that are missing or damaged.
+    """
+    source, path = str(name_or_path), Path(name_or_path)
+    transformers = needs("transformers", "hub")
+    if path.suffix == ".gguf":
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        needs("gguf", "hub")
+        original = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        theirs, weights = original.config.to_dict(), original.state_dict()
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+
+        def read(name: str, start: int, stop: int) -> Tensor:
+            return weights[name][start:stop]
+    else:
+        folder = path if path.is_dir() else _download(source)
+        try:
+            theirs = json.loads((folder / "config.json").read_text())
+            if theirs["model_type"] not in KINDS:
+                config_of(theirs, source)
+        except FileNotFoundError:
+            raise UserError(f"{folder} has no config.json: it is no transformers checkpoint") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder}/config.json is damaged: download it again") from None
+        theirs = transformers.AutoConfig.from_pretrained(folder).to_dict()  # with its defaults
+        shapes, read = _files(folder)
+    config = config_of(theirs, source)
+    vocab_size = config.vocab_size
+    tokenizer = pretrained_tokenizer(source, vocab_size)
+    config.vocab_size = tokenizer.vocab_size
+    with torch.device("meta"):
+        model = GPT(config).to(dtype)
+    model = model.to_empty(device=device).eval()
+    if config.tied:
+        model.head.weight = model.token_embedding.weight  # which to_empty parts
+    if config.position == "rope":
+        model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
+    with torch.no_grad():
+        _fill(model, shapes, read, vocab_size, source)
+        for table in {model.token_embedding.weight, model.head.weight} if tokenizer.pause_is_new else ():
+            _begin_pause(table, tokenizer.pause_id, vocab_size)
+    return model, tokenizer
+
+
+def load(source: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
+    """Model, tokenizer and checkpoint.json of a run of ours; or of what load_pretrained takes, and {}."""
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        return checkpoint.load(Path(source), torch.device(device))
+    return *load_pretrained(source, device=device), {}
+
+
+# Out
+
+
+def _their_tensors(model: GPT) -> dict[str, Tensor]:
+    config, tensors = model.config, {}
+    prefix = "transformer." if config.norm == "layer" else "model."
+    for ours, parts in names(config).items():
+        parameter = model.get_parameter(ours).detach().cpu()
+        if config.norm == "layer" and parameter.ndim == 2 and ours.startswith("blocks."):
+            parameter, parts = parameter.T, [(parts[0][0], parameter.shape[1])]
+        if config.mlp == "relu2" and len(parts) == 2:
+            parameter = torch.cat((parameter, parameter))
+        for (name, _), tensor in zip(parts, parameter.split([rows for _, rows in parts])):
+            name = name if name.startswith("lm_head.") else prefix + name
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+    if config.norm == "layer" and not config.bias:
+        for i in range(config.n_layer):  # GPT-2 has biases
+            for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+                name = f"transformer.h.{i}.{part}"
+                tensors[f"{name}.bias"] = torch.zeros(tensors[f"{name}.weight"].shape[-1])
+        tensors["transformer.ln_f.bias"] = torch.zeros(config.n_embd)
+    return tensors
+
+
+def export(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Write a run, or what load_pretrained takes, as a transformers checkpoint that needs no code of ours, and return
+    its folder: config, safetensors, the tokenizer with the pause as a special token, a card, and
+    custom_generate/generate.py, with which transformers' own `generate` pauses.
+
+    Raises UserError where transformers has no such model, or the folder has something in it."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: choose another folder")
+    hub = needs("huggingface_hub", "hub")
+    model, tokenizer, state = load(checkpoint)
+    config = transformers_config(model.config)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.eot_id}
+    config |= ids | {"pause_token_id": tokenizer.pause_id, "dtype": str(model.head.weight.dtype).removeprefix("torch.")}
+    no_text = list(range(tokenizer.pause_id, model.config.vocab_size))
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        (beside / "custom_generate").mkdir(parents=True)
+        theirs = tokenizer.of_transformers()
+        theirs.pad_token = theirs.pad_token or theirs.eos_token  # for prompts of unequal length
+        theirs.save_pretrained(beside)
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        generation = ids | {"suppress_tokens": no_text}
+        (beside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        shutil.copy(Path(__file__).with_name("custom_generate.py"), beside / "custom_generate" / "generate.py")
+        (beside / "README.md").write_text(card(str(checkpoint), model, tokenizer, state))
+        hub.save_torch_state_dict(_their_tensors(model), beside)
+        for file in beside.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors leaves it to its owner alone
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return folder
+
+
+@dataclass
+class Settings:
+    checkpoint: str
+    """Folder of a run, or a transformers folder, GGUF file or hub id."""
+    folder: str
+    """Where to write; it must not be there, or be empty."""
+
+
+def main() -> None:
+    settings = cli.parse(Settings, sys.argv[1:], "python -m nanopause.hub", __doc__)
+    print(f"written: {export(settings.checkpoint, settings.folder)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

