@@ -80,8 +80,8 @@ def norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, float32 [block_size, D], as `rotate` takes them. Angles are products in float32, as
-    those that published models were trained with."""
+    """cos and sin of every position, float32 [block_size, D], as `rotate` takes them. Angles are products in float32,
+    as those that published models were trained with."""
     D = config.head_dim
     frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # radians a token
     if config.rope_scaling:
@@ -99,8 +99,9 @@ def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions [Su et al. 2021], halves as in Llama. x: [B, T, H, D]; cos, sin: [B or 1, T, 1, D].
 
-    Entry i < D/2 pairs with i + D/2: roll swaps the halves, and sin is negative in the first."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    Entry i < D/2 pairs with i + D/2: roll swaps the halves, and sin is negative in the first. Products are rounded
+    before they are added, as in transformers, whose logits then have the same bits."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -106,7 +106,6 @@ class PretrainedTokenizer(Tokenizer):
         with_specials = tokenizer("a").input_ids
         self.bos_id = tokenizer.bos_token_id if with_specials[0] == tokenizer.bos_token_id else None
         self.vocab_size = vocab_size if self.pause_id < vocab_size else (self.pause_id // 64 + 1) * 64
-        tokenizer.backend_tokenizer.encode_special_tokens = True  # a special token's name in a text is text
         self._bytes = [b""] * self.vocab_size
         special = {**{token.content: i for i, token in tokenizer.added_tokens_decoder.items()}, PAUSE: self.pause_id}
         of_character = _byte_of_character() if "ByteLevel" in tokenizer.backend_tokenizer.to_str() else None
@@ -116,7 +115,8 @@ class PretrainedTokenizer(Tokenizer):
         self.token_bytes[list(set(tokenizer.all_special_ids) | {self.eot_id, self.pause_id})] = 0
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        # A special token's name in a text is text.
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
     def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
@@ -126,7 +126,6 @@ class PretrainedTokenizer(Tokenizer):
 
     def of_transformers(self) -> "PreTrainedTokenizerBase":
         made = copy.deepcopy(self._tokenizer)
-        made.backend_tokenizer.encode_special_tokens = False
         if self.pause_is_new:
             made.add_special_tokens({"additional_special_tokens": [PAUSE]}, replace_extra_special_tokens=False)
         return made
