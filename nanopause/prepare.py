@@ -113,10 +113,14 @@ def prepare(
 
 
 def split_of(text: str, val_fraction: float) -> str:
-    """'train' or 'val', by a hash of the text without its case and spacing: copies are on the same side."""
+    """'train' or 'val', by a hash of the text: copies are on the same side."""
+    return "val" if hash_of(text) < val_fraction * 2**64 else "train"
+
+
+def hash_of(text: str) -> int:
+    """64 bits that depend on the text without its case and spacing."""
     normal = " ".join(text.lower().split()).encode("utf-8", "replace")
-    number = int.from_bytes(hashlib.blake2b(normal, digest_size=8).digest(), "big")
-    return "val" if number < val_fraction * 2**64 else "train"
+    return int.from_bytes(hashlib.blake2b(normal, digest_size=8).digest(), "big")
 
 
 class Shards:

@@ -1,0 +1,33 @@
+"""HellaSwag: which ending goes on [Zellers et al. 2019]. The text is cleaned as in lm-evaluation-harness."""
+
+import re
+
+from nanopause.tasks.metrics import choice, choice_per_character
+from nanopause.tasks.task import BadRow, Example, Row, Task, chosen, index, text, texts
+
+
+def clean(raw: str) -> str:
+    """Without WikiHow's marks: `[title]` ends a sentence, others go."""
+    return re.sub(" +", " ", re.sub(r"\[.*?\]", "", raw.replace(" [title]", ". "))).strip()
+
+
+def examples(row: Row) -> list[Example]:
+    if "activity_label" in row:
+        second = text(row, "ctx_b", blank=True).capitalize()
+        context = f"{text(row, 'activity_label')}: {text(row, 'ctx_a')} {second}"
+    else:
+        context = text(row, "ctx")
+    context, *endings = map(clean, [context, *texts(row, "endings")])
+    if not (context and all(endings)):
+        raise BadRow("the context or an ending is nothing but marks")
+    return chosen(context, endings, index(row, "label", len(endings)))
+
+
+HELLASWAG = Task(
+    name="hellaswag",
+    hub="Rowan/hellaswag",
+    splits={"train": "train", "test": "validation"},
+    examples=examples,
+    metrics={"accuracy": choice, "accuracy_per_character": choice_per_character},
+    document="ctx",
+)

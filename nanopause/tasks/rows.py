@@ -1,0 +1,148 @@
+"""The examples of a split, from the hub or from a folder of JSON lines."""
+
+import gzip
+import json
+import lzma
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+from nanopause.errors import UserError
+from nanopause.prepare import hash_of
+from nanopause.tasks.task import BadRow, Example, Row, Task, text
+
+SPLITS = ("train", "validation", "test")
+NAMES = {"train": "train", "validation": "validation|valid|val|dev", "test": "test"}
+TEST_SHARE, VALIDATION_SHARE = 0.2, 0.05  # of a test split that is also trained on, and of a training split
+
+
+def load(
+    task: Task, split: str, data_dir: str | Path | None = None, limit: int | None = None
+) -> tuple[list[Example], str]:
+    """The examples of "train", "validation" or "test", and a sentence that says where they come from.
+
+    data_dir: a folder of files like gsm8k_train.jsonl, plain or as .gz, .xz or .zst; None: the hub.
+    limit: only the first so many examples.
+
+    "test" is what papers report. What has no split of its own is cut from another, by a hash of the document: 5 % of
+    the training split is "validation"; and where a task without a training split allows it, 80 % of the test split is
+    for training and its validation, and "test" the rest.
+
+    Raises UserError: no such split, file or dataset, a row that is not what the task expects, no example left.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is not known: choose {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} must be at least 1")
+    sources = dict(task.splits) if data_dir is None else _files(task, Path(data_dir))
+    source, low, high = _part(task, split, set(sources))
+    if source not in sources:
+        if data_dir is None:
+            raise UserError(f"{task.hub} has no split for {split}, only {', '.join(sources)}")
+        wanted = f"{task.stem or task.name}_{task.splits.get(source, source)}.jsonl (or .jsonl.gz, .xz, .zst)"
+        has = ", ".join(sorted(path.name for path in Path(data_dir).iterdir())) or "nothing"
+        raise UserError(f"{data_dir} has no {wanted}, which {split} needs, only {has}")
+    if data_dir is None:
+        name = f"{task.hub}, split {sources[source]}"
+        rows = _hub_rows(task, sources[source])
+    else:
+        name = str(sources[source])
+        rows = _file_rows(sources[source])
+    examples = []
+    for where, row in rows:
+        try:
+            found, document = task.examples(row), text(row, task.document)
+        except BadRow as error:
+            raise UserError(f"{where}: {error}; mend or delete that row") from None
+        if low * 2**64 <= hash_of(document) < high * 2**64:
+            examples += found
+        if limit is not None and len(examples) >= limit:
+            break
+    if not examples:
+        raise UserError(f"{name} has no example for {split}: give more rows")
+    examples = examples[:limit]
+    said = f"{task.name}, {split}: {len(examples):,} examples of {name}"
+    if (low, high) != (0, 1):
+        said += f", from the {high - low:.0%} of its documents that a hash gives to {split}"
+    if source == "test" and (low, high) != (0, 1):
+        said += "; as there is no training split, the test split is cut, and scores are not those of papers"
+    return examples, said
+
+
+def _part(task: Task, split: str, sources: set[str]) -> tuple[str, float, float]:
+    """The source of a split, and from where to where its documents' hashes lie in [0, 1)."""
+    if task.cut_test and "train" not in sources:
+        pool, start = "test", TEST_SHARE
+    else:
+        pool, start = "train", 0.0
+    border = start if "validation" in task.splits else start + (1 - start) * VALIDATION_SHARE
+    if split == "train":
+        return pool, border, 1
+    if split == "test":
+        return "test", 0, start or 1
+    return ("validation", 0, 1) if "validation" in task.splits else (pool, start, border)
+
+
+def _files(task: Task, folder: Path) -> dict[str, Path]:
+    """The file of each split that the folder has."""
+    if not folder.is_dir():
+        raise UserError(f"data_dir {folder} is not a folder")
+    files = {}
+    for split, name in task.splits.items():
+        pattern = rf"{re.escape(task.stem or task.name)}[-_]({NAMES[name]})(?![a-z]).*\.jsonl(\.gz|\.xz|\.zst)?"
+        found = sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
+        if len(found) > 1:
+            names = " and ".join(path.name for path in found)
+            raise UserError(f"{folder} has {names}, which are both {task.name}'s {name} split: leave one")
+        if found:
+            files[split] = found[0]
+    return files
+
+
+def _open(file: Path):
+    if file.suffix == ".zst":
+        try:
+            opener = import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd").open
+        except ImportError as error:
+            raise UserError(f"reading {file} needs backports.zstd: pip install -e '.[eval]'") from error
+    else:
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
+    return opener(file, "rt", encoding="utf-8")
+
+
+def _file_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Each row and where it is. Raises UserError: the file is damaged, or a line is not a JSON object."""
+    number = 0
+    try:
+        with _open(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{file}, line {number}: not a JSON object; mend or delete that row")
+                yield f"{file}, line {number}", row
+    except UserError:
+        raise
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {number}: not JSON ({error}); mend or delete that row") from error
+    except Exception as error:  # of gzip, zlib, lzma, zstd, UTF-8, the disk
+        why = str(error) or type(error).__name__
+        raise UserError(f"{file} cannot be read after line {number} ({why}): copy it anew") from error
+
+
+def _hub_rows(task: Task, split: str) -> Iterator[tuple[str, Row]]:
+    """Each row of the hub's dataset and where it is. Raises UserError: no library, no network, no dataset."""
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(task.hub, task.config, split=split)
+    except ImportError as error:
+        raise UserError("the hub's datasets need datasets: pip install -e '.[eval]'") from error
+    except Exception as error:  # of whatever HTTP library
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"cannot load {task.hub} ({why}): name a folder of JSON lines by --data_dir") from error
+    for number, row in enumerate(rows):
+        yield f"{task.hub}, split {split}, row {number}", row
