@@ -24,6 +24,8 @@ class Tokenizer:
     token_bytes: int64 [vocab_size], the UTF-8 bytes an id stands for; 0 for eot, pause and padding.
     """
 
+    bos_id: int | None = None  # that a document begins with, or None
+
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], vocab_size: int | None = None):
         self.name = name
         self.eot_id, self.pause_id = len(ranks), len(ranks) + 1
