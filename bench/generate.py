@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.harness import GPT2, OURS, Bench, Rival, Shape, Wrong, first_line, label, number
 from nanopause.engine import Engine
+from nanopause.hub import their_tensors, transformers_config
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import load_tokenizer
 
@@ -24,8 +25,6 @@ MODELS = {
     "small": ("bytes", SMALL),
     "small, GPT-2's vocabulary": ("gpt2", SMALL),
 }
-NAMES = {"attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "mlp_norm": "ln_2",
-         "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}  # fmt: skip
 
 
 class Problem:
@@ -68,23 +67,11 @@ def ours(problem: Problem) -> Generate:
 def transformers(problem: Problem, **options) -> Generate:
     from transformers import GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 
-    config, weights = problem.model.config, {}
-    same = {key: getattr(config, key) for key in ("vocab_size", "n_embd", "n_layer", "n_head")}
-    theirs = GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, **same))
-    for name, tensor in problem.model.state_dict().items():
-        block, i, *rest = name.split(".")
-        if block == "blocks":
-            part = ".".join(rest[:-1])
-            name = f"transformer.h.{i}.{NAMES[part]}.{rest[-1]}"
-            tensor = tensor.T if tensor.ndim == 2 else tensor  # it keeps projections as [in, out]
-        else:
-            heads = {"token_embedding": "transformer.wte", "position_embedding": "transformer.wpe",
-                     "norm": "transformer.ln_f", "head": "lm_head"}  # fmt: skip
-            name = ".".join((heads[block], i))
-        weights[name] = tensor
-    theirs.load_state_dict(weights)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(**transformers_config(problem.model.config), bos_token_id=None, eos_token_id=None)
+    )
+    theirs.load_state_dict(their_tensors(problem.model), strict=False)  # the head is the embedding
     theirs.to(problem.prompts.device, problem.model.head.weight.dtype).eval()
-    theirs.generation_config.eos_token_id = None
 
     def generate(n: int) -> tuple[Tensor, float]:
         times = []

@@ -80,8 +80,8 @@ class Sampling(NamedTuple):
 
 class Token(NamedTuple):
     """A token that a sequence got. end is None, or why it is the last: "eot" (then this is the end of text itself),
-    "length" (max_new_tokens) or "context" (the engine's max_length). Log-probabilities are in nats, of the model at
-    temperature 1, among text."""
+    "until" (it completes one of those texts), "length" (max_new_tokens) or "context" (the engine's max_length).
+    Log-probabilities are in nats, of the model at temperature 1, among text."""
 
     sequence: int
     id: int
@@ -117,7 +117,8 @@ class Generation:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A prompt on its way. read: how many of its tokens are in the cache; made: tokens it got."""
+    """A prompt on its way. read: how many of its tokens are in the cache; made: tokens it got; tail: their last bytes,
+    where a text of `until` may have begun."""
 
     index: int
     prompt: list[int]
@@ -125,6 +126,7 @@ class _Sequence:
     slot: int = -1
     read: int = 0
     made: int = 0
+    tail: bytes = b""
     done: bool = False
 
 
@@ -322,15 +324,17 @@ class Engine:
         top_p: float = 1.0,
         seed: int = 1337,
         attention: Literal["causal", "prefix"] = "causal",
+        until: Sequence[str] = (),
         trace: bool = False,
     ) -> Iterator[Token]:
-        """The tokens of all prompts as they come, until each has an end of text, max_new_tokens or no room.
+        """The tokens of all prompts as they come, until each has an end of text, a text of `until`, max_new_tokens or
+        no room.
 
         prompts: texts, which begin as the tokenizer has it, or token ids; an empty one starts after an end of text.
         pauses: that many after every prompt, or a policy. seed: prompt i draws with seed + i, and gets the same text in
         any batch, but for roundings, and for StopWhenUseless, which measures all. attention: "prefix" lets a prompt and
         its pauses read each other in both directions; pauses that may be taken back are then left to the tokens after
-        it. trace: keep the likeliest ids.
+        it. until: texts, of which the first ends what holds it, and stays in it. trace: keep the likeliest ids.
 
         Raises UserError, before the first token, where a number is out of its range or a prompt and its pauses are
         longer than max_length.
@@ -348,14 +352,16 @@ class Engine:
                             "use attention=causal or a policy that keeps them")  # fmt: skip
         if isinstance(prompts, str):
             raise UserError("generation takes a list of prompts, not one")
+        if isinstance(until, str):
+            raise UserError("until takes a list of texts, not one")
         n_certain, waiting = policy.at_prompt if policy.certain else 0, deque()
         for i, prompt in enumerate(prompts):
-            bos, eot = self.tokenizer.bos_id, self.tokenizer.eot_id
             if isinstance(prompt, str):
-                ids = [bos] * (bos is not None) + self.tokenizer.encode(prompt)
+                bos_id = self.tokenizer.bos_id
+                ids = [bos_id] * (bos_id is not None) + self.tokenizer.encode(prompt)
             else:
                 ids = list(prompt)
-            ids = ids or [eot if bos is None else bos]
+            ids = ids or [self.tokenizer.begin_id]
             if len(ids) + n_certain > self.max_length:
                 raise UserError(
                     f"prompt {i} and its pauses are {len(ids)} + {n_certain} tokens, and at most {self.max_length} can "
@@ -365,7 +371,8 @@ class Engine:
                 raise UserError(f"prompt {i} has a token id that is not 0 to {self.model.config.vocab_size - 1}")
             waiting.append(_Sequence(i, ids, seed + i))
         settings = policy, Sampling(temperature, top_k, top_p), trace
-        return self._stream(waiting, settings, max_new_tokens, attention == "prefix")
+        stops = [text.encode() for text in until]
+        return self._stream(waiting, settings, max_new_tokens, attention == "prefix", stops)
 
     def generate(self, prompts: Sequence[str | list[int]], pauses: int | Policy = 0, **options) -> list[Generation]:
         """What `stream` makes of each prompt, in their order."""
@@ -378,7 +385,12 @@ class Engine:
 
     @torch.inference_mode()
     def _stream(
-        self, waiting: deque[_Sequence], settings: tuple[Policy, Sampling, bool], max_new_tokens: int, prefix: bool
+        self,
+        waiting: deque[_Sequence],
+        settings: tuple[Policy, Sampling, bool],
+        max_new_tokens: int,
+        prefix: bool,
+        stops: list[bytes],
     ) -> Iterator[Token]:
         if max_new_tokens == 0:
             return
@@ -408,7 +420,7 @@ class Engine:
                 self.passes_with_pauses += ride > 0 and not self.lockstep
                 in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
             while in_flight and (len(in_flight) > lag or not running):
-                tokens, now_off = self._receive(in_flight.popleft(), max_new_tokens)
+                tokens, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops)
                 off |= now_off
                 yield from tokens
                 running = [sequence for sequence in running if not sequence.done]
@@ -489,7 +501,7 @@ class Engine:
         event.record(torch.cuda.current_stream(self.device))
         return _Pass(host, event, sequences)
 
-    def _receive(self, sent: _Pass, max_new_tokens: int) -> tuple[list[Token], bool]:
+    def _receive(self, sent: _Pass, max_new_tokens: int, stops: list[bytes]) -> tuple[list[Token], bool]:
         """The tokens of a pass, and whether the policy is off."""
         if sent.event is not None:
             sent.event.synchronize()  # others follow it: the device has work
@@ -503,6 +515,11 @@ class Engine:
                 end = "eot"
             elif sequence.done:
                 end = "length" if sequence.made == max_new_tokens else "context"
+            if stops and end != "eot":
+                text = sequence.tail + self.tokenizer.decode_bytes([int(id)])
+                sequence.tail = text[-max(map(len, stops)) :]
+                if any(stop in text for stop in stops):  # which the device does not know
+                    sequence.done, self.alive[sequence.slot], end = True, 0, "until"
             pairs = [(int(id), logprob) for id, logprob in zip(top[::2], top[1::2])]
             tokens.append(Token(sequence.index, int(id), int(pauses), logprob, logprob_without, end, pairs[:N_TOP],
                                 pairs[N_TOP:]))  # fmt: skip

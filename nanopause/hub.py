@@ -329,7 +329,8 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, T
 # Out
 
 
-def _their_tensors(model: GPT) -> dict[str, Tensor]:
+def their_tensors(model: GPT) -> dict[str, Tensor]:
+    """A model's parameters as transformers has them, on the CPU, by their names there."""
     config, tensors = model.config, {}
     prefix = "transformer." if config.norm == "layer" else "model."
     for ours, parts in names(config).items():
@@ -377,7 +378,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         (beside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         shutil.copy(Path(__file__).with_name("custom_generate.py"), beside / "custom_generate" / "generate.py")
         (beside / "README.md").write_text(card(str(checkpoint), model, tokenizer, state))
-        hub.save_torch_state_dict(_their_tensors(model), beside)
+        hub.save_torch_state_dict(their_tensors(model), beside)
         for file in beside.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors leaves it to its owner alone
         if folder.exists():

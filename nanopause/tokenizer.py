@@ -30,14 +30,16 @@ class Tokenizer:
 
     vocab_size: rows of the embedding; at least pause_id + 1, more where the table is padded.
     token_bytes: int64 [vocab_size], the UTF-8 bytes an id stands for; 0 for eot, pause and padding.
-    bos_id: the id that a text begins with, or None. source: what load_tokenizer finds it by.
+    bos_id: the id that stands before every text, or None. begin_id: what a text without one begins after: eot_id, or
+    the beginning that the tokenizer has and does not set. source: what load_tokenizer finds it by.
     """
 
     bos_id: int | None = None
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], vocab_size: int | None = None):
         self.name = self.source = name
-        self.eot_id, self.pause_id = len(ranks), len(ranks) + 1
+        self.eot_id = self.begin_id = len(ranks)
+        self.pause_id = self.eot_id + 1
         self.vocab_size = vocab_size or self.pause_id + 1
         self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in ranks.items():
@@ -103,6 +105,7 @@ class PretrainedTokenizer(Tokenizer):
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {source} has no end of text: set its eos_token")
         self.eot_id = tokenizer.eos_token_id
+        self.begin_id = self.eot_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         with_specials = tokenizer("a").input_ids
         self.bos_id = tokenizer.bos_token_id if with_specials[0] == tokenizer.bos_token_id else None
         self.vocab_size = vocab_size if self.pause_id < vocab_size else (self.pause_id // 64 + 1) * 64

@@ -273,6 +273,29 @@ def test_the_context_is_the_limit():
     assert engine_of(model).generate([]) == []
 
 
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("policy", [0, BelowConfidence(0.7, 3)], ids=repr)
+def test_a_text_ends_with_the_first_of_the_texts_that_end_it(policy, lockstep):
+    """Which may lie across tokens, here bytes, and characters. Others share the batch, and take the free rows."""
+    model, options = model_of(), dict(temperature=2.0, max_new_tokens=30)
+    with torch.no_grad():
+        model.head.weight[128:EOT] *= 0.1  # so that most is ASCII
+        said = Counter(i for one in engine_of(model).generate(PROMPTS, **options) for i in one.ids)
+        model.head.weight[EOT] = 0.9 * model.head.weight[said.most_common(1)[0][0]]
+    whole = [one.ids for one in engine_of(model, lockstep).generate(PROMPTS * 2, policy, **options)]
+    stops = ["nowhere", "<|endoftext|>", *(BYTES.decode(ids[2 + i : 3 + i + i % 3]) for i, ids in enumerate(whole[:9]))]
+    stops = [stop for stop in stops if stop and "\ufffd" not in stop]  # half a character cannot be asked for
+    made = engine_of(model, lockstep).generate(PROMPTS * 2, policy, until=stops, **options)
+    for one, ids in zip(made, whole):
+        ends = [n for n in range(len(ids) + 1) if any(stop.encode() in BYTES.decode_bytes(ids[:n]) for stop in stops)]
+        assert one.ids == ids[: ends[0] if ends else None]
+        assert (one.end == "until") == bool(ends)
+    assert {"eot", "until"} <= {one.end for one in made}
+    assert len({len(one.ids) for one in made if one.end == "until"}) > 2
+    with pytest.raises(UserError, match="until takes a list of texts"):
+        engine_of(model).stream(["x"], until="x")
+
+
 @pytest.mark.parametrize("key, value", [("pauses", -1), ("max_new_tokens", -1), ("temperature", -1.0), ("top_p", 2.0),
                                         ("temperature", float("nan")), ("top_k", -1), ("seed", 10**20)])  # fmt: skip
 def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
