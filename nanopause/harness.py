@@ -7,7 +7,8 @@
     simple_evaluate(Harness(model, tokenizer, pauses=10), tasks=["hellaswag", "arc_easy"])
 
 Texts are cut into tokens and to length as the harness's own model for transformers does it, HFLM of
-lm_eval.models.huggingface: without pauses the numbers are its numbers on the same weights. (pip install -e '.[harness]')
+lm_eval.models.huggingface: without pauses the numbers are its numbers on the same weights.
+(pip install -e '.[harness]')
 """
 
 import math

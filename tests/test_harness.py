@@ -176,7 +176,7 @@ def test_tasks_give_the_metrics_of_transformers(models, tasks, exported, tmp_pat
         models[0].save_pretrained(tmp_path / "in")
         GPT2.of_transformers().save_pretrained(tmp_path / "in")
         folder = export(tmp_path / "in", tmp_path / "out")
-        theirs, (model, tokenizer, _) = HFLM(pretrained=str(folder), batch_size=4), load(folder)
+        theirs, (model, tokenizer, _) = HFLM(pretrained=str(folder), batch_size=4, device="cpu"), load(folder)
     theirs, ours = evaluate(theirs, tasks), evaluate(Harness(model, tokenizer), tasks)
     for name, metrics in theirs["results"].items():
         for metric, value in metrics.items():

@@ -91,7 +91,7 @@ def test_half_a_character_reads_as_a_replacement():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(UserError, match="tokenizer 'gpt5' is not known: choose 'bytes' or 'gpt2'"):
+    with pytest.raises(UserError, match="tokenizer 'gpt5' is not known: choose 'bytes', 'gpt2', a folder"):
         load_tokenizer("gpt5")
 
 
