@@ -39,6 +39,9 @@ Last, the best of them, and why.
 """
 
 
+CONVERSATION = 4096  # tokens of its longest prompt that a conversation has room for
+
+
 @dataclass
 class Settings:
     out_dir: str = "out/pause"
@@ -226,13 +229,21 @@ def main() -> None:
         model = model.bfloat16()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     engine, prompts, generations, seconds = None, [], [], 0.0
+    conversation = settings.prompt_file == "-" and sys.stdin.isatty()
     try:
         for group in read_prompts(settings):
             if settings.prompt_style == "stepwise":
                 group = [STEPWISE.format(prompt=prompt) for prompt in group]
             group = [prompt + settings.filler * settings.n_filler for prompt in group]
             if engine is None:
-                engine = Engine(model, tokenizer, max_batch=max(1, min(settings.batch_size, len(group))))
+                # A conversation's prompts are not known yet.
+                longest = (
+                    CONVERSATION
+                    if conversation
+                    else max((len(tokenizer.encode(prompt)) for prompt in group), default=0)
+                )
+                length = min(model.config.block_size, longest + 1 + settings.max_new_tokens + policy.budget)
+                engine = Engine(model, tokenizer, max(1, min(settings.batch_size, len(group))), length)
             try:
                 tokens = engine.stream(
                     group, policy, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
@@ -240,7 +251,7 @@ def main() -> None:
                     attention=settings.attention, trace=bool(settings.trace),
                 )  # fmt: skip
             except UserError as error:
-                if not (settings.prompt_file == "-" and sys.stdin.isatty()):
+                if not conversation:
                     raise
                 print(f"error: {error}", file=sys.stderr)  # the conversation goes on
                 continue

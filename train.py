@@ -228,7 +228,7 @@ def main():
             ticker.say(f"stopped by SIGTERM after step {done} of {out_dir}: continue with --resume")
         elif processes.is_main:
             metrics.plot(log.rows, out_dir / "loss.png", out_dir.name)
-            (sample,) = Engine(model.eval(), tokenizer, max_batch=1).generate(
+            (sample,) = Engine(model.eval(), tokenizer, max_batch=1, max_length=config.block_size).generate(
                 [""], max_new_tokens=config.block_size, temperature=0.7, seed=config.seed
             )
             ticker.say(f"\na sample:\n{sample.text}\n\nwritten: {out_dir} (checkpoints, metrics.jsonl, "
