@@ -113,7 +113,7 @@ RIVALS = (
 def shapes(device: str, quick: bool) -> list[Shape]:
     if quick:
         return [{"model": "small", "batch": 2, "context": 32, "new": 16}]
-    pairs, new = [(model, batch, 512) for batch in (8, 1) for model in MODELS], 128
+    pairs, new = [(model, batch, 512) for batch in (8, 1) for model in MODELS], 64
     if device == "cuda":
         pairs, new = [*pairs, ("124M", 32, 512), ("124M", 1, 4096), ("124M", 8, 4096)], 256
     return [{"model": model, "batch": batch, "context": context, "new": new} for model, batch, context in pairs]
