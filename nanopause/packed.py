@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_ROWS = 256  # from here on the usual layout is as fast
+MIN_ROWS, MAX_ROWS = 4, 256  # below and above the usual layout is as fast
 
 
 class PackedLinear(nn.Module):
@@ -21,7 +21,7 @@ class PackedLinear(nn.Module):
         self.blocks, self.version = None, -1
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > MAX_ROWS * x.shape[-1]:
+        if not MIN_ROWS <= x.numel() // x.shape[-1] <= MAX_ROWS:
             return F.linear(x, self.weight, self.bias)
         if self.version != self.weight._version:
             self.version = self.weight._version
