@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MIN_ROWS, MAX_ROWS = 4, 256  # below and above the usual layout is as fast
+MIN_ELEMENTS = 1 << 20  # and for smaller matrices, which stay in the cache, it is faster
 
 
 class PackedLinear(nn.Module):
@@ -30,11 +31,12 @@ class PackedLinear(nn.Module):
 
 
 def packed(model: nn.Module) -> nn.Module:
-    """What to generate with: the model itself, or on a CPU in float32 a copy that shares its parameters and has packed
-    linear layers, which take as much memory again."""
+    """What to generate with: the model itself, or on a CPU in float32 a copy that shares its parameters and has its
+    large linear layers packed, which take as much memory again."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    linears = {id(module): PackedLinear(module) for module in model.modules() if isinstance(module, nn.Linear)}
-    return copy.deepcopy(model, shared | linears)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    large = {id(linear): PackedLinear(linear) for linear in linears if linear.weight.numel() >= MIN_ELEMENTS}
+    return copy.deepcopy(model, shared | large)
