@@ -6,7 +6,7 @@ GPT-2 124M with pauses on OpenWebText, on one GPU, then on eight:
     python train.py config/pause.py config/openwebtext.py
     torchrun --standalone --nproc_per_node=8 train.py config/pause.py config/openwebtext.py
 Go on from the weights of another run, or of a transformers checkpoint:
-    python train.py config/pause.py --init_from=HuggingFaceTB/SmolLM2-135M --batch_size=8
+    python train.py config/pause.py --init_from=HuggingFaceTB/SmolLM2-135M --optimizer=adamw --learning_rate=1e-4
 Continue a run that was stopped or killed:
     python train.py config/pause.py --resume
 Every setting:

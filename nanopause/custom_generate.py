@@ -7,12 +7,17 @@ import torch
 from transformers import GenerationMixin
 
 
-def generate(model, pauses=10, inputs=None, input_ids=None, attention_mask=None, generation_config=None, **options):
+def generate(
+    *args, model, pauses=10, inputs=None, input_ids=None, attention_mask=None, generation_config=None, **options
+):
     """What `generate` returns, with `pauses` pauses after the prompts [Goyal et al. 2023, Algorithm 3], which are read
-    in one pass with them and are not among the ids returned. Prompts of unequal length are padded on the left."""
-    prompts = inputs if input_ids is None else input_ids
+    in one pass with them and are not among the ids returned; a streamer sees them. Prompts of unequal length are padded
+    on the left."""
+    prompts = args[0] if args else inputs if input_ids is None else input_ids
     if prompts is None:
         raise ValueError("generation with pauses needs input_ids")
+    if not (isinstance(pauses, int) and pauses >= 0):
+        raise ValueError(f"pauses={pauses!r} must be 0 or more")
     pause_id = model.config.pause_token_id
     if attention_mask is None:
         attention_mask = torch.ones_like(prompts)

@@ -7,6 +7,7 @@ The pause is the id after the tokenizer's last. Where the table has no row for i
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from nanopause import checkpoint, cli, errors
 from nanopause.card import card
 from nanopause.errors import UserError, needs
 from nanopause.model import GPT, GPTConfig, rope_tables
-from nanopause.tokenizer import Tokenizer, pretrained_tokenizer
+from nanopause.tokenizer import PAUSE, PretrainedTokenizer, Tokenizer, pretrained_tokenizer
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
 CHUNK_ELEMENTS = 1 << 22  # of a tensor in memory beside the model
@@ -83,6 +84,8 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
             raise UserError(f"{source} has {key}={theirs[key]!r}, which is not supported: "
                             f"{' or '.join(map(repr, accepted))} is")  # fmt: skip
 
+    if theirs.get("quantization_config"):
+        raise UserError(f"{source} is quantised, which is not supported: take the weights it was made from")
     if kind == "gpt2":
         refuse("activation_function", "gelu_new", "gelu_pytorch_tanh")
         refuse("scale_attn_weights", True)
@@ -95,7 +98,8 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
             tied=theirs["tie_word_embeddings"], bias=True,
         )  # fmt: skip
     refuse("hidden_act", "silu", "relu")
-    refuse("attention_bias", False) if kind != "qwen2" else None
+    if kind != "qwen2":
+        refuse("attention_bias", False)
     refuse("mlp_bias", False)
     refuse("use_sliding_window", False)
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -181,14 +185,16 @@ def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], Read]:
     """The shapes of a folder's tensors by name, and how to read them. Every read opens its file anew: pages of a file
     that stays open count as memory."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, AttributeError):
-            raise UserError(f"{index} is damaged: download it again") from None
-    elif (file := folder / "model.safetensors").exists():
+    if (file := folder / "model.safetensors").exists():
         with _opened(file) as tensors:
             files = dict.fromkeys(tensors.keys(), file)
+    elif index.exists():
+        try:
+            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{index} is damaged: download it again") from None
+        if outside := [file for file in files.values() if file.parent != folder]:
+            raise UserError(f"{index} names {outside[0]}, which is not in its folder: download it again")
     elif pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
         raise UserError(f"{folder} has its weights as a pickle ({pickles[0].name}), which can run code: convert them "
                         f"to safetensors")  # fmt: skip
@@ -246,12 +252,21 @@ def _fill(model: GPT, theirs: dict[str, tuple[int, ...]], read: Read, vocab_size
         raise UserError(f"{source} has a tensor {min(unused)}, which no {type(model).__name__} has")
 
 
-def _begin_pause(table: Tensor, pause_id: int, vocab_size: int) -> None:
-    """Set the pause's row, and those from vocab_size on, to the mean of the text's."""
-    n, total = min(pause_id, vocab_size), torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
+def _begin_pause(table: Tensor, tokenizer: PretrainedTokenizer, vocab_size: int) -> None:
+    """Set the row of a new pause, and rows from vocab_size on, to the mean of the text's."""
+    n, total = (
+        min(tokenizer.pause_id, vocab_size),
+        torch.zeros(table.shape[1], dtype=torch.float64, device=table.device),
+    )
     for chunk in table[:n].split(4096):
         total += chunk.double().sum(0)
-    table[pause_id] = table[vocab_size:] = (total / n).to(table.dtype)
+    table[vocab_size:] = mean = (total / n).to(table.dtype)
+    if tokenizer.pause_is_new:
+        table[tokenizer.pause_id] = mean
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _download(source: str) -> Path:
@@ -263,8 +278,7 @@ def _download(source: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # of many kinds: no such id, no network, no permission
-        raise UserError(f"{source!r} is no folder here, and the hub does not give it: "
-                        f"{str(error).strip().splitlines()[0]}") from None  # fmt: skip
+        raise UserError(f"{source!r} is no folder here, and the hub does not give it: {_first_line(error)}") from None
 
 
 def load_pretrained(
@@ -283,7 +297,10 @@ def load_pretrained(
         if not path.exists():
             raise UserError(f"{path} does not exist")
         needs("gguf", "hub")
-        original = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        try:
+            original = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+        except Exception as error:  # of many kinds, for what a file may have in it
+            raise UserError(f"transformers cannot read {path}: {_first_line(error)}") from None
         theirs, weights = original.config.to_dict(), original.state_dict()
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
 
@@ -299,7 +316,10 @@ def load_pretrained(
             raise UserError(f"{folder} has no config.json: it is no transformers checkpoint") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{folder}/config.json is damaged: download it again") from None
-        theirs = transformers.AutoConfig.from_pretrained(folder).to_dict()  # with its defaults
+        try:
+            theirs = transformers.AutoConfig.from_pretrained(folder).to_dict()  # with its defaults
+        except Exception as error:
+            raise UserError(f"transformers cannot read {folder}/config.json: {_first_line(error)}") from None
         shapes, read = _files(folder)
     config = config_of(theirs, source)
     vocab_size = config.vocab_size
@@ -314,14 +334,15 @@ def load_pretrained(
         model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
     with torch.no_grad():
         _fill(model, shapes, read, vocab_size, source)
-        for table in {model.token_embedding.weight, model.head.weight} if tokenizer.pause_is_new else ():
-            _begin_pause(table, tokenizer.pause_id, vocab_size)
+        for table in {model.token_embedding.weight, model.head.weight}:
+            _begin_pause(table, tokenizer, vocab_size)
     return model, tokenizer
 
 
 def load(source: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
     """Model, tokenizer and checkpoint.json of a run of ours; or of what load_pretrained takes, and {}."""
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+    is_run = Path(source).is_dir() and not (Path(source) / "config.json").exists()
+    if is_run or not (Path(source).exists() or re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", str(source))):
         return checkpoint.load(Path(source), torch.device(device))
     return *load_pretrained(source, device=device), {}
 
@@ -342,12 +363,12 @@ def their_tensors(model: GPT) -> dict[str, Tensor]:
         for (name, _), tensor in zip(parts, parameter.split([rows for _, rows in parts])):
             name = name if name.startswith("lm_head.") else prefix + name
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-    if config.norm == "layer" and not config.bias:
+    if config.norm == "layer":
         for i in range(config.n_layer):  # GPT-2 has biases
             for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
                 name = f"transformer.h.{i}.{part}"
-                tensors[f"{name}.bias"] = torch.zeros(tensors[f"{name}.weight"].shape[-1])
-        tensors["transformer.ln_f.bias"] = torch.zeros(config.n_embd)
+                tensors.setdefault(f"{name}.bias", torch.zeros(tensors[f"{name}.weight"].shape[-1]))
+        tensors.setdefault("transformer.ln_f.bias", torch.zeros(config.n_embd))
     return tensors
 
 
@@ -357,7 +378,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     custom_generate/generate.py, with which transformers' own `generate` pauses.
 
     Raises UserError where transformers has no such model, or the folder has something in it."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: choose another folder")
     hub = needs("huggingface_hub", "hub")
@@ -371,6 +392,9 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     try:
         (beside / "custom_generate").mkdir(parents=True)
         theirs = tokenizer.of_transformers()
+        if (pause_id := theirs.convert_tokens_to_ids(PAUSE)) != tokenizer.pause_id:
+            raise UserError(f"the tokenizer of {checkpoint} has ids that no text uses, and gives the pause {pause_id} "
+                            f"instead of {tokenizer.pause_id}: number its ids without gaps")  # fmt: skip
         theirs.pad_token = theirs.pad_token or theirs.eos_token  # for prompts of unequal length
         theirs.save_pretrained(beside)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")

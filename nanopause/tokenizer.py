@@ -95,7 +95,7 @@ class PretrainedTokenizer(Tokenizer):
     """
 
     def __init__(self, source: str, tokenizer: "PreTrainedTokenizerBase", vocab_size: int = 0):
-        self.source, self.name, self._tokenizer = source, Path(source).name, tokenizer
+        self.source, self.name, self._tokenizer = source, Path(source).resolve().name, tokenizer
         ids = tokenizer.get_vocab()
         self.pause_is_new = PAUSE not in ids
         self.pause_id = ids.pop(PAUSE, max(ids.values()) + 1)
@@ -128,9 +128,11 @@ class PretrainedTokenizer(Tokenizer):
         return b"".join(self._bytes[i] for i in ids)
 
     def of_transformers(self) -> "PreTrainedTokenizerBase":
+        from tokenizers import AddedToken
+
         made = copy.deepcopy(self._tokenizer)
         if self.pause_is_new:
-            made.add_special_tokens({"additional_special_tokens": [PAUSE]}, replace_extra_special_tokens=False)
+            made.add_tokens([AddedToken(PAUSE, special=True, normalized=False)], special_tokens=True)
         return made
 
     def save(self, folder: Path) -> None:
