@@ -158,6 +158,27 @@ def test_the_pause_begins_as_the_mean(saved):
     assert (model.head.weight is model.token_embedding.weight) == theirs.config.tie_word_embeddings
 
 
+def test_rows_that_a_table_lacks_are_no_memory_of_others(tmp_path):
+    """The tokenizer knows the pause, and nobody made a row for it."""
+    llama().save_pretrained(tmp_path)
+    load_tokenizer("bytes").of_transformers().save_pretrained(tmp_path)
+    model, tokenizer = load_pretrained(tmp_path)
+    assert not tokenizer.pause_is_new and model.config.vocab_size == 320
+    for table in (model.token_embedding.weight, model.head.weight):
+        assert torch.equal(table[257:], table[257:258].expand(63, -1))
+        torch.testing.assert_close(table[257], table[:257].mean(0), rtol=1e-5, atol=1e-7)
+
+
+def test_one_file_is_read_before_an_index(tmp_path):
+    original("llama").save_pretrained(tmp_path, max_shard_size="50KB")
+    theirs = llama()
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert torch.equal(
+        load_pretrained(tmp_path)[0].blocks[1].mlp.down.weight, theirs.model.layers[1].mlp.down_proj.weight
+    )
+
+
 def test_memory_is_the_model(tmp_path):
     """The peak of a process that loads 232 MB, above what it took before."""
     theirs = llama(vocab_size=24_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
@@ -213,6 +234,7 @@ for folder in sys.argv[1:]:
         assert made.shape[1] == prompts.input_ids.shape[1] + 12
         said[folder][pauses] = made[:, prompts.input_ids.shape[1] :].tolist()
     again = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert again.generate(prompts.input_ids[:1], pauses=10, max_new_tokens=12, do_sample=False).shape == (1, 20)
     whole = again.generate(**prompts, pauses=10, max_length=20, do_sample=False, return_dict_in_generate=True)
     assert whole.sequences[:, prompts.input_ids.shape[1] :].tolist() == said[folder][10]
     assert tokenizer.convert_tokens_to_ids("<|pause|>") == model.config.pause_token_id
@@ -270,6 +292,21 @@ def test_our_tokenizers_go_out(name):
 def test_what_transformers_has_not_is_refused(config):
     with pytest.raises(UserError, match="transformers has"):
         hub.transformers_config(GPT(Config(**config).gpt(258)).config)
+
+
+@pytest.mark.parametrize("biases", [dict(bias=False, qkv_bias=True), dict(bias=True, qkv_bias=False)])
+def test_gpt2_with_half_of_its_biases(biases):
+    torch.manual_seed(0)
+    model = GPT(
+        Config(norm="layer", qk_norm=False, position="learned", mlp="gelu", tied=True, **biases).gpt(258)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hub.transformers_config(model.config))).eval()
+    assert theirs.load_state_dict(hub.their_tensors(model), strict=False).missing_keys == ["lm_head.weight"]
+    with torch.no_grad():
+        close(model(tokens_of(2, 32)), theirs(tokens_of(2, 32)).logits)
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):
@@ -369,6 +406,10 @@ def test_a_missing_shard(folder):
     refused(folder, f"{shard.name} is missing")
     safetensors.torch.save_file({"other": torch.zeros(1)}, shard)
     refused(folder, f"{shard.name} has no tensor")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "elsewhere.safetensors, which is not in its folder")
     (folder / "model.safetensors.index.json").write_text("{")
     refused(folder, "index.json is damaged")
 
@@ -396,6 +437,8 @@ def test_tensors_that_do_not_fit(folder):
         (dict(model_type="gpt_of_tomorrow"), "architecture 'gpt_of_tomorrow'"),
         (dict(attention_bias=True), "attention_bias=True, which is not supported: False is"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+        (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised"),
+        (dict(hidden_size="48"), "transformers cannot read"),
         (dict(hidden_act="relu"), "gate that is not its value"),
         (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}), "scaling of type 'yarn'"),
     ],
@@ -411,6 +454,10 @@ def test_a_folder_without_a_model(folder, monkeypatch):
     (folder / "config.json").unlink()
     refused(folder, "has no config.json")
     refused(folder / "model.gguf", "does not exist")
+    (folder / "model.gguf").write_text("no model")
+    refused(folder / "model.gguf", "transformers cannot read")
+    with pytest.raises(UserError, match="out/nothing holds no checkpoint: train one"):
+        hub.load("out/nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("nobody/nothing", "'nobody/nothing' is no folder here, and the hub does not give it")
 
