@@ -397,6 +397,12 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
                             f"instead of {tokenizer.pause_id}: number its ids without gaps")  # fmt: skip
         theirs.pad_token = theirs.pad_token or theirs.eos_token  # for prompts of unequal length
         theirs.save_pretrained(beside)
+        settings = json.loads(
+            (beside / "tokenizer_config.json").read_text()
+        )  # under names that transformers 4 knows too
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (beside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         generation = ids | {"suppress_tokens": no_text}
         (beside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
