@@ -24,7 +24,7 @@ def forward_flops(
     [Goyal et al. 2023, appendix I] has (4nadh + 2an²d + 8nh²)·l for n tokens, a heads of width d, ad = h and l layers:
     the multiply-adds, half of the FLOPs, of a model with as many key-value heads as heads, an MLP of 4h, and no head.
     """
-    C, D = config.n_embd, config.head_dim
+    C, D = config.n_embd, config.head_width
     projections = 2 * C * (2 * config.n_head + 2 * config.n_kv_head) * D
     attention = 4 * config.n_head * D * (context + n_tokens)
     mlp = 2 * C * config.n_mlp * (3 if config.mlp == "swiglu" else 2)
@@ -46,8 +46,8 @@ def flops_per_pause(config: GPTConfig, context: int) -> int:
 
     Its own projections and MLP, and its attention to context + 1 keys. No head: a prefix asks it of its last token
     only, pause or not. Under a causal mask the tokens before do not read a pause, so M pauses after n tokens cost the
-    sum of this at contexts n to n + M - 1. In a prefix-LM the tokens before do read them: 4·n_head·head_dim·n_layer per
-    such pair, n·M pairs, and M·(M - 1)/2 among the pauses. forward_flops, being dense, always counts these too.
+    sum of this at contexts n to n + M - 1. In a prefix-LM the tokens before do read them: 4·n_head·head_width·n_layer
+    per such pair, n·M pairs, and M·(M - 1)/2 among the pauses. forward_flops, being dense, always counts these too.
     """
     return forward_flops(config, 1, context=context, n_live=0)
 

@@ -39,7 +39,7 @@ ROWS = 64  # a table that grows gets a multiple of
 def names(config: GPTConfig, vocab_size: int | None = None) -> dict[str, list[tuple[str, int]]]:
     """For every parameter of a GPT those of transformers that lie in it one below the other, with their rows. GPT-2's
     matrices are transposed there. vocab_size: rows of their table, by default ours."""
-    C, D, V = config.n_embd, config.head_dim, vocab_size or config.vocab_size
+    C, D, V = config.n_embd, config.head_width, vocab_size or config.vocab_size
     q, kv = config.n_head * D, config.n_kv_head * D
     if config.norm == "layer":
         ours = {
@@ -112,10 +112,13 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
     elif kind_of_rope != "default":
         raise UserError(f"{source} has rotary scaling of type {kind_of_rope!r}, which is not supported: 'linear' and "
                         f"'llama3' are")  # fmt: skip
+    head_dim = theirs.get("head_dim")
+    if head_dim and head_dim * theirs["num_attention_heads"] == theirs["hidden_size"]:
+        head_dim = None
     return GPTConfig(
         vocab_size=theirs["vocab_size"], block_size=theirs["max_position_embeddings"],
         n_layer=theirs["num_hidden_layers"], n_head=theirs["num_attention_heads"],
-        n_kv_head=theirs["num_key_value_heads"], n_embd=theirs["hidden_size"], head_dim=theirs.get("head_dim"),
+        n_kv_head=theirs["num_key_value_heads"], n_embd=theirs["hidden_size"], head_dim=head_dim,
         n_mlp=theirs["intermediate_size"], norm="rms", norm_eps=theirs["rms_norm_eps"], qk_norm=kind == "qwen3",
         position="rope", rope_theta=rope.get("rope_theta", theirs.get("rope_theta")), rope_scaling=scaling,
         mlp="swiglu" if theirs["hidden_act"] == "silu" else "relu2", tied=theirs["tie_word_embeddings"], bias=False,
@@ -126,7 +129,7 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
 def transformers_config(config: GPTConfig) -> dict:
     """The transformers config of a GPTConfig. Raises UserError where transformers has no such model."""
     if config.norm == "layer":
-        ours = config.qk_norm, config.position, config.mlp, config.n_kv_head, config.n_head * config.head_dim
+        ours = config.qk_norm, config.position, config.mlp, config.n_kv_head, config.n_head * config.head_width
         if ours != (False, "learned", "gelu", config.n_head, config.n_embd):
             raise UserError("with norm=layer transformers has GPT-2 alone: qk_norm=False, position=learned, mlp=gelu, "
                             "and as many key-value heads as heads")  # fmt: skip
@@ -150,7 +153,7 @@ def transformers_config(config: GPTConfig) -> dict:
         "model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"], "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size, "hidden_size": config.n_embd,
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "intermediate_size": config.n_mlp,
+        "num_key_value_heads": config.n_kv_head, "head_dim": config.head_width, "intermediate_size": config.n_mlp,
         "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": scaling,
         "hidden_act": "silu" if config.mlp == "swiglu" else "relu", "tie_word_embeddings": config.tied,
         "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,

@@ -63,14 +63,16 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         self.n_mlp = 4 * self.n_embd if self.n_mlp is None else self.n_mlp
-        self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        self.head_dim = self.n_embd // self.n_head if self.head_dim is None else self.head_dim
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
-        if self.position == "rope" and self.head_dim % 2:
-            raise UserError(f"position=rope needs an even head width, and it is {self.head_dim}")
+        if self.position == "rope" and self.head_width % 2:
+            raise UserError(f"position=rope needs an even head width, and it is {self.head_width}")
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
 
 
 def norm(config: GPTConfig, width: int) -> nn.Module:
@@ -82,7 +84,7 @@ def norm(config: GPTConfig, width: int) -> nn.Module:
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, float32 [block_size, D], as `rotate` takes them. Angles are products in float32,
     as those that published models were trained with."""
-    D = config.head_dim
+    D = config.head_width
     frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # radians a token
     if config.rope_scaling:
         factor, *rest = config.rope_scaling
@@ -108,8 +110,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        D = config.head_dim
-        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * D, bias=config.qkv_bias)
+        D, qkv_bias = config.head_width, config.bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * D, bias=qkv_bias)
         self.out = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (
             nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
@@ -232,5 +234,5 @@ class GPT(nn.Module):
 
         In memory a head's keys are neighbours, which one query after the other reads: [n_layer, 2, G, B, S, D]."""
         config = self.config
-        shape = config.n_layer, 2, config.n_kv_head, batch_size, length, config.head_dim
+        shape = config.n_layer, 2, config.n_kv_head, batch_size, length, config.head_width
         return self.token_embedding.weight.new_zeros(shape).permute(0, 1, 3, 4, 2, 5)
