@@ -27,7 +27,7 @@ from nanopause.model import GPT, GPTConfig, rope_tables
 from nanopause.tokenizer import PAUSE, PretrainedTokenizer, Tokenizer, pretrained_tokenizer
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
-CHUNK_ELEMENTS = 1 << 22  # of a tensor in memory beside the model
+CHUNK_ELEMENTS = 1 << 20  # of a tensor in memory beside the model
 COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # some files have them, and need not
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's first bytes, old and new
 ROWS = 64  # a table that grows gets a multiple of
@@ -305,6 +305,7 @@ def load_pretrained(
         except Exception as error:  # of many kinds, for what a file may have in it
             raise UserError(f"transformers cannot read {path}: {_first_line(error)}") from None
         theirs, weights = original.config.to_dict(), original.state_dict()
+        theirs.pop("quantization_config", None)  # what the file was; these are its numbers
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
 
         def read(name: str, start: int, stop: int) -> Tensor:
