@@ -171,7 +171,8 @@ def main() -> None:
             results += kept[name, lm.pauses]
 
     # Table, JSON, figure
-    results.sort(key=lambda row: [other["task"] for other in results].index(row["task"]))
+    order = list(dict.fromkeys((row["by"], row["task"]) for row in results))
+    results.sort(key=lambda row: order.index((row["by"], row["task"])))
     checkpoint = {"source": settings.out_dir, "model": asdict(model.config), "tokenizer": tokenizer.name}
     checkpoint["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     written = {"checkpoint": checkpoint, "settings": {**asdict(settings), **same}, "sources": sources,

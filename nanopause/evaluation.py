@@ -141,10 +141,9 @@ class Cell:
         self.max_new_tokens = min(new_tokens(task, examples, tokenizer), model.config.block_size // 2)
         self.room = model.config.block_size - pauses - self.max_new_tokens
         if self.room < 1:
-            raise UserError(
-                f"{pauses} pauses leave no room for a prompt of {task.name}: the model reads {model.config.block_size} "
-                f"tokens, and the answer may take {self.max_new_tokens}; lower --pauses"
-            )
+            answer = f", and the answer may take {self.max_new_tokens}" if self.max_new_tokens else ""
+            raise UserError(f"{pauses} pauses leave no room for a prompt of {task.name}: the model reads "
+                            f"{model.config.block_size} tokens{answer}; lower --pauses")  # fmt: skip
 
     def encode(self, text: str) -> list[int]:
         return self.bos + self.tokenizer.encode(text)
