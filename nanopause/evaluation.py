@@ -325,25 +325,28 @@ def said(figure: dict | None, digits: int = 4, sign: str = "") -> str:
     return value if error is None else f"{value} ± {error:.{digits}f}"
 
 
+def panel_name(row: dict) -> str:
+    return row["task"] if row["by"] == "nanopause" else f"{row['task']} ({row['by']})"
+
+
 def table(results: list[dict]):
     """The results as rich shows them."""
     from rich.table import Table
 
     made = Table()
-    for name in ("task", "pauses", "metric", "value", "difference", "n", "others", "GFLOPs", "ms"):
-        made.add_column(name, justify="left" if name in ("task", "metric", "others") else "right", no_wrap=True)
+    for name in ("task", "pauses", "metrics", "difference", "n", "GFLOPs", "ms"):
+        made.add_column(name, justify="left" if name in ("task", "metrics") else "right")
     before = None
     for row in results:
         if before not in (None, (row["task"], row["by"])):
             made.add_section()
         before = row["task"], row["by"]
-        (primary, figure), *others = row["metrics"].items()
         made.add_row(
-            row["task"] if row["by"] == "nanopause" else f"{row['task']} ({row['by']})", str(row["pauses"]), primary,
-            said(figure), said(row.get("difference"), sign="+"), "–" if row["n"] is None else f"{row['n']:,}",
-            "\n".join(f"{name} {said(other)}" for name, other in others),
+            panel_name(row), str(row["pauses"]),
+            "\n".join(f"{name} {said(figure)}" for name, figure in row["metrics"].items()),
+            said(row.get("difference"), sign="+"), f"{row['n']:,}",
             f"{row['flops_per_example'] / 1e9:.3g}" if "flops_per_example" in row else "–",
-            f"{1000 * row['seconds_per_example']:.3g}" if "seconds_per_example" in row else "–",
+            f"{1000 * row['seconds_per_example']:.3g}",
         )  # fmt: skip
     return made
 
@@ -364,18 +367,19 @@ def plot(results: list[dict], file: Path, title: str) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, ((task, by), rows) in zip(axes.flat, panels.items()):
+    for axis, rows in zip(axes.flat, panels.values()):
         metric = next(iter(rows[0]["metrics"]))
         figures = [row["metrics"][metric] for row in rows]
-        errors = [figure["stderr"] or 0 for figure in figures]
+        errors = [one["stderr"] or 0 for one in figures]
         pauses = [row["pauses"] for row in rows]
-        axis.errorbar(pauses, [figure["value"] for figure in figures], errors, color="tab:red", marker="o",
+        axis.errorbar(pauses, [one["value"] for one in figures], errors, color="tab:red", marker="o",
                       markersize=5, capsize=4, linewidth=1.5)  # fmt: skip
         axis.set_xticks(pauses)
-        n = "" if rows[0]["n"] is None else f", {rows[0]['n']:,} examples"
-        axis.set_title(f"{task if by == 'nanopause' else f'{task} ({by})'}{n}", fontsize=10)
+        axis.set_title(f"{panel_name(rows[0])}, {rows[0]['n']:,} examples", fontsize=10)
         axis.set(xlabel="pauses after the prompt (tokens)", ylabel=f"{metric.replace('_', ' ')}, ± standard error")
         axis.grid(alpha=0.3)
+        if min(one["value"] - error for one, error in zip(figures, errors)) >= 0:
+            axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))
     figure.suptitle(title, fontsize=11)
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -31,7 +31,7 @@ class Ticker:
 
     def show(self, table: Table) -> None:
         """A table, as wide as it is where there is no terminal."""
-        self.console.print(table, soft_wrap=False, width=None if self.live else 200)
+        (self.console if self.live else Console(width=200, quiet=self.console.quiet)).print(table, soft_wrap=False)
 
     def step(self, done: int, text: str, logged: bool) -> None:
         """`done` steps are done. Without a terminal a step shows when it is `logged`."""
