@@ -26,6 +26,7 @@ BYTES = load_tokenizer("bytes")
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=96"]
 ANSWERS = ["Oslo", "the Nile", "red", "Mars", "seven", "iron", "a whale", "Lima"]
 ROWS = [{"question": f"{i}{i}?", "answer": [answer]} for i, answer in enumerate(ANSWERS)]
+HARNESS = [{"prompt": f"Question: {i}{i}?\nAnswer:", "answer": answer} for i, answer in enumerate(ANSWERS)]
 CHOICES = [{"goal": f"{i}{i}?", "sol1": ANSWERS[i], "sol2": "nothing", "label": i % 2} for i in range(6)]
 
 
@@ -203,7 +204,7 @@ def test_what_cannot_be_is_one_sentence(run, tmp_path, change, sentence, monkeyp
 def test_other_data_and_other_weights_are_refused(run, run_folder, tmp_path):
     run(tmp_path / "a", "--tasks=webq")
     write(tmp_path / "webq_test.jsonl", ROWS[::-1])
-    with pytest.raises(UserError, match="has an example 0 of webq that is not in this data"):
+    with pytest.raises(UserError, match="has an example . of webq that is not in this data"):
         run(tmp_path / "a", "--tasks=webq", f"--data_dir={tmp_path}")
     (tmp_path / "webq_test.jsonl").write_text("\n")
     with pytest.raises(UserError, match="has no example for test"):
@@ -238,10 +239,9 @@ def test_the_first_line_that_is_not_blank(tmp_path):
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
-        for i, character in enumerate("\n\nok\n"):  # position len(prefix) - 1 + i says it
+        for i, character in enumerate("\n\nok\n"):  # the position that says it
             model.position_embedding.weight[len(prefix) - 1 + i, i] = 1.0
             model.head.weight[ord(character), i] += 1.0
-        # Two columns say the same line feed.
     examples = TASKS["webq"].examples({"question": "q", "answers": ["ok"]})
     cell = Cell(model, BYTES, TASKS["webq"], examples, 0)
     (answer,) = cell.answers([0], Engine(model, BYTES, 1, 64))
@@ -283,11 +283,11 @@ def test_the_harness(run, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    write(tmp_path / "mine.jsonl", [{"q": f"Question: {i}{i}?\nAnswer:", "choices": [ANSWERS[i], "zzz"], "label": i // 6}
-                                    for i in range(8)])  # fmt: skip
+    rows = [{"q": row["prompt"], "choices": [row["answer"], "zzz"], "label": i // 6} for i, row in enumerate(HARNESS)]
+    write(tmp_path / "mine.jsonl", rows)
     task = {
-        "task": "mine", "dataset_path": "json", "test_split": "test", "num_fewshot": 0, "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "label",
+        "task": "mine", "dataset_path": "json", "test_split": "test", "num_fewshot": 0,
+        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "label",
         "metric_list": [{"metric": "acc"}],
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "mine.jsonl")}, "cache_dir": str(tmp_path / "cache")},
     }  # fmt: skip
