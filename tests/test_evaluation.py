@@ -1,5 +1,7 @@
 """evaluate.py: a checkpoint and tasks in; lines, figures and a table out."""
 
+import functools
+import importlib
 import json
 import math
 import os
@@ -303,8 +305,15 @@ def test_the_harness(run, tmp_path, monkeypatch):
     assert results[2]["n"] == 8 and "mine (harness)" in said
     monkeypatch.setattr(evaluate, "harness_results", None)  # all is there
     run(tmp_path / "results", *arguments)
-    with pytest.raises(UserError, match="lm-evaluation-harness has no task 'hellaswagg': did you mean 'hellaswag'"):
-        run(tmp_path / "results", "--harness=hellaswagg")
+    tasks = importlib.import_module("lm_eval.tasks")  # whose own take ten seconds to list
+    local = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, **_: local(include_path=include_path))
+    with pytest.raises(UserError, match="lm-evaluation-harness has no task 'minne': did you mean 'mine'"):
+        run(tmp_path / "results", "--harness=minne", arguments[1])
+    (tmp_path / "mine.jsonl").unlink()
+    (tmp_path / "yaml" / "mine.yaml").write_text(json.dumps(task | {"dataset_path": "no_such_loader"}))
+    with pytest.raises(UserError, match="lm-evaluation-harness cannot load 'mine' (.*): download its data where"):
+        run(tmp_path / "results", "--harness=mine", arguments[1])
     with pytest.raises(UserError, match="--harness_path=.*nowhere is not a folder"):
         run(tmp_path / "results", "--harness=mine", "--harness_path=/nowhere")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
