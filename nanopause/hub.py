@@ -246,8 +246,14 @@ def _fill(model: GPT, theirs: dict[str, tuple[int, ...]], read: Read, vocab_size
         raise UserError(f"{source} has a tensor {min(unused)}, which no {type(model).__name__} has")
 
 
-def _begin_pause(table: Tensor, pause_id: int, vocab_size: int) -> None:
-    """Set the pause's row, and those from vocab_size on, to the mean of the text's."""
+def begin_pause(model: GPT, pause_id: int, vocab_size: int) -> None:
+    """Set the pause's row of embedding and head, and those from vocab_size on, to the mean of the text's."""
+    with torch.no_grad():
+        for table in {model.token_embedding.weight, model.head.weight}:
+            _begin_row(table, pause_id, vocab_size)
+
+
+def _begin_row(table: Tensor, pause_id: int, vocab_size: int) -> None:
     n, total = min(pause_id, vocab_size), torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
     for chunk in table[:n].split(4096):
         total += chunk.double().sum(0)
@@ -314,14 +320,15 @@ def load_pretrained(
         model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
     with torch.no_grad():
         _fill(model, shapes, read, vocab_size, source)
-        for table in {model.token_embedding.weight, model.head.weight} if tokenizer.pause_is_new else ():
-            _begin_pause(table, tokenizer.pause_id, vocab_size)
+    if tokenizer.pause_is_new:
+        begin_pause(model, tokenizer.pause_id, vocab_size)
     return model, tokenizer
 
 
 def load(source: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Model, tokenizer and checkpoint.json of a run of ours; or of what load_pretrained takes, and {}."""
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+    """Model, tokenizer and checkpoint.json of a run of ours, or of the checkpoint of it that `out_dir/best` or
+    `out_dir/step_00000500` name; or of what load_pretrained takes, and {}."""
+    if checkpoint.run_of(Path(source)):
         return checkpoint.load(Path(source), torch.device(device))
     return *load_pretrained(source, device=device), {}
 
