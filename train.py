@@ -244,9 +244,7 @@ def main():
                     row["val_loss_pauses"], row["val_bpb_pauses"] = evaluate(model, pauses, *evaluation)
                     text += f"; with pauses {row['val_loss_pauses']:.3f}, {row['val_bpb_pauses']:.3f}"
                 if config.task and processes.is_main:
-                    best = row["val_loss"] < min(
-                        (row["val_loss"] for row in log.rows if "val_loss" in row), default=math.inf
-                    )
+                    best = all(row["val_loss"] < before.get("val_loss", math.inf) for before in log.rows)
                     text += ", the lowest so far" if best else ""
                 ticker.say(f"step {done}: training loss {loss:.3f}; held out {text}")
             if processes.is_main and (logged or evaluated):
