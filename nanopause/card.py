@@ -57,7 +57,7 @@ def card(source: str, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
         if config["task"]:
             place = {"append": "after", "prepend": "before"}[config["pause_position"]]
             rows |= {
-                "trained on": f"{config['task']}, {config['batch_size']} examples a step; attention {config['attention']}",
+                "trained on": f"{config['task']}, {config['batch_size']} pairs a step, {config['attention']} attention",
                 "pauses in training": f"{config['pauses']} {place} the prefix" if config["pauses"] else "none",
             }
             del rows["tokens"]
