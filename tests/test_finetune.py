@@ -1,10 +1,8 @@
-"""Finetuning: what a pair is, token by token; packed is one at a time; an epoch, ranks, resume; train.py on real files."""
+"""Finetuning: a pair, token by token; packed is one at a time; an epoch, ranks, resume; train.py on real files."""
 
 import gzip
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,8 +196,8 @@ def test_validation_is_spread_evenly_and_shared_out():
     assert evenly(4, 10) == [0, 2, 5, 7] and evenly(10, 4) == [0, 1, 2, 3]
     whole = list(task_validation_batches(pairs, 10, 4, P, "causal", 0, 1))
     assert [len(batch.ends) for batch in whole] == [4, 4, 2]
-    n_live = [batch.n_live for rank in range(3) for batch in task_validation_batches(pairs, 10, 4, P, "causal", rank, 3)]
-    assert sum(n_live) == sum(batch.n_live for batch in whole)
+    shares = [batch for rank in range(3) for batch in task_validation_batches(pairs, 10, 4, P, "causal", rank, 3)]
+    assert sum(batch.n_live for batch in shares) == sum(batch.n_live for batch in whole)
 
 
 def write(folder, n=40, split="train", text=lambda i: (f"what is {i} and {2 * i}", f"it is\n#### {3 * i}")):
@@ -219,9 +217,9 @@ def test_what_is_cut_and_left_out_is_told(tmp_path):
     n_cut = sum(pair.n_cut > 0 for pair in pairs)
     assert max(len(pair.tokens) for pair in pairs) == 128 and 5 <= n_cut <= 10
     assert f"; {n_cut} prefixes are cut from the left to fit 128 tokens; " in said
-    assert f"{95 if False else ''}" in said and "examples are left out, whose target alone is too long" in said
-    with pytest.raises(UserError, match="fit into block_size=16 tokens: raise --block_size or lower --pauses"):
-        load_pairs(replace(config, block_size=16), "train", BYTES)
+    assert "examples are left out, whose target alone is too long" in said
+    with pytest.raises(UserError, match="fit into block_size=8 tokens: raise --block_size or lower --pauses"):
+        load_pairs(replace(config, block_size=8), "train", BYTES)
 
 
 def test_a_choice_is_trained_on_the_gold_text(tmp_path):
@@ -372,16 +370,13 @@ def test_a_model_without_pauses_gets_the_mean_embedding(train, data_dir, tmp_pat
     said = "has not seen a pause: the pause's row begins as the mean embedding"
     for folder, init, pauses, told in [
         ("std-pause", "std", 2, True), ("pre-pause", "pre", 2, False), ("pre-std", "pre", 0, False),
-        ("pre-std-pause", "pre-std", 2, False), ("std-std", "std", 0, False), ("std-pause-pause", "std-pause", 2, False),
+        ("pre-std-pause", "pre-std", 2, False), ("std-std", "std", 0, False), ("std-pause-2", "std-pause", 2, False),
     ]:  # fmt: skip
         ended = finetune(train, tmp_path / folder, *args, f"--init_from={tmp_path / init}", f"--pauses={pauses}")
         assert (said in ended.stdout) == told, folder
         for name, table in pause_rows(folder).items():
             expected = table[:P].astype(np.float64).mean(0) if told else pause_rows(init)[name][P]
             np.testing.assert_allclose(table[P], expected, atol=1e-7)
-
-
-TASKS = Path("/work/shared/data/tasks")
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
@@ -405,7 +400,7 @@ def sum_of_tokens(data_dir, pauses, steps):
 @pytest.mark.parametrize(
     "line, args, text",
     [
-        ('{"question": "how"}', [], "gsm8k_train.jsonl, line 1: the field 'answer' is missing; mend or delete that row"),
+        ('{"question": "how"}', [], "gsm8k_train.jsonl, line 1: the field 'answer' is missing; mend"),
         ("{", [], "gsm8k_train.jsonl, line 1: not JSON"),
         ("", [], "has no example for train"),
         ('{"question": "how", "answer": "so #### 1"}', ["--task=gsm9k"], "task 'gsm9k' is not known: did you mean"),
@@ -439,7 +434,6 @@ def test_what_it_has_learned_by_heart_it_says(pauses, attention):
     optimizers = make_optimizers(model, Config(learning_rate=0.01, matrix_learning_rate=0.03))
     batches = TaskBatches(pairs, 32, P, attention, 0, 0, 1)
     engine_options = {"max_new_tokens": 16, "temperature": 0.0, "attention": attention}
-    right = 0
     for step in range(400):
         batch = batches[step]
         loss = model(batch.inputs, batch.targets, **batch.layout)
