@@ -1,4 +1,4 @@
-"""Score a checkpoint on tasks, with several numbers of pauses after every prompt, and say what they cost.
+"""Score a checkpoint on tasks, with several numbers of pauses in every prompt, and say what they cost.
 
 Tasks of nanopause, from the hub or from a folder of JSON lines:
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k,squad --pauses=0,10,50
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 import kernels
-from nanopause import cli, errors, hub
+from nanopause import checkpoint, cli, errors, hub
 from nanopause.distributed import Processes
 from nanopause.engine import Engine
 from nanopause.errors import UserError
@@ -51,7 +51,8 @@ SAY_EVERY = 30.0  # seconds, where there is no terminal
 @dataclass
 class Settings:
     out_dir: str = "out/pause"
-    """Folder of a run, whose newest intact checkpoint is read; or a transformers folder, a GGUF file or a hub id."""
+    """Folder of a run, whose newest intact checkpoint is read, or out_dir/best in it, which has the lowest validation
+    loss; or a transformers folder, a GGUF file or a hub id."""
     tasks: str = ""
     """Tasks of nanopause, with commas: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq."""
     harness: str = ""
@@ -59,7 +60,9 @@ class Settings:
     harness_path: str = ""
     """Folder of YAML files with tasks that the harness does not have."""
     pauses: str = ""
-    """Numbers of pauses after every prompt, with commas. Empty: as many as the run was finetuned with, else none."""
+    """Numbers of pauses in every prompt, with commas. Empty: as many as the run was finetuned with, else none."""
+    pause_position: Literal["append", "prepend"] | None = None
+    """Pauses after the prompt or before it. None: as the run was finetuned, else after it."""
     data_dir: str = ""
     """Folder of files like gsm8k_test.jsonl for --tasks. Empty: the hub."""
     split: Literal["test", "validation", "train"] = "test"
@@ -75,12 +78,14 @@ class Settings:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of weights and cache; auto is bfloat16 on a GPU."""
     results: str = ""
-    """Folder of the results. Empty: evaluation/ in the run, or in out/ and the name of what is no run."""
+    """Folder of the results. Empty: evaluation/ in the run (evaluation-best/ of its best checkpoint), or in out/ and
+    the name of what is no run."""
 
 
-def results_folder(settings: Settings, is_run: bool) -> Path:
-    out_dir = Path(settings.out_dir)
-    return Path(settings.results or (out_dir if is_run else Path("out", out_dir.stem)) / "evaluation")
+def results_folder(settings: Settings) -> Path:
+    path = Path(settings.out_dir)
+    run, named = checkpoint.run_of(path) or (Path("out", path.stem), None)
+    return Path(settings.results or run / (f"evaluation-{path.name}" if named else "evaluation"))
 
 
 def main() -> None:
@@ -99,6 +104,8 @@ def main() -> None:
     trained = state.get("config", {})
     counts = counts or [trained.get("pauses") or 0]
     attention = settings.attention or trained.get("attention") or "causal"
+    pause_position = settings.pause_position or trained.get("pause_position") or "append"
+    cut = trained.get("cut") or "left"
     weights = fingerprint(model)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
@@ -107,13 +114,16 @@ def main() -> None:
         examples, source = load(task, settings.split, settings.data_dir or None, settings.limit)
         sources.append(source)
         for pauses in counts:
-            cells.append(Cell(model, tokenizer, task, examples, pauses, attention, settings.batch_size))
+            placing = pause_position, cut
+            cells.append(Cell(model, tokenizer, task, examples, pauses, attention, settings.batch_size, *placing))
     if of_harness:
+        if pause_position == "prepend":
+            raise UserError("tasks of lm-evaluation-harness take pauses after the prompt: use --pause_position=append")
         manager = harness_tasks(of_harness, settings.harness_path)
         from nanopause.harness import Harness
 
         harnesses = [Harness(model, tokenizer, pauses, settings.batch_size, attention) for pauses in counts]
-    folder = results_folder(settings, bool(state))
+    folder = results_folder(settings)
     threads = f" ({torch.get_num_threads()} threads)"
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type + threads
     same = {
@@ -122,6 +132,8 @@ def main() -> None:
         "split": settings.split,
         "limit": settings.limit,
         "attention": attention,
+        "pause_position": pause_position,
+        "cut": cut,
         "batch_size": settings.batch_size,
         "dtype": str(model.head.weight.dtype).removeprefix("torch."),
         "device": device_name,
@@ -157,7 +169,7 @@ def main() -> None:
             results.append(summary(cell, rows, None if first is rows else first))
             text = "; ".join(f"{metric} {said(figure)}" for metric, figure in results[-1]["metrics"].items())
             if results[-1]["n_cut"]:
-                text += f"; {results[-1]['n_cut']:,} of {len(rows):,} prompts cut from the left to fit"
+                text += f"; {results[-1]['n_cut']:,} of {len(rows):,} prompts cut from the {cut} to fit"
             ticker.say(f"{name}: {text}")
 
     # lm-evaluation-harness, whose tasks are done as a whole
@@ -173,9 +185,9 @@ def main() -> None:
     # Table, JSON, figure
     order = list(dict.fromkeys((row["by"], row["task"]) for row in results))
     results.sort(key=lambda row: order.index((row["by"], row["task"])))
-    checkpoint = {"source": settings.out_dir, "model": asdict(model.config), "tokenizer": tokenizer.name}
-    checkpoint["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    written = {"checkpoint": checkpoint, "settings": {**asdict(settings), **same}, "sources": sources,
+    about = {"source": settings.out_dir, "model": asdict(model.config), "tokenizer": tokenizer.name}
+    about["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    written = {"checkpoint": about, "settings": {**asdict(settings), **same}, "sources": sources,
                "versions": versions(), "results": results}  # fmt: skip
     write_json(folder / "results.json", written)
     ticker.show(table(results))

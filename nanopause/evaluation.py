@@ -1,4 +1,4 @@
-"""A checkpoint's answers to tasks with M pauses after every prompt, their scores, and what they cost.
+"""A checkpoint's answers to tasks with M pauses in every prompt, their scores, and what they cost.
 
     generated answers    greedy, through the engine: a prompt and its pauses are one pass
     choices              the likelihood of each after prompt and pauses: a pass a choice
@@ -17,13 +17,14 @@ from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from nanopause.engine import Engine, Token
 from nanopause.errors import UserError, needs
 from nanopause.files import replace_file
+from nanopause.finetune import Position, with_pauses
 from nanopause.flops import forward_flops
 from nanopause.model import GPT, GPTConfig
 from nanopause.scoring import score
@@ -119,7 +120,7 @@ class Answer(NamedTuple):
 class Cell:
     """One task with one number of pauses: how its examples are read, answered and scored.
 
-    A prompt is cut from the left to what the model reads less the pauses and the answer. An answer may take
+    A prompt is cut as in finetuning, to what the model reads less the pauses and the answer. An answer may take
     max_new_tokens, but no more than half of what the model reads.
 
     Raises UserError where the pauses leave no room.
@@ -134,37 +135,39 @@ class Cell:
         pauses: int,
         attention: str = "causal",
         batch_size: int = 8,
+        pause_position: Position = "append",
+        cut: Literal["left", "right"] = "left",
     ):
         self.model, self.tokenizer, self.task, self.examples = model, tokenizer, task, examples
         self.pauses, self.attention, self.batch_size = pauses, attention, batch_size
-        self.bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self.placing = pauses, pause_position, cut
         self.max_new_tokens = min(new_tokens(task, examples, tokenizer), model.config.block_size // 2)
-        self.room = model.config.block_size - pauses - self.max_new_tokens
-        if self.room < 1:
+        self.room = model.config.block_size - self.max_new_tokens
+        if self.room - pauses - (tokenizer.bos_id is not None) < 1:
             answer = f", and the answer may take {self.max_new_tokens}" if self.max_new_tokens else ""
             raise UserError(f"{pauses} pauses leave no room for a prompt of {task.name}: the model reads "
                             f"{model.config.block_size} tokens{answer}; lower --pauses")  # fmt: skip
 
-    def encode(self, text: str) -> list[int]:
-        return self.bos + self.tokenizer.encode(text)
+    def prompt(self, text: str, room: int) -> tuple[list[int], int]:
+        """A text with its pauses in at most `room` tokens, and how many of its tokens are cut."""
+        empty = [] if self.tokenizer.bos_id is not None else [self.tokenizer.begin_id]
+        return with_pauses(self.tokenizer.encode(text) or empty, self.tokenizer, room, *self.placing)
 
     def max_length(self) -> int:
         """Tokens that an engine has to hold, at most."""
-        longest = max(len(self.encode(example.prefix)) for example in self.examples)
-        return min(longest, self.room) + self.pauses + self.max_new_tokens
+        return max(len(self.prompt(example.prefix, self.room)[0]) for example in self.examples) + self.max_new_tokens
 
     def answers(self, todo: list[int], engine: Engine | None) -> Iterator[Answer]:
         """The examples of these indices, as they end. engine: where the task's answers are generated."""
         return self._generated(todo, engine) if self.max_new_tokens else self._chosen(todo)
 
     def _generated(self, todo: list[int], engine: Engine) -> Iterator[Answer]:
-        whole = [self.encode(self.examples[i].prefix) or [self.tokenizer.begin_id] for i in todo]
-        prompts = [ids[-self.room :] for ids in whole]
+        prompts, n_cut = zip(*(self.prompt(self.examples[i].prefix, self.room) for i in todo))
 
         def ended(which: list[int], until: list[str]) -> Iterator[tuple[int, list[Token]]]:
             made = [[] for _ in which]
             for token in engine.stream(
-                [prompts[i] for i in which], self.pauses, temperature=0, max_new_tokens=self.max_new_tokens,
+                [prompts[i] for i in which], temperature=0, max_new_tokens=self.max_new_tokens,
                 attention=self.attention, until=until,
             ):  # fmt: skip
                 made[token.sequence].append(token)
@@ -176,51 +179,50 @@ class Cell:
             if tokens[-1].end == "until" and not self._text(tokens).strip():
                 again.append(i)  # the answer is the first line that is not blank
             else:
-                yield self._answer(todo[i], tokens, whole[i], prompts[i])
+                yield self._answer(todo[i], tokens, len(prompts[i]), n_cut[i])
         for i, tokens in ended(again, []):
-            yield self._answer(todo[i], tokens, whole[i], prompts[i])
+            yield self._answer(todo[i], tokens, len(prompts[i]), n_cut[i])
 
     def _text(self, tokens: list[Token]) -> str:
         return self.tokenizer.decode([token.id for token in tokens if token.end != "eot"])
 
-    def _answer(self, index: int, tokens: list[Token], whole: list[int], prompt: list[int]) -> Answer:
-        flops = generation_flops(self.model.config, len(prompt) + self.pauses, len(tokens))
-        n_cut = len(whole) - len(prompt)
-        return Answer(index, self._text(tokens), tokens[-1].end, len(prompt), n_cut, len(tokens), flops)
+    def _answer(self, index: int, tokens: list[Token], n_read: int, n_cut: int) -> Answer:
+        flops = generation_flops(self.model.config, n_read, len(tokens))
+        return Answer(index, self._text(tokens), tokens[-1].end, n_read - self.pauses, n_cut, len(tokens), flops)
 
     def _chosen(self, todo: list[int]) -> Iterator[Answer]:
         """Prompt and choice are cut into tokens as one text, as lm-evaluation-harness does it."""
         pairs, owners, reads = [], [], {i: [] for i in todo}
         for i in todo:
-            whole = self.encode(self.examples[i].prefix)
+            n_prefix = len(self.tokenizer.encode(self.examples[i].prefix))
             for choice in self.examples[i].choices:
-                scored = self.encode(self.examples[i].prefix + choice)[len(whole) :]
-                room = self.model.config.block_size + 1 - self.pauses - len(scored)
-                if room < 1 or not scored:
+                scored = self.tokenizer.encode(self.examples[i].prefix + choice)[n_prefix:]
+                prompt, n_cut = self.prompt(self.examples[i].prefix, self.room + 1 - len(scored))
+                if len(prompt) + len(scored) > self.room + 1 or len(prompt) == self.pauses or not scored:
                     raise UserError(
                         f"example {i} of {self.task.name} has a choice of {len(scored)} tokens, and with {self.pauses} "
                         f"pauses 1 to {self.model.config.block_size - self.pauses} fit: lower --pauses"
                     )
-                pairs.append(((whole or [self.tokenizer.begin_id])[-room:], scored))
+                pairs.append((prompt, scored))
                 owners.append((i, len(reads[i])))
-                reads[i].append((len(pairs[-1][0]), len(scored), len(whole)))
+                reads[i].append((len(prompt), len(scored), n_cut))
         values, left = {i: [0.0] * len(reads[i]) for i in todo}, {i: len(reads[i]) for i in todo}
-        scores = score(self.model, self.tokenizer, pairs, self.pauses, self.attention, self.batch_size)
+        scores = score(self.model, pairs, self.attention, self.batch_size)
         for (i, j), value in ((owners[number], value) for number, value, _ in scores):
             values[i][j] = value
             left[i] -= 1
             if not left[i]:
-                flops = sum(choice_flops(self.model.config, n + self.pauses, m) for n, m, _ in reads[i])
-                n_cut = max(0, *(total - n for n, _, total in reads[i]))
-                yield Answer(i, values[i], None, max(n for n, _, _ in reads[i]), n_cut, 0, flops)
+                flops = sum(choice_flops(self.model.config, n, m) for n, m, _ in reads[i])
+                n_read, _, n_cut = map(max, zip(*reads[i]))
+                yield Answer(i, values[i], None, n_read - self.pauses, n_cut, 0, flops)
 
     def warm_up(self, todo: list[int], engine: Engine | None) -> None:
         """Answer a few examples for nothing, so that what happens once, such as capturing graphs, is not timed."""
         few = todo[: self.batch_size if self.model.head.weight.device.type == "cuda" else 1]
         if self.max_new_tokens == 0:
             return [_ for _ in self._chosen(few)] and None
-        prompts = [(self.encode(self.examples[i].prefix) or [self.tokenizer.begin_id])[-self.room :] for i in few]
-        engine.generate(prompts, self.pauses, temperature=0, max_new_tokens=2, attention=self.attention)
+        prompts = [self.prompt(self.examples[i].prefix, self.room)[0] for i in few]
+        engine.generate(prompts, temperature=0, max_new_tokens=2, attention=self.attention)
 
     def row(self, answer: Answer, seconds: float) -> dict:
         """The line of an example in examples.jsonl."""
@@ -376,7 +378,7 @@ def plot(results: list[dict], file: Path, title: str) -> None:
                       markersize=5, capsize=4, linewidth=1.5)  # fmt: skip
         axis.set_xticks(pauses)
         axis.set_title(f"{panel_name(rows[0])}, {rows[0]['n']:,} examples", fontsize=10)
-        axis.set(xlabel="pauses after the prompt (tokens)", ylabel=f"{metric.replace('_', ' ')}, ± standard error")
+        axis.set(xlabel="pauses in the prompt (tokens)", ylabel=f"{metric.replace('_', ' ')}, ± standard error")
         axis.grid(alpha=0.3)
         if min(one["value"] - error for one, error in zip(figures, errors)) >= 0:
             axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))

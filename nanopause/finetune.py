@@ -25,7 +25,27 @@ from nanopause.pauses import IGNORE, append, prepend, targets_of
 from nanopause.tasks import Example
 from nanopause.tokenizer import Tokenizer
 
+Position = Literal["append", "prepend"]
 PLACES = {"append": append, "prepend": prepend}
+
+
+def with_pauses(
+    prefix: list[int],
+    tokenizer: Tokenizer,
+    room: int,
+    pauses: int = 0,
+    pause_position: Position = "append",
+    cut: Literal["left", "right"] = "left",
+) -> tuple[list[int], int]:
+    """A prefix and its pauses as at most `room` tokens, and how many tokens of the prefix are cut.
+
+    A prefix that is too long loses its first tokens, or with cut="right" its last; the beginning of text that some
+    tokenizers have, and the pauses, stay. The pauses go after the whole prefix, or before all of it.
+    """
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    room = max(0, room - len(bos) - pauses)
+    kept = prefix[max(0, len(prefix) - room) :] if cut == "left" else prefix[:room]
+    return PLACES[pause_position](bos + kept, pauses, tokenizer.pause_id), len(prefix) - len(kept)
 
 
 @dataclass(frozen=True)
@@ -48,23 +68,16 @@ def encode(
     tokenizer: Tokenizer,
     block_size: int,
     pauses: int = 0,
-    pause_position: Literal["append", "prepend"] = "append",
+    pause_position: Position = "append",
     cut: Literal["left", "right"] = "left",
 ) -> Pair | None:
-    """An example as at most block_size tokens; None where the target leaves no room for a token of the prefix.
-
-    Prefix and target are tokenized apart, and the pauses go after the whole prefix, or before all of it. A prefix that
-    is too long loses its first tokens, or with cut="right" its last; the beginning of text that some tokenizers have,
-    and the pauses, stay.
-    """
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    """An example as at most block_size tokens; None where the target leaves no room for a token of the prefix. Prefix
+    and target are tokenized apart."""
     prefix, target = tokenizer.encode(example.prefix), [*tokenizer.encode(example.target), tokenizer.eot_id]
-    room = block_size - len(bos) - pauses - len(target)
-    if room < 1:
+    before, n_cut = with_pauses(prefix, tokenizer, block_size - len(target), pauses, pause_position, cut)
+    if n_cut == len(prefix) or len(before) + len(target) > block_size:
         return None
-    kept = prefix[-room:] if cut == "left" else prefix[:room]
-    before = PLACES[pause_position](bos + kept, pauses, tokenizer.pause_id)
-    return Pair(np.array(before + target, dtype=np.int64), len(before), len(prefix) - len(kept))
+    return Pair(np.array(before + target, dtype=np.int64), len(before), n_cut)
 
 
 def load_pairs(config: Config, split: str, tokenizer: Tokenizer) -> tuple[list[Pair], str]:

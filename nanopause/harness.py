@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nanopause.engine import Engine
 from nanopause.errors import UserError, check
 from nanopause.model import GPT
+from nanopause.pauses import append
 from nanopause.scoring import Pair, score
 from nanopause.tokenizer import Tokenizer
 
@@ -109,7 +110,7 @@ class Harness(TemplateLM):
                 windows.append((context, tokens))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, logprob, _ in self._score(windows, 0, "causal", disable_tqdm):
+        for i, logprob, _ in self._score(windows, "causal", disable_tqdm):
             totals[owners[i]] += logprob
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -183,9 +184,10 @@ class Harness(TemplateLM):
                 raise UserError(f"request {i} has a continuation of {len(continuation)} tokens, and with {self.pauses} "
                                 f"pauses at most {self.max_length - self.pauses} fit: raise max_length")  # fmt: skip
             n_cut += len(context) > room
-            pairs.append(((context or [self.prefix_token_id])[-room:], continuation))
+            context = (context or [self.prefix_token_id])[-room:]
+            pairs.append((append(context, self.pauses, self.tokenizer.pause_id), continuation))
         answers = [(0.0, False)] * len(pairs)
-        for i, logprob, greedy in self._score(pairs, self.pauses, self.attention, disable_tqdm):
+        for i, logprob, greedy in self._score(pairs, self.attention, disable_tqdm):
             answers[i] = logprob, greedy
             self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
         self._tell_cut(n_cut, len(pairs))
@@ -197,9 +199,7 @@ class Harness(TemplateLM):
             print(f"warning: {n} of {total} contexts were cut from the left to fit max_length={self.max_length} with "
                   f"{self.pauses} pauses", file=sys.stderr)  # fmt: skip
 
-    def _score(
-        self, pairs: list[Pair], pauses: int, attention: str, disable_tqdm: bool
-    ) -> Iterator[tuple[int, float, bool]]:
+    def _score(self, pairs: list[Pair], attention: str, disable_tqdm: bool) -> Iterator[tuple[int, float, bool]]:
         """What `score` says of the pairs."""
-        answers = score(self.model, self.tokenizer, pairs, pauses, attention, self.batch_size)
+        answers = score(self.model, pairs, attention, self.batch_size)
         yield from tqdm(answers, total=len(pairs), desc="loglikelihood", disable=disable_tqdm)

@@ -1,4 +1,4 @@
-"""Log-probability of what follows a prefix and its pauses, by which choices are scored."""
+"""Log-probability of what follows a prefix with its pauses, by which choices are scored."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from nanopause.model import GPT
-from nanopause.pauses import append
-from nanopause.tokenizer import Tokenizer
 
 CHUNK_ELEMENTS = 1 << 24  # logits in memory at once: in float32 64 MiB
 Pair = tuple[list[int], list[int]]  # tokens of a context and of what follows it
@@ -15,17 +13,12 @@ Pair = tuple[list[int], list[int]]  # tokens of a context and of what follows it
 
 @torch.inference_mode()
 def score(
-    model: GPT,
-    tokenizer: Tokenizer,
-    pairs: Sequence[Pair],
-    pauses: int = 0,
-    attention: str = "causal",
-    batch_size: int = 8,
+    model: GPT, pairs: Sequence[Pair], attention: str = "causal", batch_size: int = 8
 ) -> Iterator[tuple[int, float, bool]]:
     """(i, log p of the i-th pair's second part in nats, whether it is the likeliest token by token), the longest first.
 
-    The first parts are not empty and end in `pauses` more tokens each; with attention="prefix" they, pauses included,
-    read each other in both directions. The softmax is over all rows of the vocabulary.
+    The first parts, which have their pauses, are not empty; with attention="prefix" they read themselves in both
+    directions. The softmax is over all rows of the vocabulary.
 
     A batch is of like lengths and padded on the right, where causal queries do not look: it needs no mask. Logits are
     computed for the scored tokens alone."""
@@ -37,8 +30,7 @@ def score(
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     for start in range(0, len(pairs), batch_size):
         batch = order[start : start + batch_size]
-        prefixes = [append(pairs[i][0], pauses, tokenizer.pause_id) for i in batch]
-        scored = [pairs[i][1] for i in batch]
+        prefixes, scored = zip(*(pairs[i] for i in batch))
         rows = [prefix + tokens[:-1] for prefix, tokens in zip(prefixes, scored)]
         T = len(rows[0])
         inputs = on_device([row + [0] * (T - len(row)) for row in rows])

@@ -19,8 +19,9 @@ from nanopause.config import load_config
 from nanopause.engine import Engine
 from nanopause.errors import UserError
 from nanopause.evaluation import Cell, add_row, choice_flops, claim, generation_flops, mean, new_tokens, read_rows
+from nanopause.finetune import encode, pack
 from nanopause.model import GPT, GPTConfig
-from nanopause.tasks import TASKS, load
+from nanopause.tasks import TASKS, Example, load
 from nanopause.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 
@@ -132,6 +133,42 @@ def test_a_batch_answers_as_one_by_one(model, run_folder):
             answers = sorted(cell.answers(list(range(8)), engine))
             said.append([answer._replace(flops=0) for answer in answers])
         assert said[0] == said[1] and len({answer.said for answer in said[0]}) > 1
+
+
+class WithBeginning:
+    """BYTES with a beginning of text."""
+
+    bos_id = BYTES.eot_id
+
+    def __getattr__(self, name):
+        return getattr(BYTES, name)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, WithBeginning()], ids=["bytes", "with a beginning"])
+@pytest.mark.parametrize("position", ["append", "prepend"])
+@pytest.mark.parametrize("cut", ["left", "right"])
+def test_what_is_read_is_what_was_finetuned(model, tokenizer, position, cut):
+    """Prompts of generated answers and of choices, whole ones and cut ones."""
+    long = {"question": "why " * 40, "answer": ["so"]}
+    examples = TASKS["webq"].examples(ROWS[0]) + TASKS["webq"].examples(long)
+    cell = Cell(model, tokenizer, TASKS["webq"], examples, 7, "causal", 4, position, cut)
+    block_size = cell.room + len(" so") + 1
+    for example in examples:
+        trained = encode(Example(example.prefix, " so", ()), tokenizer, block_size, 7, position, cut)
+        assert cell.prompt(example.prefix, cell.room) == (trained.prompt, trained.n_cut)
+        assert (trained.n_cut > 0) == (example is examples[1])
+    pauses = 7 * [BYTES.pause_id]
+    assert (trained.prompt[:7] if position == "prepend" else trained.prompt[-7:]) == pauses
+
+    choices = TASKS["piqa"].examples({**CHOICES[0], "goal": "why " * 40})
+    cell = Cell(model, tokenizer, TASKS["piqa"], choices, 7, "prefix", 4, position, cut)
+    (answer,) = cell.answers([0], None)
+    for choice, said in zip(choices[0].choices, answer.said):
+        pair = encode(Example(choices[0].prefix, choice, ()), tokenizer, 98, 7, position, cut)
+        batch = pack([pair], BYTES.pause_id, "prefix")
+        inputs, targets, *layout = (x[:, :-1] for x in (batch.inputs, batch.targets, *batch.layout.values()))
+        loss = model(inputs, targets, reduction="sum", **dict(zip(batch.layout, layout)))  # without the end of text
+        assert said == pytest.approx(-loss.item(), abs=1e-4) and pair.n_cut > 0
 
 
 def test_choices_are_scored_as_the_harness_does(model, run_folder):
