@@ -141,7 +141,7 @@ def restore(
         raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
     fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
     data = {"dataset", "tokenizer", "batch_size", "optimizer", "seed"}
-    finetuning = {"task", "pauses", "pause_position", "attention", "cut", "trainable"}
+    finetuning = {"task", "limit", "pauses", "pause_position", "attention", "cut", "trainable"}
     for key in sorted(fixed | data | finetuning):
         then, now = state["config"][key], getattr(config, key)
         if then != now:

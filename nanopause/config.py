@@ -14,7 +14,7 @@ from nanopause.errors import UserError
 from nanopause.model import GPTConfig
 
 BIG = 2**62
-COUNTS = """n_layer n_head n_kv_head n_embd head_dim n_mlp batch_size micro_batch_size max_steps
+COUNTS = """n_layer limit n_head n_kv_head n_embd head_dim n_mlp batch_size micro_batch_size max_steps
 eval_interval eval_blocks checkpoint_interval log_interval""".split()
 LIMITS = {
     **dict.fromkeys(COUNTS, (1, BIG)),
@@ -61,6 +61,8 @@ class Config(GPTConfig):
     """Finetune on it, instead of pretraining: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq or nq."""
     data_dir: str = ""
     """Folder with the task's files, such as gsm8k_train.jsonl.gz. Empty: the hub."""
+    limit: int | None = None
+    """Only the first so many examples of the task's training split. None: all."""
     pauses: int = 0
     """Pauses between prefix and target of an example."""
     pause_position: Literal["append", "prepend"] = "append"

@@ -84,7 +84,8 @@ def load_pairs(config: Config, split: str, tokenizer: Tokenizer) -> tuple[list[P
     """The pairs of a split of config.task, and a sentence that says where they come from and what of them is cut.
 
     Raises UserError: no such task or data, a bad row, or no pair that fits."""
-    examples, said = tasks.load(tasks.get_task(config.task), split, config.data_dir or None)
+    limit = config.limit if split == "train" else None
+    examples, said = tasks.load(tasks.get_task(config.task), split, config.data_dir or None, limit)
     settings = config.block_size, config.pauses, config.pause_position, config.cut
     pairs = [pair for example in examples if (pair := encode(example, tokenizer, *settings))]
     if not pairs:
