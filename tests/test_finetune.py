@@ -432,7 +432,7 @@ def test_what_it_has_learned_by_heart_it_says(pauses, attention):
         examples += get_task("csqa").examples(row)
     pairs = [encode(example, BYTES, 128, pauses) for example in examples]
     model = GPT(GPTConfig(n_layer=2, n_embd=64, n_head=4, block_size=128))
-    config = Config(learning_rate=0.01, max_steps=100, warmup_steps=0)
+    config = Config(learning_rate=0.01, max_steps=50, warmup_steps=0)
     optimizers = make_optimizers(model, config)
     batches = TaskBatches(pairs, 32, P, attention, 0, 0, 1)
     engine_options = {"max_new_tokens": 16, "temperature": 0.0, "attention": attention}
