@@ -98,16 +98,16 @@ def linear_cross_entropy(
     """Cross-entropy of the logits x weightᵀ, which are never in memory whole, and never computed for masked rows.
 
     x: [N, C]; weight: [V, C]; targets: int64 [N], `ignore_index` where a row has no loss.
-    reduction: "mean" over the live rows, or "sum". Returns a scalar, float32 or wider, in nats; with no live row the
-    loss and all gradients are 0.
+    reduction: "mean" over the live rows, "sum", or "none" for the loss of every row, [N], 0 where there is none.
+    Returns float32 or wider, in nats; with no live row the loss and all gradients are 0.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(f"linear_cross_entropy takes x [N,C], weight [V,C] and targets [N], "
                          f"not {list(x.shape)}, {list(weight.shape)}, {list(targets.shape)}")  # fmt: skip
     if targets.dtype != torch.int64:
         raise ValueError(f"linear_cross_entropy takes targets in int64, not {targets.dtype}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r} is neither 'mean' nor 'sum'")
-    impl = choose(impl, x.device)
-    loss = IMPLEMENTATIONS[impl].linear_cross_entropy(*_autocast(x, weight), targets, ignore_index)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is none of 'mean', 'sum' and 'none'")
+    impl, by_rows = choose(impl, x.device), reduction == "none"
+    loss = IMPLEMENTATIONS[impl].linear_cross_entropy(*_autocast(x, weight), targets, ignore_index, by_rows)
     return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss

@@ -203,11 +203,19 @@ def tiles(arch: str, C: int, dtype: torch.dtype) -> tuple[Tile, Tile, Tile]:
     return tuple(shape._replace(warps=4, stages=1) for shape in shapes) if amd else shapes
 
 
+def by_row(values: Tensor, rows: Tensor, live: Tensor) -> Tensor:
+    """Values [N] by live row as values by row, zero where there is no loss."""
+    N = len(values)
+    place = torch.where(torch.arange(N, device=values.device) < live, rows, N)
+    return values.new_zeros(N + 1).scatter(0, place, values)[:N]
+
+
 @torch.library.custom_op("nanopause::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses, float32 []; for the backward lse, float32 [N], rows, int64 [N], and their number []."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum of the losses, float32 []; by live row, zero past the last, the losses and for the backward lse, float32
+    [N], and rows, int64 [N]; their number []."""
     (N, C), V = x.shape, weight.shape[0]
     x, weight = unit_stride(x, weight)
     is_live = targets != ignore_index
@@ -228,22 +236,32 @@ def _linear_cross_entropy(
             _sum_tiles[(triton.cdiv(N, 64),)](
                 tile_lse, target_logit, live, lse, losses, N, n_tiles, BLOCK_N=64, BLOCK_TILES=16
             )
-    return losses.sum(), lse, rows, live
+    return losses.sum(), losses, lse, rows, live
 
 
 @_linear_cross_entropy.register_fake
 def _(x, weight, targets, ignore_index):
     (N,) = targets.shape
-    floats = x.new_empty((), dtype=torch.float32), x.new_empty((N,), dtype=torch.float32)
-    return *floats, x.new_empty((N,), dtype=torch.int64), x.new_empty((), dtype=torch.int64)
+    loss, *of_rows = (x.new_empty(shape, dtype=torch.float32) for shape in ((), (N,), (N,)))
+    return loss, *of_rows, x.new_empty((N,), dtype=torch.int64), x.new_empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("nanopause::linear_cross_entropy_backward", mutates_args=())
 def _backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, rows: Tensor, live: Tensor
-) -> tuple[Tensor, Tensor]:
+    dloss: Tensor | None, dlosses: Tensor | None, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, rows: Tensor,
+    live: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dloss: the gradient of the sum of the losses; dlosses: of each, by live row. A row's own factor stays out of dl,
+    which 16 bits could not hold: it goes into the x that dweight is a product with, and into dx when that is done."""
     (N, C), V = x.shape, weight.shape[0]
     x, weight = unit_stride(x, weight)
+    scaled, scale, factor = x, dloss, None
+    if dlosses is not None:
+        dlosses = dlosses if dloss is None else dlosses + dloss
+        factor = by_row(dlosses, rows, live)
+        scale = factor.abs().amax() if N else factor.sum()
+        factor = (factor / scale.clamp(min=torch.finfo(factor.dtype).tiny))[:, None]
+        scaled = (x * factor).to(x.dtype)
     arch = architecture(x.device)
     _, product, gradient = tiles(arch, C, x.dtype)
     columns = max(triton.cdiv(V, SLICES), min(V, SLICE_BYTES // max(1, N * x.element_size())))
@@ -263,24 +281,25 @@ def _backward(
                     PRECISION=precision(x.dtype, arch), num_warps=product.warps, num_stages=product.stages,
                 )  # fmt: skip
             _gradients[(n_gradient_tiles,)](
-                x, weight, rows, live, dlogit, dloss, dx, dx_rest, dweight, C, V, first, width,
-                x.stride(0), weight.stride(0), BLOCK_M=gradient.M, BLOCK_C=gradient.N, BLOCK_K=gradient.K,
+                scaled, weight, rows, live, dlogit, scale, dx, dx_rest, dweight, C, V, first, width,
+                scaled.stride(0), weight.stride(0), BLOCK_M=gradient.M, BLOCK_C=gradient.N, BLOCK_K=gradient.K,
                 PRECISION=precision(x.dtype, arch), num_warps=gradient.warps, num_stages=gradient.stages,
             )  # fmt: skip
-    return dx, dweight
+    return dx if factor is None else (dx * factor).to(dx.dtype), dweight
 
 
 @_backward.register_fake
-def _(dloss, x, weight, targets, lse, rows, live):
+def _(dloss, dlosses, x, weight, targets, lse, rows, live):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.save_for_backward(*inputs[:3], *output[2:])
+    ctx.set_materialize_grads(False)  # which of the two gradients there is, is how it is computed
 
 
-def _backward_of(ctx, dloss, *_):
-    return *_backward(dloss, *ctx.saved_tensors), None, None
+def _backward_of(ctx, dloss, dlosses, *_):
+    return *_backward(dloss, dlosses, *ctx.saved_tensors), None, None
 
 
 _linear_cross_entropy.register_autograd(_backward_of, setup_context=_save)
@@ -292,13 +311,16 @@ def _(x, weight, targets, ignore_index, **_):
 
 
 @register_flop_formula(torch.ops.nanopause.linear_cross_entropy_backward, get_raw=True)
-def _(dloss, x, weight, targets, lse, rows, live, **_):
+def _(dloss, dlosses, x, weight, targets, lse, rows, live, **_):
     return 6 * int(live) * weight.numel()
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The sum of the live rows' losses, see kernels.linear_cross_entropy."""
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, by_rows: bool = False
+) -> Tensor:
+    """The sum of the live rows' losses or every row's, see kernels.linear_cross_entropy."""
     check_input("linear_cross_entropy", x)
     if x.dtype != weight.dtype:
         raise ValueError(f"linear_cross_entropy takes x and weight of one dtype, not {x.dtype} and {weight.dtype}")
-    return _linear_cross_entropy(x, weight, targets.contiguous(), ignore_index)[0]
+    loss, losses, _, rows, live = _linear_cross_entropy(x, weight, targets.contiguous(), ignore_index)
+    return by_row(losses, rows, live) if by_rows else loss

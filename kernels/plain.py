@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 # Logits in memory at once, in elements: 16 Mi in float32 are 64 MiB.
@@ -115,7 +116,19 @@ def _(x, weight, targets, ignore_index, with_grad, **_):
     return (6 if with_grad else 2) * int((targets != ignore_index).sum()) * weight.numel()
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The sum of the live rows' losses, see kernels.linear_cross_entropy. Finding the live rows waits for a GPU."""
+def _losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = x @ weight.T
+    return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets, reduction="none")
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, by_rows: bool) -> Tensor:
+    """The sum of the live rows' losses or every row's, see kernels.linear_cross_entropy. Finding the live rows waits
+    for a GPU."""
+    if by_rows:  # whose gradients differ, so that they are not known with the losses: logits are computed again
+        live = (targets != ignore_index).nonzero()[:, 0]
+        chunks = live.split(max(1, CHUNK_ELEMENTS // weight.shape[0]))
+        losses = [checkpoint(_losses, x[rows], weight, targets[rows], use_reentrant=False) for rows in chunks]
+        losses = torch.cat(losses)
+        return losses.new_zeros(len(x)).index_put((live,), losses)
     with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return torch.ops.nanopause.chunked_cross_entropy(x, weight, targets, ignore_index, with_grad)[0]

@@ -21,8 +21,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: fl
     return einsum(probability, v, "b h t s, b s h d -> b t h d").to(q.dtype)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The sum of the live rows' losses, all logits in memory. See kernels.linear_cross_entropy."""
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, by_rows: bool) -> Tensor:
+    """The sum of the live rows' losses or every row's, all logits in memory. See kernels.linear_cross_entropy."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     logits = x.to(dtype) @ weight.to(dtype).T
-    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none" if by_rows else "sum")

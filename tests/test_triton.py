@@ -184,9 +184,10 @@ def test_operators_pass_opcheck(name):
         torch.library.opcheck(torch.ops.nanopause.chunked_cross_entropy.default, (x, weight, targets, -100, True))
         return
     torch.library.opcheck(torch.ops.nanopause.linear_cross_entropy.default, (x, weight, targets, -100))
-    _, *saved = torch.ops.nanopause.linear_cross_entropy(x.detach(), weight.detach(), targets, -100)
-    args = torch.ones((), device=DEVICE), x.detach(), weight.detach(), targets, *saved
-    torch.library.opcheck(torch.ops.nanopause.linear_cross_entropy_backward.default, args)
+    loss, losses, *saved = torch.ops.nanopause.linear_cross_entropy(x.detach(), weight.detach(), targets, -100)
+    for upstream in (torch.ones_like(loss), None), (None, torch.rand_like(losses)):
+        args = *upstream, x.detach(), weight.detach(), targets, *saved
+        torch.library.opcheck(torch.ops.nanopause.linear_cross_entropy_backward.default, args)
 
 
 def test_empty_inputs():
@@ -310,7 +311,7 @@ def test_memory_of_the_loss_in_triton(monkeypatch):
     targets = torch.zeros(N, dtype=torch.int64)
     logits = 2 * N * V
     assert peak_bytes(lambda: loss_module._linear_cross_entropy._init_fn(x, weight, targets, -100)) < 0.02 * logits
-    inputs = torch.ones(()), x, weight, targets, torch.empty(N), targets, torch.zeros((), dtype=torch.int64)
+    inputs = torch.ones(()), None, x, weight, targets, torch.empty(N), targets, torch.zeros((), dtype=torch.int64)
     peak = peak_bytes(lambda: loss_module._backward._init_fn(*inputs))
     columns = 13 * 128  # V / SLICES in whole tiles
     assert peak == 2 * N * columns + 2 * N * C < 0.05 * logits
