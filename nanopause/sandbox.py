@@ -123,8 +123,8 @@ def run(program: str, tests: str = "", *, seconds: float = 10.0, memory_mb: int 
 def _supervised(program: str, tests: str, seconds: float, memory_mb: int) -> dict:
     request = {"program": program, "tests": tests, "seconds": seconds, "memory_mb": memory_mb}
     with subprocess.Popen(
-        [sys.executable, "-I", "-S", os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={},
-        start_new_session=True, cwd="/",
+        [sys.executable, "-I", "-S", os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is the caller's
     ) as supervisor:  # fmt: skip
         answer = json.loads(supervisor.stdout.readline() or '{"refused": "no supervisor"}')
         if "refused" not in answer:
@@ -298,7 +298,7 @@ def _become(request: dict, is_root: bool, fds: dict[int, int]) -> None:
         "CPU": int(request["seconds"]) + 1,
         "NPROC": PROCESSES + (not is_root),  # the supervisor is of the same user, if that is not root
         "NOFILE": OPEN_FILES,
-        "MSGQUEUE": 0,
+        "MSGQUEUE": 0,  # bytes
         "CORE": 1,  # byte: 0 keeps none from a core_pattern that is a program, see core(5)
     }
     for name, most in limits.items():
