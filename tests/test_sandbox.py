@@ -96,6 +96,12 @@ def test_a_test_that_fails():
     assert 'File "/tests.py", line 2' in result.output and "AssertionError" in result.output
 
 
+@isolated
+def test_a_program_may_break_its_own_modules():
+    program = "import builtins, os, sys\nos.read = os.write = os._exit = sys.stdout = builtins.exec = None"
+    assert run(program, "assert True").ok and not run(program, "assert False").ok
+
+
 NEVER = [
     "import sys; sys.exit(0)",
     "raise SystemExit",
