@@ -302,7 +302,10 @@ def _become(request: dict, is_root: bool, fds: dict[int, int]) -> None:
         "CORE": 1,  # byte: 0 keeps none from a core_pattern that is a program, see core(5)
     }
     for name, most in limits.items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        which = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(which)[1]  # of the caller, which nothing here may raise
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(which, (most, most))
     moved = {fd: os.dup(source) for fd, source in fds.items()}
     for fd, source in moved.items():
         os.dup2(source, fd)

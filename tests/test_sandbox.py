@@ -286,7 +286,16 @@ def test_files(size):
 def test_open_files_queues_and_cores():
     assert "Too many open files" in run("x = [open('/tests.py') for _ in range(100)]").output
     said = printed("import resource as r\nprint(*[r.getrlimit(k) for k in (r.RLIMIT_CORE, r.RLIMIT_MSGQUEUE)])")
-    assert said == "(1, 1) (0, 0)"
+    assert said in ("(1, 1) (0, 0)", "(0, 0) (0, 0)")  # the caller's own limit of cores may be 0
+
+
+@isolated
+def test_under_lower_limits_of_the_caller():
+    code = "from nanopause import sandbox\nprint(sandbox.run('import resource as r; print(r.getrlimit(r.RLIMIT_CORE), "
+    code += "r.getrlimit(r.RLIMIT_NOFILE))').output)"
+    lower = f'ulimit -c 0; ulimit -n 32; exec {sys.executable} -c "$0"'
+    said = subprocess.run(["sh", "-c", lower, code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert said.stdout.strip() == "(0, 0) (32, 32)"
 
 
 @isolated
@@ -684,7 +693,7 @@ def test_mbpp_scores():
 def test_real_programs():
     """References pass, and fail where the tests of another problem follow them."""
     task = TASKS["mbpp"].permitted(True)
-    some = [e for split in ("train", "validation", "test") for e in load(task, split, REAL)[0]][::40]
+    some = [e for split in ("train", "validation", "test") for e in load(task, split, REAL)[0]][::80]
     with_setup = next(e for e in load(task, "test", REAL)[0] if "root1 = Node(1)" in e.tests)
     with ThreadPoolExecutor(2) as pool:
         assert all(score["pass@1"] for score in pool.map(lambda e: task.score(e.references[0], e), [*some, with_setup]))
