@@ -1,4 +1,4 @@
-"""Pretrain a GPT, with pauses or without.
+"""Pretrain a GPT, or finetune it on a task, with pauses or without.
 
 On a laptop, minutes; on a GPU, seconds:
     python train.py config/pause.py
@@ -7,6 +7,8 @@ GPT-2 124M with pauses on OpenWebText, on one GPU, then on eight:
     torchrun --standalone --nproc_per_node=8 train.py config/pause.py config/openwebtext.py
 Go on from the weights of another run, or of a transformers checkpoint:
     python train.py config/pause.py --init_from=HuggingFaceTB/SmolLM2-135M --optimizer=adamw --learning_rate=1e-4
+Finetune on a task, with pauses between prefix and target:
+    python train.py config/finetune.py --task=gsm8k --init_from=out/pause --pauses=10
 Continue a run that was stopped or killed:
     python train.py config/pause.py --resume
 Every setting:
@@ -35,8 +37,9 @@ from nanopause.data import Batch, Corpus, TrainingBatches, prefetch, validation_
 from nanopause.distributed import Processes
 from nanopause.engine import Engine
 from nanopause.errors import UserError
+from nanopause.finetune import TaskBatches, load_pairs, task_validation_batches
 from nanopause.model import GPT
-from nanopause.optimizer import make_optimizers, set_learning_rates
+from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
 from nanopause.progress import Ticker
 from nanopause.tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
@@ -65,7 +68,8 @@ def train_step(
         alone = processes.count > 1 and micro_batch is not micro_batches[-1]
         with forward.no_sync() if alone else contextlib.nullcontext():
             with autocast:
-                part = forward(micro_batch.inputs, micro_batch.targets, reduction="sum") / n_live
+                loss_of_part = forward(micro_batch.inputs, micro_batch.targets, reduction="sum", **micro_batch.layout)
+                part = loss_of_part / n_live
             (part * processes.count).backward()  # DDP averages where a sum is due
         loss += part.detach()
     norm = torch.nn.utils.clip_grad_norm_(forward.parameters(), grad_clip or math.inf)
@@ -90,7 +94,7 @@ def evaluate(
         n_live, n_bytes = n_live + batch.n_live, n_bytes + int(tokenizer.token_bytes[live].sum())
         batch = batch.to(processes.device)
         with autocast:
-            nats += model(batch.inputs, batch.targets, reduction="sum").item()
+            nats += model(batch.inputs, batch.targets, reduction="sum", **batch.layout).item()
     nats, n_live, n_bytes = processes.sum(nats, n_live, n_bytes)
     return nats / n_live, nats / math.log(2) / n_bytes
 
@@ -107,28 +111,47 @@ def main():
         raise UserError(f"{out_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
 
     with Ticker(config.max_steps, enabled=processes.is_main) as ticker:
-        # Data. The default corpus prepares itself.
+        # Data: a task's pairs, or a corpus, of which the default prepares itself.
+        state, share_of = {}, (processes.rank, processes.count)
         if config.init_from:
-            model, tokenizer, _ = hub.load(config.init_from, device)
+            model, tokenizer, state = hub.load(config.init_from, device)
             config = replace(config.shaped(model.config), tokenizer=tokenizer.name)
         else:
             tokenizer = load_tokenizer(config.tokenizer)
-        folder = DATA / config.dataset / tokenizer.name
-        if config.dataset == "pydocs" and not folder.exists() and processes.is_main:
-            prepare_pydocs(tokenizer.source)
-        processes.wait()
-        training, held_out = (Corpus(folder, split, tokenizer, config.block_size) for split in ("train", "val"))
-        batches = TrainingBatches(
-            training, config.batch_size, config.pause_rate, config.seed, processes.rank, processes.count
-        )
+        if config.task:
+            (training, about), (held_out, about_held_out) = (
+                load_pairs(config, split, tokenizer) for split in ("train", "validation")
+            )
+            of_task = tokenizer.pause_id, config.attention
+            batches = TaskBatches(training, config.batch_size, *of_task, config.seed, *share_of)
+            about += (
+                f"\nheld out: {about_held_out}\nan example: prefix, {config.pauses} pauses (pause_position "
+                f"{config.pause_position}), target; attention {config.attention}, trainable {config.trainable}"
+            )
+        else:
+            folder = DATA / config.dataset / tokenizer.name
+            if config.dataset == "pydocs" and not folder.exists() and processes.is_main:
+                prepare_pydocs(tokenizer.source)
+            processes.wait()
+            training, held_out = (Corpus(folder, split, tokenizer, config.block_size) for split in ("train", "val"))
+            batches = TrainingBatches(training, config.batch_size, config.pause_rate, config.seed, *share_of)
+            about = (
+                f"{folder.relative_to(DATA.parent) if folder.is_relative_to(DATA) else folder}, "
+                f"{len(training):,} blocks to train on, {len(held_out):,} held out; pause_rate {config.pause_rate}"
+            )
 
         # Model and optimizers, new or from the newest intact checkpoint.
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
+        pausing, knew_pauses = bool(config.pause_rate or config.pauses), state.get("knows_pauses", False)
         if config.init_from:
             model.train()
+            if state and pausing and not knew_pauses:
+                hub.begin_rows(model, [tokenizer.pause_id], tokenizer.pause_id)
+                ticker.say(f"{config.init_from} has not seen a pause: the pause's row begins as the mean embedding")
         else:
             model = GPT(config.gpt(tokenizer.vocab_size)).to(device)
+        set_trainable(model, config.trainable, tokenizer.pause_id)
         optimizers = make_optimizers(model, config)
         start = 0
         if config.resume:
@@ -151,21 +174,28 @@ def main():
         ticker.say(
             f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.n_layer} layers, "
             f"{config.n_embd} wide, {config.block_size} tokens long\n"
-            f"data: {folder.relative_to(DATA.parent) if folder.is_relative_to(DATA) else folder}, "
-            f"{len(training):,} blocks to train on, {len(held_out):,} held out; pause_rate {config.pause_rate}\n"
+            f"data: {about}\n"
             f"device: {processes.count} × {device.type}, {'bfloat16' if bfloat16 else 'float32'}, "
             f"{peak / 1e12:.3g} TFLOP/s each ({peak_source})"
         )
 
         def validation(n_blocks: int, pause_rate: float) -> Iterable[Batch]:
-            return validation_batches(
-                held_out, n_blocks, config.micro_batch_size, pause_rate, config.seed, processes.rank, processes.count
-            )
+            if config.task:
+                return task_validation_batches(held_out, n_blocks, config.micro_batch_size, *of_task, *share_of)
+            return validation_batches(held_out, n_blocks, config.micro_batch_size, pause_rate, config.seed, *share_of)
+
+        def save(best: bool = False) -> None:
+            knows_pauses = pausing or knew_pauses
+            checkpoint.save(out_dir, done, model, optimizers, config, knows_pauses=knows_pauses, best=best)
 
         evaluation = tokenizer, autocast, processes
-        n_bad, seconds, since, done = 0, 0.0, start, start
+        n_bad, done, n_tokens = 0, start, batches.n_tokens(start)
+        seconds = tokens_since = flops_since = 0.0  # since the last line of metrics
         for batch in prefetch(batches, start, config.max_steps, device):
-            n_live, n_pauses, stopping = processes.sum(batch.n_live, batch.n_pauses, len(stop))
+            lengths = batch.lengths
+            n_live, n_pauses, n_new, n_pairs, stopping = processes.sum(
+                batch.n_live, batch.n_pauses, lengths.sum(), (lengths**2).sum(), len(stop)
+            )
             if stopping:
                 break
             begin = time.perf_counter()
@@ -185,12 +215,10 @@ def main():
             seconds += time.perf_counter() - begin
             done += 1
 
-            n_tokens = config.batch_size * config.block_size
-            rate = (done - since) * n_tokens / seconds
-            step_flops = flops.training_flops(
-                model.config, config.block_size, batch_size=config.batch_size, n_live=int(n_live)
-            )
-            mfu = (done - since) * step_flops / seconds / peak / processes.count
+            n_tokens, tokens_since = n_tokens + int(n_new), tokens_since + n_new
+            length = n_pairs / n_new  # sequences of this length, as many tokens of them, have as many pairs to attend
+            flops_since += flops.training_flops(model.config, length, batch_size=n_new / length, n_live=int(n_live))
+            rate, mfu = tokens_since / seconds, flops_since / seconds / peak / processes.count
             last = done == config.max_steps
             logged, evaluated = done % config.log_interval == 0 or last, done % config.eval_interval == 0 or last
             ticker.step(
@@ -199,40 +227,47 @@ def main():
             row = {
                 "step": done,
                 "loss": loss,
-                "tokens": done * n_tokens,
+                "tokens": n_tokens,
                 "tokens_per_second": rate,
                 "mfu": mfu,
                 "learning_rate": config.learning_rate * share,
                 "grad_norm": norm,
-                "pause_share": n_pauses / n_tokens,
+                "pause_share": n_pauses / n_new,
             }
+            best = False
             if evaluated:
-                n_blocks = len(held_out) if last else config.eval_blocks
+                n_blocks = len(held_out) if last and not config.task else config.eval_blocks
                 row["val_loss"], row["val_bpb"] = evaluate(model, validation(n_blocks, 0.0), *evaluation)
                 text = f"loss {row['val_loss']:.3f}, {row['val_bpb']:.3f} bits per byte"
                 if config.pause_rate:
                     pauses = validation(n_blocks, config.pause_rate)
                     row["val_loss_pauses"], row["val_bpb_pauses"] = evaluate(model, pauses, *evaluation)
                     text += f"; with pauses {row['val_loss_pauses']:.3f}, {row['val_bpb_pauses']:.3f}"
+                if config.task and processes.is_main:
+                    best = all(row["val_loss"] < before.get("val_loss", math.inf) for before in log.rows)
+                    text += ", the lowest so far" if best else ""
                 ticker.say(f"step {done}: training loss {loss:.3f}; held out {text}")
             if processes.is_main and (logged or evaluated):
                 log.log(row)
             if logged:
-                seconds, since = 0.0, done
-            if processes.is_main and n_bad == 0 and (done % config.checkpoint_interval == 0 or last):
-                checkpoint.save(out_dir, done, model, optimizers, config)
+                seconds = tokens_since = flops_since = 0.0
+            if processes.is_main and n_bad == 0 and (done % config.checkpoint_interval == 0 or last or best):
+                save(best)
 
         if done < config.max_steps:
             if processes.is_main and done > start:
-                checkpoint.save(out_dir, done, model, optimizers, config)
+                save()
             ticker.say(f"stopped by SIGTERM after step {done} of {out_dir}: continue with --resume")
         elif processes.is_main:
             metrics.plot(log.rows, out_dir / "loss.png", out_dir.name)
+            prompt, temperature = (held_out[0].prompt, 0.0) if config.task else ("", 0.7)
             (sample,) = Engine(model.eval(), tokenizer, max_batch=1, max_length=config.block_size).generate(
-                [""], max_new_tokens=config.block_size, temperature=0.7, seed=config.seed
-            )
-            ticker.say(f"\na sample:\n{sample.text}\n\nwritten: {out_dir} (checkpoints, metrics.jsonl, "
-                       f"loss.png); try: python sample.py --out_dir={out_dir}")  # fmt: skip
+                [prompt], max_new_tokens=config.block_size, temperature=temperature, seed=config.seed,
+                attention=config.attention,
+            )  # fmt: skip
+            shown = [id for id in prompt if id != tokenizer.pause_id] if config.task else []
+            ticker.say(f"\na sample:\n{tokenizer.decode(shown)}{sample.text}\n\nwritten: {out_dir} (checkpoints, "
+                       f"metrics.jsonl, loss.png); try: python sample.py --out_dir={out_dir}")  # fmt: skip
         if processes.is_main:
             log.finish()
         processes.close()

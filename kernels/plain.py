@@ -9,15 +9,31 @@ from torch.utils.flop_counter import register_flop_formula
 CHUNK_ELEMENTS = 1 << 24
 
 
+def _visible(bounds: Tensor) -> bool:
+    """Whether they can be looked at without waiting for a device, or breaking a graph."""
+    cpu = bounds.device.type == "cpu" and type(bounds) is Tensor
+    return cpu and bounds.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
-    """See kernels.attention. Plain causal needs no mask in memory; intervals take a dense [B, 1, T, S] one."""
+    """See kernels.attention. Plain causal needs no mask in memory; intervals take a dense [B, 1, T, S] one, on a CPU
+    one for every document of a packed row."""
     T, S = q.shape[1], k.shape[1]
+    if lo is not None and hi is not None and 1 < T == S and _visible(hi):
+        # Nothing crosses t where all from it on read from t on, and all before it read up to t.
+        t = torch.arange(1, T)
+        borders = ((lo[:, 1:] >= t) & (hi[:, :-1] <= t)).all(0).nonzero()[:, 0] + 1
+        if len(borders):
+            starts = [0, *borders.tolist()]
+            sizes = [end - start for start, end in zip(starts, [*starts[1:], T])]
+            documents = zip(*(x.split(sizes, 1) for x in (q, k, v, lo, hi)), starts)
+            return torch.cat([attention(*x, lo - start, hi - start, scale) for *x, lo, hi, start in documents], 1)
     mask, empty, causal = None, None, lo is None and hi is None and 1 < T == S
     if lo is not None or hi is not None or 1 < T != S:
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
         first, last, full = 0, S, False
-        if q.device.type == "cpu" and type(hi) is Tensor and hi.numel() and S and not torch.compiler.is_compiling():
+        if S and _visible(hi):
             # A CPU's bounds can be looked at. Keys that nobody reads, such as a cache's unused slots, are left out, and
             # so is a mask that would hide nothing, or what plain causal hides.
             (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))

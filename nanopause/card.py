@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from nanopause import metrics
+from nanopause import checkpoint, metrics
 from nanopause.model import GPT
 from nanopause.tokenizer import Tokenizer
 
@@ -40,6 +40,7 @@ Where ids are taken, as in vLLM, pauses are ids at the end of the prompt: `promp
 def card(source: str, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
     """state: checkpoint.json of the run `source`, or {} where there is none."""
     config = state.get("config", {})
+    out_dir, _ = checkpoint.run_of(Path(source)) or (Path(source), None)
     rows = {"architecture": f"{model.config.n_layer} layers, {model.config.n_embd} wide, "
                             f"{sum(p.numel() for p in model.parameters()):,} parameters",
             "context": f"{model.config.block_size:,} tokens, pauses included",
@@ -53,7 +54,14 @@ def card(source: str, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
             "tokens": f"{state['step'] * config['batch_size'] * config['block_size']:,}",
             "pauses in training": f"{rate} a token, {rate / (1 + rate):.1%} of the positions" if rate else "none",
         }
-        logged = [row for row in metrics.read(Path(source) / "metrics.jsonl") if row["step"] <= state["step"]]
+        if config["task"]:
+            place = {"append": "after", "prepend": "before"}[config["pause_position"]]
+            rows |= {
+                "trained on": f"{config['task']}, {config['batch_size']} pairs a step, {config['attention']} attention",
+                "pauses in training": f"{config['pauses']} {place} the prefix" if config["pauses"] else "none",
+            }
+            del rows["tokens"]
+        logged = [row for row in metrics.read(out_dir / "metrics.jsonl") if row["step"] <= state["step"]]
         for key, name in (("loss", "training loss"), ("val_loss", "held-out loss"),
                           ("val_loss_pauses", "held-out loss with pauses")):  # fmt: skip
             if seen := [row for row in logged if key in row]:
@@ -63,4 +71,4 @@ def card(source: str, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
         rows["made from"] = Path(source).name
         rows["versions"] = f"torch {torch.__version__}"
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    return TEMPLATE.format(name=Path(source).name, pause_id=tokenizer.pause_id, rows=table)
+    return TEMPLATE.format(name=out_dir.name, pause_id=tokenizer.pause_id, rows=table)

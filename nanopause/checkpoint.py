@@ -2,10 +2,11 @@
 
     out_dir/step_00000500/    model.safetensors, optimizer.pt, checkpoint.json (step, configs, versions, sha256s)
     out_dir/latest            the name of the newest
+    out_dir/best              finetuning: the name of the one with the lowest loss on held-out examples
     out_dir/tokenizer/        where the run began with a transformers checkpoint: its tokenizer
 
-A checkpoint is written beside its final name, fsynced and renamed; `latest` moves last; then all but it and the one
-before it go.
+A checkpoint is written beside its final name, fsynced and renamed; `latest` moves last; then all but it, the one before
+it and the best go.
 """
 
 import json
@@ -35,9 +36,15 @@ def _folders(out_dir: Path) -> list[Path]:
     return sorted(out_dir.glob("step_" + 8 * "[0-9]"), reverse=True)
 
 
-def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config) -> Path:
-    """Write the state after `step` steps. Raises UserError where a weight is not finite, and OSError on a full disk,
-    with the half-written folder removed; either way the checkpoints before it stand."""
+def save(
+    out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config, *,
+    knows_pauses: bool | None = None, best: bool = False,
+) -> Path:  # fmt: skip
+    """Write the state after `step` steps; best: `best` names it from here on. knows_pauses: whether the weights have
+    learned from pauses, in this run (None: as config says) or in one before it.
+
+    Raises UserError where a weight is not finite, and OSError on a full disk, with the half-written folder removed;
+    either way the checkpoints before it stand."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"after step {step} there are weights that are not finite: they are not saved, and the "
                         f"checkpoints in {out_dir} stand; lower --learning_rate")  # fmt: skip
@@ -54,6 +61,7 @@ def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer]
             "step": step,
             "config": asdict(config),
             "model": asdict(model.config),
+            "knows_pauses": bool(config.pause_rate or config.pauses) if knows_pauses is None else knows_pauses,
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             "sha256": {file.name: sha256(file) for file in sorted(beside.iterdir())},
         }
@@ -71,9 +79,12 @@ def save(out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer]
     os.rename(beside, folder)
     sync(out_dir)
     shutil.rmtree(aside, ignore_errors=True)
+    if best:  # before latest: a run that goes on from `latest` has then marked all that it saw
+        replace_file(out_dir / "best", folder.name)
     replace_file(out_dir / "latest", folder.name)
     before = [other for other in _folders(out_dir) if other < folder]
-    for other in set(_folders(out_dir)) - {folder, *before[:1]}:
+    kept = [out_dir / (out_dir / "best").read_text()] if (out_dir / "best").exists() else []
+    for other in set(_folders(out_dir)) - {folder, *before[:1], *kept}:
         shutil.rmtree(other)
     return folder
 
@@ -129,7 +140,9 @@ def restore(
     if state["step"] > config.max_steps:
         raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
     fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
-    for key in sorted(fixed | {"dataset", "tokenizer", "batch_size", "optimizer", "seed"}):
+    data = {"dataset", "tokenizer", "batch_size", "optimizer", "seed"}
+    finetuning = {"task", "limit", "pauses", "pause_position", "attention", "cut", "trainable"}
+    for key in sorted(fixed | data | finetuning):
         then, now = state["config"][key], getattr(config, key)
         if then != now:
             raise UserError(f"{folder} was made with {key}={then}, not {now}: resume with --{key}={then}, "
@@ -146,9 +159,26 @@ def restore(
     return state["step"]
 
 
-def load(out_dir: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
-    """Model, tokenizer and checkpoint.json of the newest intact checkpoint of a run."""
-    folder = find(out_dir, warn=lambda text: print(text, file=sys.stderr))
+def run_of(path: Path) -> tuple[Path, Path | None] | None:
+    """The run that a path is of, and the checkpoint of it that it names, if any: the run's folder names none, `best` or
+    `latest` in it, or one of its checkpoints, does. None: it is of no run."""
+    if path.name in ("best", "latest") and path.is_file():
+        return path.parent, path.parent / path.read_text()
+    if (path / "checkpoint.json").exists():
+        return path.parent, path
+    if path.name == "best" and _folders(path.parent):
+        raise UserError(f"{path.parent} has no best checkpoint, as only finetuning marks one: use {path.parent}")
+    return (path, None) if path.is_dir() and not (path / "config.json").exists() else None
+
+
+def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
+    """Model, tokenizer and checkpoint.json of the newest intact checkpoint of a run, or of the one that the path names:
+    `out_dir/best`, `out_dir/step_00000500`."""
+    out_dir, folder = run_of(path) or (path, None)
+    if folder is None:
+        folder = find(out_dir, warn=lambda text: print(text, file=sys.stderr))
+    elif damage := _damage(folder):
+        raise UserError(f"checkpoint {folder} is damaged ({damage}): use another of {out_dir}")
     if folder is None:
         raise UserError(f"{out_dir} holds no checkpoint: train one with `python train.py config/pause.py`, "
                         f"or name another --out_dir")  # fmt: skip

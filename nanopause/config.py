@@ -14,11 +14,11 @@ from nanopause.errors import UserError
 from nanopause.model import GPTConfig
 
 BIG = 2**62
-COUNTS = """block_size n_layer n_head n_kv_head n_embd head_dim n_mlp batch_size micro_batch_size max_steps
+COUNTS = """n_layer limit n_head n_kv_head n_embd head_dim n_mlp batch_size micro_batch_size max_steps
 eval_interval eval_blocks checkpoint_interval log_interval""".split()
 LIMITS = {
     **dict.fromkeys(COUNTS, (1, BIG)),
-    **dict.fromkeys(("warmup_steps", "seed", "weight_decay", "grad_clip"), (0, BIG)),
+    **dict.fromkeys(("block_size", "pauses", "warmup_steps", "seed", "weight_decay", "grad_clip"), (0, BIG)),
     **dict.fromkeys(("learning_rate", "matrix_learning_rate"), (0, 3.4e38)),
     **dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)),
     **dict.fromkeys(("pause_rate", "wsd_share", "min_lr_ratio"), (0, 1)),
@@ -35,10 +35,11 @@ class Config(GPTConfig):
     vocab_size: tyro.conf.Suppress[int] = 0  # the tokenizer's
 
     out_dir: str = ""
-    """Folder of checkpoints, metrics.jsonl and loss.png. Empty: out/ and the names of the config files."""
+    """Folder of checkpoints, metrics.jsonl and loss.png. Empty: out/ and the task, or the names of the config files."""
     init_from: str = ""
     """Weights to start from: the folder of a run, a transformers folder, a GGUF file or a hub id. The model's shape and
-    the tokenizer are then theirs, and block_size is the length trained on. Empty: random weights."""
+    the tokenizer are then theirs, and block_size is the length trained on, 0 for all that they read. Empty: random
+    weights."""
     resume: bool = False
     """Continue the run in out_dir from its newest intact checkpoint."""
 
@@ -47,13 +48,31 @@ class Config(GPTConfig):
     tokenizer: str = "bytes"
     """"bytes", "gpt2", a transformers folder or a hub id; the corpus must have been prepared with it."""
     batch_size: int = 8
-    """Sequences a step, over all processes."""
+    """Sequences, or examples of a task, a step, over all processes."""
     micro_batch_size: int | None = None
-    """Most sequences in one pass of a process: gradients of several passes add up. None: its whole share at once."""
+    """Most sequences or examples in one pass of a process: gradients of several passes add up. None: its whole share at
+    once."""
 
     pause_rate: float = 0.0
     """Pauses inserted at random into a sequence, per token of it. The sequence is then trimmed back to its length, so
     that a share of rate/(1+rate) of its positions are pauses. 0: standard pretraining."""
+
+    task: str = ""
+    """Finetune on it, instead of pretraining: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq or nq."""
+    data_dir: str = ""
+    """Folder with the task's files, such as gsm8k_train.jsonl.gz. Empty: the hub."""
+    limit: int | None = None
+    """Only the first so many examples of the task's training split. None: all."""
+    pauses: int = 0
+    """Pauses between prefix and target of an example."""
+    pause_position: Literal["append", "prepend"] = "append"
+    """"append" the pauses to the prefix, or "prepend" them to it, which is an ablation."""
+    attention: Literal["causal", "prefix"] = "causal"
+    """"prefix" lets a prefix, pauses included, read itself in both directions; the target is causal either way."""
+    cut: Literal["left", "right"] = "left"
+    """Side from which a prefix is cut that is too long for block_size, with its pauses and target."""
+    trainable: Literal["all", "pause", "embeddings"] = "all"
+    """What learns: everything, the pause's row of the token embedding, or token and position embeddings."""
 
     max_steps: int = 1100
     """Optimizer steps."""
@@ -85,7 +104,8 @@ class Config(GPTConfig):
     eval_interval: int = 300
     """Steps between validations."""
     eval_blocks: int = 64
-    """Blocks that a validation reads, evenly spread over the split; the validation after the last step reads all."""
+    """Blocks that a validation reads, evenly spread over the split; the validation after the last step reads all. Of a
+    task: examples, always the same, as the checkpoint of the lowest loss is kept."""
     checkpoint_interval: int = 100
     """Steps between checkpoints."""
     log_interval: int = 10
@@ -94,7 +114,7 @@ class Config(GPTConfig):
     """Where metrics go besides metrics.jsonl."""
 
     seed: int = 1337
-    """Of the weights, the order of the blocks and the places of the pauses."""
+    """Of the weights, the order of the blocks or examples, and the places of random pauses."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"…; "auto": a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -107,6 +127,13 @@ class Config(GPTConfig):
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
                 raise UserError(f"{key}={value} must be " + (f"{low} to {high}" if high < BIG else f"at least {low}"))
+        if self.block_size == 0 and not self.init_from:
+            raise UserError("block_size=0 is all that the model of init_from reads: name one with --init_from")
+        if self.pauses and not self.task:
+            raise UserError(f"pauses={self.pauses} stand between the prefix and the target of a task: add "
+                            f"--task=gsm8k, say, or use pause_rate for pretraining")  # fmt: skip
+        if self.pause_rate and self.task:
+            raise UserError(f"pause_rate={self.pause_rate} is for pretraining: use pauses with task={self.task}")
         super().__post_init__()
         self.micro_batch_size = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
@@ -120,7 +147,7 @@ class Config(GPTConfig):
         if self.block_size > model.block_size:
             raise UserError(f"block_size={self.block_size} is more than the {model.block_size} tokens that "
                             f"{self.init_from} reads: lower --block_size")  # fmt: skip
-        return replace(self, **asdict(model) | {"vocab_size": 0, "block_size": self.block_size})
+        return replace(self, **asdict(model) | {"vocab_size": 0, "block_size": self.block_size or model.block_size})
 
 
 def _arguments(file: str) -> list[str]:
@@ -157,5 +184,6 @@ def load_config(args: list[str]) -> Config:
             print(f"error: this is in {file}", file=sys.stderr)
             raise
     config = _parse(from_files + settings)
-    config.out_dir = config.out_dir or str(Path("out", "-".join(Path(file).stem for file in files) or "default"))
+    name = config.task or "-".join(Path(file).stem for file in files) or "default"
+    config.out_dir = config.out_dir or str(Path("out", name))
     return config

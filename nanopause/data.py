@@ -3,17 +3,20 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanopause.errors import UserError
 from nanopause.pauses import IGNORE, insert_random, targets_of
 from nanopause.tokenizer import Tokenizer
+
+ROW_MULTIPLE = 256  # tokens; on a GPU packed rows are padded to it, so that kernels are compiled for few lengths
 
 
 class Corpus:
@@ -66,23 +69,62 @@ class Corpus:
 @dataclass
 class Batch:
     """inputs, targets: int64 [B, T]; targets are IGNORE where there is no loss. n_live: how many are not; n_pauses: how
-    many inputs are pauses; both of the whole batch, known here so that nobody asks a GPU."""
+    many inputs are pauses; both of the whole batch, known here so that nobody asks a GPU.
+
+    ends: in a packed batch, whose documents lie one behind the other in one row, where each of them ends. layout: what
+    the model must know of them then: positions, int64 [1, T], and lo and hi, int32 [1, T], as GPT.hidden takes them."""
 
     inputs: Tensor
     targets: Tensor
     n_live: int
     n_pauses: int
+    ends: tuple[int, ...] = ()
+    layout: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64."""
+        return np.diff(self.ends, prepend=0) if self.ends else np.full(len(self.inputs), self.inputs.shape[1])
 
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        inputs, targets = (x.pin_memory().to(device, non_blocking=True) for x in (self.inputs, self.targets))
-        return replace(self, inputs=inputs, targets=targets)
+        inputs, targets, *layout = (
+            x.pin_memory().to(device, non_blocking=True) for x in (self.inputs, self.targets, *self.layout.values())
+        )
+        return replace(self, inputs=inputs, targets=targets, layout=dict(zip(self.layout, layout)))
 
     def split(self, size: int) -> Iterator["Batch"]:
-        """Micro-batches of `size` sequences."""
-        for inputs, targets in zip(self.inputs.split(size), self.targets.split(size)):
-            yield replace(self, inputs=inputs, targets=targets)
+        """Micro-batches of `size` sequences; on a GPU packed ones are padded."""
+        if not self.ends:
+            for inputs, targets in zip(self.inputs.split(size), self.targets.split(size)):
+                yield replace(self, inputs=inputs, targets=targets)
+            return
+        starts = (0, *self.ends)
+        for i in range(0, len(self.ends), size):
+            ends = self.ends[i : i + size]
+            start, stop = starts[i], ends[-1]
+            part = replace(
+                self,
+                inputs=self.inputs[:, start:stop],
+                targets=self.targets[:, start:stop],
+                ends=tuple(end - start for end in ends),
+                layout={
+                    name: x[:, start:stop] - (0 if name == "positions" else start) for name, x in self.layout.items()
+                },
+            )
+            yield part.padded(ROW_MULTIPLE) if self.inputs.is_cuda else part
+
+    def padded(self, multiple: int) -> "Batch":
+        """A packed batch with its row lengthened to a multiple, by tokens that read nothing, that nobody reads, and
+        that have no loss."""
+        n = self.inputs.shape[1]
+
+        def pad(x: Tensor, value: int) -> Tensor:
+            return F.pad(x, (0, -n % multiple), value=value)
+
+        layout = {name: pad(x, 0 if name == "positions" else n) for name, x in self.layout.items()}
+        return replace(self, inputs=pad(self.inputs, 0), targets=pad(self.targets, IGNORE), layout=layout)
 
 
 def make_batch(blocks: list[np.ndarray], pause_rate: float, tokenizer: Tokenizer, keys: list[tuple]) -> Batch:
@@ -103,40 +145,61 @@ def make_batch(blocks: list[np.ndarray], pause_rate: float, tokenizer: Tokenizer
     )
 
 
-class TrainingBatches:
-    """`batches[step]` is this rank's share of a step's batch.
+class Shuffled:
+    """Which of n items are this rank's share of a step's batch.
 
-    The steps walk through the corpus in one shuffled order an epoch, every block once. Row j of a step's global batch
-    and its pauses depend on (seed, step, j) alone, and rank r of R has the r-th of R equal runs of rows: the global
-    batch is the same whatever the number of ranks.
+    The steps walk through the items in one shuffled order an epoch, every item once. Row j of a step's global batch
+    depends on (seed, step, j) alone, and rank r of R has the r-th of R equal runs of rows: the global batch is the same
+    whatever the number of ranks.
     """
 
-    def __init__(self, corpus: Corpus, batch_size: int, pause_rate: float, seed: int, rank: int, n_ranks: int):
-        self.corpus, self.batch_size, self.pause_rate, self.seed = corpus, batch_size, pause_rate, seed
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int, n_ranks: int):
+        self.n, self.batch_size = n, batch_size
         self.rows = range(rank * batch_size // n_ranks, (rank + 1) * batch_size // n_ranks)
         # A batch can reach into the next epoch, and a large one over several.
-        self._order = lru_cache(4)(lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(len(corpus)))
+        self.order = lru_cache(4)(lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(n))
+
+    def __getitem__(self, step: int) -> list[int]:
+        places = [divmod(step * self.batch_size + row, self.n) for row in self.rows]
+        return [int(self.order(epoch)[i]) for epoch, i in places]
+
+
+class TrainingBatches:
+    """`batches[step]` is this rank's share of a step's batch: blocks as Shuffled chooses them, and their pauses, which
+    depend on (seed, step, row) alone too."""
+
+    def __init__(self, corpus: Corpus, batch_size: int, pause_rate: float, seed: int, rank: int, n_ranks: int):
+        self.corpus, self.pause_rate, self.seed = corpus, pause_rate, seed
+        self.chosen = Shuffled(len(corpus), batch_size, seed, rank, n_ranks)
 
     def __getitem__(self, step: int) -> Batch:
-        indices = [divmod(step * self.batch_size + row, len(self.corpus)) for row in self.rows]
-        blocks = [self.corpus[self._order(epoch)[i]] for epoch, i in indices]
-        keys = [(self.seed, 1, step, row) for row in self.rows]
+        keys = [(self.seed, 1, step, row) for row in self.chosen.rows]
+        blocks = [self.corpus[i] for i in self.chosen[step]]
         return make_batch(blocks, self.pause_rate, self.corpus.tokenizer, keys)
+
+    def n_tokens(self, n_steps: int) -> int:
+        """Tokens of the first steps, in all processes."""
+        return n_steps * self.chosen.batch_size * self.corpus.block_size
+
+
+def evenly(n: int, total: int) -> list[int]:
+    """At most n of `total` items, evenly spread."""
+    n = min(n, total)
+    return [i * total // n for i in range(n)]
 
 
 def validation_batches(
     corpus: Corpus, n_blocks: int, batch_size: int, pause_rate: float, seed: int, rank: int, n_ranks: int
 ) -> Iterator[Batch]:
     """This rank's share of `n_blocks` blocks spread evenly over a split; always the same blocks and pauses."""
-    n_blocks = min(n_blocks, len(corpus))
-    chosen = [i * len(corpus) // n_blocks for i in range(n_blocks)][rank::n_ranks]
+    chosen = evenly(n_blocks, len(corpus))[rank::n_ranks]
     for start in range(0, len(chosen), batch_size):
         rows = chosen[start : start + batch_size]
         keys = [(seed, 2, i) for i in rows]
         yield make_batch([corpus[i] for i in rows], pause_rate, corpus.tokenizer, keys)
 
 
-def prefetch(batches: TrainingBatches, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
+def prefetch(batches: "TrainingBatches", start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     """The batches of steps start to stop on the device, made and copied by a thread one step ahead."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(lambda: batches[start].to(device))

@@ -11,13 +11,11 @@ lm_eval.models.huggingface: without pauses the numbers are its numbers on the sa
 (pip install -e '.[harness]')
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Literal
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -28,10 +26,8 @@ from nanopause.engine import Engine
 from nanopause.errors import UserError, check
 from nanopause.model import GPT
 from nanopause.pauses import append
+from nanopause.scoring import Pair, score
 from nanopause.tokenizer import Tokenizer
-
-CHUNK_ELEMENTS = 1 << 24  # logits in memory at once: in float32 64 MiB
-Pair = tuple[list[int], list[int]]  # tokens of a context and of what follows it
 
 
 class Harness(TemplateLM):
@@ -114,7 +110,7 @@ class Harness(TemplateLM):
                 windows.append((context, tokens))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, logprob, _ in self._score(windows, 0, "causal", disable_tqdm):
+        for i, logprob, _ in self._score(windows, "causal", disable_tqdm):
             totals[owners[i]] += logprob
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -188,9 +184,10 @@ class Harness(TemplateLM):
                 raise UserError(f"request {i} has a continuation of {len(continuation)} tokens, and with {self.pauses} "
                                 f"pauses at most {self.max_length - self.pauses} fit: raise max_length")  # fmt: skip
             n_cut += len(context) > room
-            pairs.append(((context or [self.prefix_token_id])[-room:], continuation))
+            context = (context or [self.prefix_token_id])[-room:]
+            pairs.append((append(context, self.pauses, self.tokenizer.pause_id), continuation))
         answers = [(0.0, False)] * len(pairs)
-        for i, logprob, greedy in self._score(pairs, self.pauses, self.attention, disable_tqdm):
+        for i, logprob, greedy in self._score(pairs, self.attention, disable_tqdm):
             answers[i] = logprob, greedy
             self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
         self._tell_cut(n_cut, len(pairs))
@@ -202,44 +199,7 @@ class Harness(TemplateLM):
             print(f"warning: {n} of {total} contexts were cut from the left to fit max_length={self.max_length} with "
                   f"{self.pauses} pauses", file=sys.stderr)  # fmt: skip
 
-    @torch.inference_mode()
-    def _score(
-        self, pairs: list[Pair], pauses: int, attention: str, disable_tqdm: bool
-    ) -> Iterator[tuple[int, float, bool]]:
-        """(i, log p of the i-th pair's second part, whether it is the likeliest token by token), the longest first.
-
-        A batch is of like lengths and padded on the right, where causal queries do not look: it needs no mask. Logits
-        are computed for the scored tokens alone."""
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-        bar = tqdm(total=len(pairs), desc="loglikelihood", disable=disable_tqdm)
-        for start in range(0, len(pairs), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            prefixes = [append(pairs[i][0], pauses, self.tokenizer.pause_id) for i in batch]
-            scored = [pairs[i][1] for i in batch]
-            rows = [prefix + tokens[:-1] for prefix, tokens in zip(prefixes, scored)]
-            T = len(rows[0])
-            inputs = self._on_device([row + [0] * (T - len(row)) for row in rows])
-            hi = None
-            if attention == "prefix":
-                ends = self._on_device([[len(prefix)] for prefix in prefixes])
-                hi = torch.arange(1, T + 1, device=self.device).maximum(ends).int()
-            where = [b * T + len(prefixes[b]) - 1 + j for b in range(len(batch)) for j in range(len(scored[b]))]
-            x = self.model.hidden(inputs, hi=hi).flatten(0, 1)[self._on_device(where)]
-            targets = self._on_device([token for tokens in scored for token in tokens])
-            logprobs, greedy = [], []
-            size = max(1, CHUNK_ELEMENTS // self.model.config.vocab_size)
-            for x_rows, target in zip(x.split(size), targets.split(size)):
-                logits = self.model.head(x_rows)
-                greedy += (logits.argmax(1) == target).tolist()
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                logprobs += (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)).tolist()
-            first = 0
-            for i, tokens in zip(batch, scored):
-                last = first + len(tokens)
-                yield i, math.fsum(logprobs[first:last]), all(greedy[first:last])
-                first = last
-            bar.update(len(batch))
-        bar.close()
-
-    def _on_device(self, numbers: list) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int64).to(self.device)
+    def _score(self, pairs: list[Pair], attention: str, disable_tqdm: bool) -> Iterator[tuple[int, float, bool]]:
+        """What `score` says of the pairs."""
+        answers = score(self.model, pairs, attention, self.batch_size)
+        yield from tqdm(answers, total=len(pairs), desc="loglikelihood", disable=disable_tqdm)

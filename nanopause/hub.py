@@ -24,7 +24,7 @@ from nanopause import checkpoint, cli, errors
 from nanopause.card import card
 from nanopause.errors import UserError, needs
 from nanopause.model import GPT, GPTConfig, rope_tables
-from nanopause.tokenizer import PAUSE, PretrainedTokenizer, Tokenizer, pretrained_tokenizer
+from nanopause.tokenizer import PAUSE, Tokenizer, pretrained_tokenizer
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
 CHUNK_ELEMENTS = 1 << 20  # of a tensor in memory beside the model
@@ -255,17 +255,14 @@ def _fill(model: GPT, theirs: dict[str, tuple[int, ...]], read: Read, vocab_size
         raise UserError(f"{source} has a tensor {min(unused)}, which no {type(model).__name__} has")
 
 
-def _begin_pause(table: Tensor, tokenizer: PretrainedTokenizer, vocab_size: int) -> None:
-    """Set the row of a new pause, and rows from vocab_size on, to the mean of the text's."""
-    n, total = (
-        min(tokenizer.pause_id, vocab_size),
-        torch.zeros(table.shape[1], dtype=torch.float64, device=table.device),
-    )
-    for chunk in table[:n].split(4096):
-        total += chunk.double().sum(0)
-    table[vocab_size:] = mean = (total / n).to(table.dtype)
-    if tokenizer.pause_is_new:
-        table[tokenizer.pause_id] = mean
+def begin_rows(model: GPT, rows: list[int], n_text: int) -> None:
+    """Set rows of embedding and head to the mean of their first n_text, which are the text's."""
+    with torch.no_grad():
+        for table in {model.token_embedding.weight, model.head.weight}:
+            total = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
+            for chunk in table[:n_text].split(4096):
+                total += chunk.double().sum(0)
+            table[rows] = (total / n_text).to(table.dtype)
 
 
 def _first_line(error: Exception) -> str:
@@ -338,15 +335,16 @@ def load_pretrained(
         model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
     with torch.no_grad():
         _fill(model, shapes, read, vocab_size, source)
-        for table in {model.token_embedding.weight, model.head.weight}:
-            _begin_pause(table, tokenizer, vocab_size)
+    new = [*range(vocab_size, config.vocab_size), *([tokenizer.pause_id] if tokenizer.pause_is_new else [])]
+    begin_rows(model, new, min(tokenizer.pause_id, vocab_size))
     return model, tokenizer
 
 
 def load(source: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
-    """Model, tokenizer and checkpoint.json of a run of ours; or of what load_pretrained takes, and {}."""
-    is_run = Path(source).is_dir() and not (Path(source) / "config.json").exists()
-    if is_run or not (Path(source).exists() or re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", str(source))):
+    """Model, tokenizer and checkpoint.json of a run of ours, or of the checkpoint of it that `out_dir/best` or
+    `out_dir/step_00000500` name; or of what load_pretrained takes, and {}."""
+    is_there = Path(source).exists()
+    if checkpoint.run_of(Path(source)) or not (is_there or re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", str(source))):
         return checkpoint.load(Path(source), torch.device(device))
     return *load_pretrained(source, device=device), {}
 

@@ -1,12 +1,18 @@
 """AdamW and Muon on the right parameters, and the learning rate of a step."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanopause.config import Config
+
+TRAINABLE = {
+    "pause": ("token_embedding.weight",),
+    "embeddings": ("token_embedding.weight", "position_embedding.weight"),
+}
 
 
 def orthogonalise(x: Tensor) -> Tensor:
@@ -48,15 +54,31 @@ class Muon(Optimizer):
                 p.add_(update, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
+def set_trainable(model: nn.Module, trainable: Literal["all", "pause", "embeddings"], pause_id: int) -> None:
+    """Freeze what does not learn: all but token and position embeddings, or all but the pause's row of the token
+    embedding, whose other rows get no gradient. A tied head learns with the token embedding."""
+    if trainable == "all":
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in TRAINABLE[trainable])
+    if trainable == "pause":
+        weight = model.token_embedding.weight
+        row = torch.zeros(len(weight), 1, device=weight.device, dtype=weight.dtype)
+        row[pause_id] = 1
+        weight.register_hook(lambda gradient: gradient * row)
+
+
 def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for embeddings, head, norms and biases."""
-    parameters = dict(model.named_parameters())
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for embeddings, head, norms and biases. Where
+    the pause alone learns nothing decays, as its row is not all of its matrix."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weight_decay = 0.0 if config.trainable == "pause" else config.weight_decay
     matrices = [
         name for name, p in parameters.items() if config.optimizer == "muon" and "blocks." in name and p.ndim == 2
     ]
     rest = [p for name, p in parameters.items() if name not in matrices]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
@@ -67,7 +89,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
                 [parameters[name] for name in matrices],
                 lr=config.matrix_learning_rate,
                 momentum=config.momentum,
-                weight_decay=config.weight_decay,
+                weight_decay=weight_decay,
             )
         )
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):

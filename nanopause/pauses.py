@@ -27,6 +27,11 @@ def append(tokens: list[int], n: int, pause_id: int) -> list[int]:
     return tokens + [pause_id] * n
 
 
+def prepend(tokens: list[int], n: int, pause_id: int) -> list[int]:
+    """n pauses before the tokens, which under causal attention they cannot see [Goyal et al. 2023, an ablation]."""
+    return [pause_id] * n + tokens
+
+
 def targets_of(tokens: np.ndarray, pause_id: int) -> np.ndarray:
     """Next-token targets, int64 [..., N]: position k has token k+1, or IGNORE where that is a pause.
 

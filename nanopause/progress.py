@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class Ticker:
@@ -27,6 +28,10 @@ class Ticker:
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, markup=False)
+
+    def show(self, table: Table) -> None:
+        """A table, as wide as it is where there is no terminal."""
+        (self.console if self.live else Console(width=200, quiet=self.console.quiet)).print(table, soft_wrap=False)
 
     def step(self, done: int, text: str, logged: bool) -> None:
         """`done` steps are done. Without a terminal a step shows when it is `logged`."""

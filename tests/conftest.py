@@ -1,7 +1,6 @@
 import os
 import random
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import scripts
 import torch
 
 if find_spec("triton") and not torch.cuda.is_available():
@@ -69,11 +69,16 @@ def tiny_corpus(tmp_path_factory):
 
 @pytest.fixture
 def train(tiny_corpus):
-    """Runs train.py as a person does, on the tiny corpus: train(out_dir, "--max_steps=2", …)."""
+    """Runs train.py on the tiny corpus: train(out_dir, "--max_steps=2", …). launcher: the command that starts it, where
+    it is not to be forked."""
 
-    def run(out_dir, *args, launcher=(sys.executable,), check=True, **options):
-        command = [*launcher, "train.py", *TINY, f"--dataset={tiny_corpus}", f"--out_dir={out_dir}", *args]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    def run(out_dir, *args, launcher=(), check=True, **options):
+        args = [*TINY, f"--dataset={tiny_corpus}", f"--out_dir={out_dir}", *args]
+        if launcher:
+            command = [*launcher, "train.py", *args]
+            ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+        else:
+            ended = scripts.run("train.py", *args)
         assert not check or ended.returncode == 0, ended.stdout + ended.stderr
         return ended
 

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import kernels
-from nanopause import harness
+from nanopause import scoring
 from nanopause.engine import Engine
 from nanopause.errors import UserError
 from nanopause.harness import Harness
@@ -241,7 +241,7 @@ def test_log_likelihoods_are_those_of_passes_one_by_one(models, pauses, attentio
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "choose", lambda *_: "reference")
         expected = [one_by_one(exact, *pair, pauses, attention) for pair in pairs]
-    monkeypatch.setattr(harness, "CHUNK_ELEMENTS", 5 * GPT2.vocab_size)
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 5 * GPT2.vocab_size)
     lm = Harness(models[1], GPT2, pauses, batch_size, attention)
     got = lm._loglikelihood_tokens([((str(i), ""), *pair) for i, pair in enumerate(pairs)])
     assert [logprob for logprob, _ in got] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)

@@ -155,6 +155,46 @@ def test_attention(impl, dtype, shape):
         check_attention(attention, inputs, *intervals(kind, B, T, S), what=kind, impl=impl)
 
 
+def packed_prefixes(lengths, prefixes, padding):
+    """lo, hi of one row: documents that read their first tokens both ways, and then queries without keys."""
+    lo, hi, start = [], [], 0
+    for n, prefix in zip(lengths, prefixes):
+        lo += n * [start]
+        hi += [start + max(prefix, t + 1) for t in range(n)]
+        start += n
+    return (torch.tensor([x + padding * [start]], dtype=torch.int32, device=DEVICE) for x in (lo, hi))
+
+
+@IMPLS
+@DTYPES
+@pytest.mark.parametrize("padding", [0, 5])
+def test_attention_of_packed_prefixes(impl, dtype, padding):
+    lengths, prefixes = (1, 17, 40, 2, 3), (0, 9, 40, 1, 0)
+    inputs = attention_inputs(1, sum(lengths) + padding, sum(lengths) + padding, 4, 2, 16, dtype)
+    check_attention(attention, inputs, *packed_prefixes(lengths, prefixes, padding), impl=impl)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
+def test_packed_rows_cost_what_their_documents_do(monkeypatch):
+    """Also where two rows have borders in common, and others of their own."""
+    masks, dense = [], F.scaled_dot_product_attention
+
+    def counted(q, k, v, attn_mask=None, **options):
+        masks.append((q.shape[2], k.shape[2], attn_mask is not None))
+        return dense(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    q, k, v, _ = attention_inputs(1, 30, 30, 2, 1, 8, torch.float32)
+    attention(q, k, v, *packed_prefixes((10, 12, 3), (0, 4, 0), 5), impl="torch")
+    assert masks == [(10, 10, False), (12, 12, True), (3, 3, False), (5, 1, True)]
+    masks.clear()
+    one, two = (packed_prefixes(lengths, (0, 0, 0), 0) for lengths in ((10, 12, 8), (10, 5, 15)))
+    lo, hi = (torch.cat(bounds) for bounds in zip(one, two))
+    inputs = attention_inputs(2, 30, 30, 2, 1, 8, torch.float32)
+    check_attention(attention, inputs, lo, hi, impl="torch")
+    assert masks[0] == (10, 10, False) and masks[1] == (20, 20, True)
+
+
 @IMPLS
 def test_attention_with_one_bound_and_a_scale(impl):
     B, T, S = 2, 33, 65

@@ -11,9 +11,11 @@ import sys
 import time
 
 import pytest
+import scripts
 from conftest import ROOT, TINY
 from safetensors.numpy import load_file
 
+PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -27,8 +29,7 @@ def weights(out_dir):
 
 
 def start(out_dir, tiny_corpus, *args):
-    command = [sys.executable, "train.py", *TINY, f"--dataset={tiny_corpus}", f"--out_dir={out_dir}", *args]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return scripts.start("train.py", *TINY, f"--dataset={tiny_corpus}", f"--out_dir={out_dir}", *args)
 
 
 def sentence(ended, text):
@@ -40,7 +41,8 @@ def sentence(ended, text):
 
 def test_a_run_leaves_everything(train, tmp_path):
     out = tmp_path / "run"
-    ended = train(out, "config/pause.py", "--max_steps=30", "--log_interval=10", "--eval_interval=20")
+    ended = train(out, "config/pause.py", "--max_steps=30", "--log_interval=10", "--eval_interval=20",
+                  launcher=PYTHON)  # fmt: skip
     assert [row["step"] for row in rows(out)] == [10, 20, 30]
     last = rows(out)[-1]
     keys = "loss val_loss val_bpb val_loss_pauses val_bpb_pauses tokens tokens_per_second mfu learning_rate".split()
@@ -73,8 +75,8 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(train, tiny_corpus, tmp_
             if line.startswith("device:"):
                 break
         time.sleep(rng.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     done = int((out / "latest").read_text().removeprefix("step_"))
     assert 0 < done < 900, f"the kills must fall inside the run, but it is at step {done}"
     train(out, *args, "--resume")
@@ -91,7 +93,8 @@ def test_sigterm_saves_and_exits_0(train, tiny_corpus, tmp_path):
             process.terminate()
             break
     rest = process.stdout.read()
-    assert process.wait(60) == 0 and "stopped by SIGTERM after step" in rest, rest
+    process.join(60)
+    assert process.exitcode == 0 and "stopped by SIGTERM after step" in rest, rest
     step = int((tmp_path / "run" / "latest").read_text().removeprefix("step_"))
     assert step >= 5
     ended = train(tmp_path / "run", f"--max_steps={step + 2}", "--resume")
@@ -171,7 +174,8 @@ def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(train, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    ended = train(out, "--max_steps=20", "--checkpoint_interval=5", "--resume", check=False, preexec_fn=limit)
+    ended = train(out, "--max_steps=20", "--checkpoint_interval=5", "--resume", check=False, launcher=PYTHON,
+                  preexec_fn=limit)  # fmt: skip
     sentence(ended, "step_00000015")
     assert weights(out) == good and not list(out.glob("*.tmp"))
     train(out, "--max_steps=20", "--resume")
@@ -181,7 +185,7 @@ def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(train, tmp_path):
 def test_compiled_is_the_same_model(train, tmp_path):
     args = ("config/pause.py", "--max_steps=3", "--log_interval=1")
     train(tmp_path / "eager", *args)
-    train(tmp_path / "compiled", *args, "--compile=True")
+    train(tmp_path / "compiled", *args, "--compile=True", launcher=PYTHON)
     for a, b in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-4
 

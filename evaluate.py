@@ -1,0 +1,205 @@
+"""Score a checkpoint on tasks, with several numbers of pauses in every prompt, and say what they cost.
+
+Tasks of nanopause, from the hub or from a folder of JSON lines:
+    python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k,squad --pauses=0,10,50
+    python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k --data_dir=tasks --limit=200
+Any task of lm-evaluation-harness (pip install -e '.[harness]'), its own or local ones:
+    python evaluate.py --out_dir=out/pause --harness=hellaswag,arc_easy --pauses=0,10
+    python evaluate.py --out_dir=out/pause --harness=mine --harness_path=my_tasks
+
+The results folder gets examples.jsonl, a line an example as soon as it is done, results.json, and with several numbers
+of pauses pauses.png. The same command goes on where one broke off; more tasks and more pauses add to what is there.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import kernels
+from nanopause import checkpoint, cli, errors, hub
+from nanopause.distributed import Processes
+from nanopause.engine import Engine
+from nanopause.errors import UserError
+from nanopause.evaluation import (
+    Cell,
+    add_row,
+    claim,
+    fingerprint,
+    harness_results,
+    harness_tasks,
+    numbers,
+    plot,
+    read_rows,
+    said,
+    summary,
+    table,
+    timed,
+    versions,
+    words,
+    write_json,
+)
+from nanopause.progress import Ticker
+from nanopause.tasks import get_task, load
+
+SAY_EVERY = 30.0  # seconds, where there is no terminal
+
+
+@dataclass
+class Settings:
+    out_dir: str = "out/pause"
+    """Folder of a run, whose newest intact checkpoint is read, or out_dir/best in it, which has the lowest validation
+    loss; or a transformers folder, a GGUF file or a hub id."""
+    tasks: str = ""
+    """Tasks of nanopause, with commas: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq."""
+    harness: str = ""
+    """Tasks of lm-evaluation-harness, with commas."""
+    harness_path: str = ""
+    """Folder of YAML files with tasks that the harness does not have."""
+    pauses: str = ""
+    """Numbers of pauses in every prompt, with commas. Empty: as many as the run was finetuned with, else none."""
+    pause_position: Literal["append", "prepend"] | None = None
+    """Pauses after the prompt or before it. None: as the run was finetuned, else after it."""
+    data_dir: str = ""
+    """Folder of files like gsm8k_test.jsonl for --tasks. Empty: the hub."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Of --tasks; test is what papers report."""
+    limit: int | None = None
+    """Only the first so many examples of a task. None: all."""
+    attention: Literal["causal", "prefix"] | None = None
+    """prefix: prompt and pauses read each other both ways. None: as the run was finetuned, else causal."""
+    batch_size: int = 8
+    """Sequences at a time."""
+    device: str = "auto"
+    """cpu, cuda, …; auto takes a GPU where there is one."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of weights and cache; auto is bfloat16 on a GPU."""
+    results: str = ""
+    """Folder of the results. Empty: evaluation/ in the run (evaluation-best/ of its best checkpoint), or in out/ and
+    the name of what is no run."""
+
+
+def results_folder(settings: Settings) -> Path:
+    path = Path(settings.out_dir)
+    run, named = checkpoint.run_of(path) or (Path("out", path.stem), None)
+    return Path(settings.results or run / (f"evaluation-{path.name}" if named else "evaluation"))
+
+
+def main() -> None:
+    settings = cli.parse(Settings, sys.argv[1:], "python evaluate.py", __doc__)
+    tasks, of_harness = [get_task(name) for name in words(settings.tasks)], words(settings.harness)
+    counts = numbers("pauses", settings.pauses)
+    if not tasks and not of_harness:
+        raise UserError("nothing to evaluate: name tasks by --tasks=gsm8k,squad or --harness=hellaswag")
+    errors.check("batch_size", settings.batch_size, 1, 2**20)
+    if settings.limit is not None:
+        errors.check("limit", settings.limit, 1, 2**62)
+
+    # The model, and everything that is to be answered, before anything is.
+    device = Processes(settings.device).device
+    model, tokenizer, state = hub.load(settings.out_dir, device)
+    trained = state.get("config", {})
+    counts = counts or [trained.get("pauses") or 0]
+    attention = settings.attention or trained.get("attention") or "causal"
+    pause_position = settings.pause_position or trained.get("pause_position") or "append"
+    cut = trained.get("cut") or "left"
+    weights = fingerprint(model)
+    if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
+        model = model.bfloat16()
+    cells, sources = [], []
+    for task in tasks:
+        examples, source = load(task, settings.split, settings.data_dir or None, settings.limit)
+        sources.append(source)
+        for pauses in counts:
+            placing = pause_position, cut
+            cells.append(Cell(model, tokenizer, task, examples, pauses, attention, settings.batch_size, *placing))
+    if of_harness:
+        if pause_position == "prepend":
+            raise UserError("tasks of lm-evaluation-harness take pauses after the prompt: use --pause_position=append")
+        manager = harness_tasks(of_harness, settings.harness_path)
+        from nanopause.harness import Harness
+
+        harnesses = [Harness(model, tokenizer, pauses, settings.batch_size, attention) for pauses in counts]
+    folder = results_folder(settings)
+    threads = f" ({torch.get_num_threads()} threads)"
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type + threads
+    same = {
+        "step": state.get("step"),
+        "weights": weights,
+        "split": settings.split,
+        "limit": settings.limit,
+        "attention": attention,
+        "pause_position": pause_position,
+        "cut": cut,
+        "batch_size": settings.batch_size,
+        "dtype": str(model.head.weight.dtype).removeprefix("torch."),
+        "device": device_name,
+    }
+    claim(folder, same)
+    file = folder / "examples.jsonl"
+    before = read_rows(file)
+    done = [cell.rows_of(before, file) for cell in cells]
+    kernels.choose(None, device)  # says which
+
+    # Answers
+    total = sum(len(cell.examples) for cell in cells)
+    with Ticker(total, enabled=True) as ticker:
+        ticker.say("\n".join([f"results: {folder}", *sources]))
+        if n_before := sum(map(len, done)):
+            ticker.say(f"{n_before:,} of {total:,} examples are in {file} already")
+        engine, n_done, results, shown = None, sum(map(len, done)), [], time.perf_counter()
+        if any(cell.max_new_tokens for cell in cells):
+            length = max(cell.max_length() for cell in cells if cell.max_new_tokens)
+            engine = Engine(model, tokenizer, settings.batch_size, length)
+        for cell, rows in zip(cells, done):
+            name = f"{cell.task.name}, {cell.pauses} pauses"
+            if todo := [i for i in range(len(cell.examples)) if i not in rows]:
+                cell.warm_up(todo, engine)
+            for answer, seconds in timed(cell.answers(todo, engine) if todo else ()):
+                row = cell.row(answer, seconds)
+                add_row(file, row)
+                rows[answer.index], n_done = row, n_done + 1
+                logged = time.perf_counter() - shown > SAY_EVERY
+                shown = time.perf_counter() if logged else shown
+                ticker.step(n_done, f"{name}: {len(rows):,} of {len(cell.examples):,}", logged)
+            first = next(r for c, r in zip(cells, done) if c.task is cell.task)
+            results.append(summary(cell, rows, None if first is rows else first))
+            text = "; ".join(f"{metric} {said(figure)}" for metric, figure in results[-1]["metrics"].items())
+            if results[-1]["n_cut"]:
+                text += f"; {results[-1]['n_cut']:,} of {len(rows):,} prompts cut from the {cut} to fit"
+            ticker.say(f"{name}: {text}")
+
+    # lm-evaluation-harness, whose tasks are done as a whole
+    file = folder / "harness.jsonl"
+    kept = {(row["task"], row["pauses"]): row["results"] for row in read_rows(file)} if of_harness else {}
+    for name in of_harness:
+        for lm in harnesses:
+            if (name, lm.pauses) not in kept:
+                kept[name, lm.pauses] = harness_results(lm, name, manager, settings.limit)
+                add_row(file, {"task": name, "pauses": lm.pauses, "results": kept[name, lm.pauses]})
+            results += kept[name, lm.pauses]
+
+    # Table, JSON, figure
+    order = list(dict.fromkeys((row["by"], row["task"]) for row in results))
+    results.sort(key=lambda row: order.index((row["by"], row["task"])))
+    about = {"source": settings.out_dir, "model": asdict(model.config), "tokenizer": tokenizer.name}
+    about["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    written = {"checkpoint": about, "settings": {**asdict(settings), **same}, "sources": sources,
+               "versions": versions(), "results": results}  # fmt: skip
+    write_json(folder / "results.json", written)
+    ticker.show(table(results))
+    note = f"difference: to the fewest pauses, example by example; ms an example at batch size {settings.batch_size}"
+    ticker.say(f"{note}, {device_name}, {same['dtype']}; ± is a standard error")
+    written = "examples.jsonl, results.json"
+    if len(counts) > 1:
+        step = f", step {state['step']:,}" if state else ""
+        plot(results, folder / "pauses.png", f"{Path(settings.out_dir).name}{step}")
+        written += ", pauses.png"
+    ticker.say(f"written: {folder} ({written})")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,467 @@
+"""A checkpoint's answers to tasks with M pauses in every prompt, their scores, and what they cost.
+
+    generated answers    greedy, through the engine: a prompt and its pauses are one pass
+    choices              the likelihood of each after prompt and pauses: a pass a choice
+
+examples.jsonl has an object an example, written as it ends, so that what broke off goes on; settings.json has what all
+of them were made with.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from fractions import Fraction
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+import torch
+
+from nanopause.engine import Engine, Token
+from nanopause.errors import UserError, needs
+from nanopause.files import replace_file
+from nanopause.finetune import Position, with_pauses
+from nanopause.flops import forward_flops
+from nanopause.model import GPT, GPTConfig
+from nanopause.scoring import score
+from nanopause.tasks import Example, Task
+from nanopause.tasks.task import first_line
+from nanopause.tokenizer import Tokenizer, load_tokenizer
+
+SAMPLE = 100  # examples by which lengths in two tokenizers are compared
+
+# What was asked for
+
+
+def words(text: str) -> list[str]:
+    """The items of a list with commas, each once."""
+    return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """The numbers of a list with commas, each once, in their order. Raises UserError: one is not whole, or below 0."""
+    items = words(text)
+    for item in items:
+        if not (item.isascii() and item.isdecimal()):
+            raise UserError(f"--{name}={text} must be whole numbers with commas, such as 0,10,50, and {item!r} is none")
+    return sorted({int(item) for item in items})
+
+
+def fingerprint(model: GPT) -> str:
+    """The sha256 of a model's weights and their names."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def claim(folder: Path, settings: dict) -> None:
+    """Make the folder that of these settings. Raises UserError where it has results of others."""
+    file, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    try:
+        then = json.loads(file.read_text())
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_json(file, settings)
+    except ValueError:
+        raise UserError(f"{file} is damaged: choose another --results") from None
+    for key in {**then, **settings}:
+        if then.get(key) != settings.get(key):
+            raise UserError(f"{folder} has results with {key}={then.get(key)}, and these would be with "
+                            f"{key}={settings.get(key)}: choose another --results")  # fmt: skip
+
+
+# Lines on the disk
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The objects of a file of JSON lines. A last line that a kill cut short is deleted. Raises UserError for others
+    that are none."""
+    if not file.exists():
+        return []
+    text = file.read_bytes()
+    if len(whole := text[: text.rfind(b"\n") + 1]) < len(text):
+        with open(file, "r+b") as stream:
+            stream.truncate(len(whole))
+    rows = []
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        try:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError):
+            raise UserError(f"{file}, line {number}: damaged; delete that line, and its example runs again") from None
+    return rows
+
+
+def add_row(file: Path, row: dict) -> None:
+    with open(file, "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+# Answers
+
+
+class Answer(NamedTuple):
+    """What a model made of an example. said: the text it wrote, or every choice's log-likelihood in nats."""
+
+    index: int
+    said: str | list[float]
+    end: str | None  # why the text ended, see engine.Token
+    n_prompt: int  # tokens that were read, without pauses; of a choice the longest prompt
+    n_cut: int  # tokens that were cut from its left
+    n_generated: int
+    flops: int
+
+
+class Cell:
+    """One task with one number of pauses: how its examples are read, answered and scored.
+
+    A prompt is cut as in finetuning, to what the model reads less the pauses and the answer. An answer may take
+    max_new_tokens, but no more than half of what the model reads.
+
+    Raises UserError where the pauses leave no room.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        task: Task,
+        examples: list[Example],
+        pauses: int,
+        attention: str = "causal",
+        batch_size: int = 8,
+        pause_position: Position = "append",
+        cut: Literal["left", "right"] = "left",
+    ):
+        self.model, self.tokenizer, self.task, self.examples = model, tokenizer, task, examples
+        self.pauses, self.attention, self.batch_size = pauses, attention, batch_size
+        self.placing = pauses, pause_position, cut
+        self.max_new_tokens = min(new_tokens(task, examples, tokenizer), model.config.block_size // 2)
+        self.room = model.config.block_size - self.max_new_tokens
+        if self.room - pauses - (tokenizer.bos_id is not None) < 1:
+            answer = f", and the answer may take {self.max_new_tokens}" if self.max_new_tokens else ""
+            raise UserError(f"{pauses} pauses leave no room for a prompt of {task.name}: the model reads "
+                            f"{model.config.block_size} tokens{answer}; lower --pauses")  # fmt: skip
+
+    def prompt(self, text: str, room: int) -> tuple[list[int], int]:
+        """A text with its pauses in at most `room` tokens, and how many of its tokens are cut."""
+        empty = [] if self.tokenizer.bos_id is not None else [self.tokenizer.begin_id]
+        return with_pauses(self.tokenizer.encode(text) or empty, self.tokenizer, room, *self.placing)
+
+    def max_length(self) -> int:
+        """Tokens that an engine has to hold, at most."""
+        return max(len(self.prompt(example.prefix, self.room)[0]) for example in self.examples) + self.max_new_tokens
+
+    def answers(self, todo: list[int], engine: Engine | None) -> Iterator[Answer]:
+        """The examples of these indices, as they end. engine: where the task's answers are generated."""
+        return self._generated(todo, engine) if self.max_new_tokens else self._chosen(todo)
+
+    def _generated(self, todo: list[int], engine: Engine) -> Iterator[Answer]:
+        prompts, n_cut = zip(*(self.prompt(self.examples[i].prefix, self.room) for i in todo))
+
+        def ended(which: list[int], until: list[str]) -> Iterator[tuple[int, list[Token]]]:
+            made = [[] for _ in which]
+            for token in engine.stream(
+                [prompts[i] for i in which], temperature=0, max_new_tokens=self.max_new_tokens,
+                attention=self.attention, until=until,
+            ):  # fmt: skip
+                made[token.sequence].append(token)
+                if token.end:
+                    yield which[token.sequence], made[token.sequence]
+
+        one_line, again = self.task.read is first_line, []
+        for i, tokens in ended(list(range(len(todo))), ["\n"] if one_line else []):
+            if tokens[-1].end == "until" and not self._text(tokens).strip():
+                again.append(i)  # the answer is the first line that is not blank
+            else:
+                yield self._answer(todo[i], tokens, len(prompts[i]), n_cut[i])
+        for i, tokens in ended(again, []):
+            yield self._answer(todo[i], tokens, len(prompts[i]), n_cut[i])
+
+    def _text(self, tokens: list[Token]) -> str:
+        return self.tokenizer.decode([token.id for token in tokens if token.end != "eot"])
+
+    def _answer(self, index: int, tokens: list[Token], n_read: int, n_cut: int) -> Answer:
+        flops = generation_flops(self.model.config, n_read, len(tokens))
+        return Answer(index, self._text(tokens), tokens[-1].end, n_read - self.pauses, n_cut, len(tokens), flops)
+
+    def _chosen(self, todo: list[int]) -> Iterator[Answer]:
+        """Prompt and choice are cut into tokens as one text, as lm-evaluation-harness does it."""
+        pairs, owners, reads = [], [], {i: [] for i in todo}
+        for i in todo:
+            n_prefix = len(self.tokenizer.encode(self.examples[i].prefix))
+            for choice in self.examples[i].choices:
+                scored = self.tokenizer.encode(self.examples[i].prefix + choice)[n_prefix:]
+                prompt, n_cut = self.prompt(self.examples[i].prefix, self.room + 1 - len(scored))
+                if len(prompt) + len(scored) > self.room + 1 or len(prompt) == self.pauses or not scored:
+                    raise UserError(
+                        f"example {i} of {self.task.name} has a choice of {len(scored)} tokens, and with {self.pauses} "
+                        f"pauses 1 to {self.model.config.block_size - self.pauses} fit: lower --pauses"
+                    )
+                pairs.append((prompt, scored))
+                owners.append((i, len(reads[i])))
+                reads[i].append((len(prompt), len(scored), n_cut))
+        values, left = {i: [0.0] * len(reads[i]) for i in todo}, {i: len(reads[i]) for i in todo}
+        scores = score(self.model, pairs, self.attention, self.batch_size)
+        for (i, j), value in ((owners[number], value) for number, value, _ in scores):
+            values[i][j] = value
+            left[i] -= 1
+            if not left[i]:
+                flops = sum(choice_flops(self.model.config, n, m) for n, m, _ in reads[i])
+                n_read, _, n_cut = map(max, zip(*reads[i]))
+                yield Answer(i, values[i], None, n_read - self.pauses, n_cut, 0, flops)
+
+    def warm_up(self, todo: list[int], engine: Engine | None) -> None:
+        """Answer a few examples for nothing, so that what happens once, such as capturing graphs, is not timed."""
+        few = todo[: self.batch_size if self.model.head.weight.device.type == "cuda" else 1]
+        if self.max_new_tokens == 0:
+            return [_ for _ in self._chosen(few)] and None
+        prompts = [self.prompt(self.examples[i].prefix, self.room)[0] for i in few]
+        engine.generate(prompts, temperature=0, max_new_tokens=2, attention=self.attention)
+
+    def row(self, answer: Answer, seconds: float) -> dict:
+        """The line of an example in examples.jsonl."""
+        example, generated = self.examples[answer.index], isinstance(answer.said, str)
+        said = self.task.read(answer.said) if generated else answer.said
+        row = {"task": self.task.name, "index": answer.index, "pauses": self.pauses, "prompt": example.prefix}
+        if generated:
+            row |= {"output": answer.said, "answer": said, "references": list(example.references), "end": answer.end}
+        else:
+            best = max(range(len(said)), key=said.__getitem__)
+            row |= {"choices": list(example.choices), "log_likelihoods": said, "answer": example.choices[best],
+                    "label": example.label, "references": list(example.references)}  # fmt: skip
+        return row | {
+            "scores": self.task.score(said, example),
+            "tokens": {"prompt": answer.n_prompt, "cut": answer.n_cut, "generated": answer.n_generated},
+            "flops": answer.flops,
+            "seconds": seconds,
+        }
+
+    def rows_of(self, rows: Iterable[dict], file: Path) -> dict[int, dict]:
+        """Those of this cell, by index. Raises UserError where they are of other examples."""
+        mine = {row["index"]: row for row in rows if (row["task"], row["pauses"]) == (self.task.name, self.pauses)}
+        for i, row in mine.items():
+            if i >= len(self.examples) or row["prompt"] != self.examples[i].prefix:
+                raise UserError(f"{file} has an example {i} of {self.task.name} that is not in this data: choose "
+                                f"another --results")  # fmt: skip
+        return mine
+
+
+def new_tokens(task: Task, examples: list[Example], tokenizer: Tokenizer) -> int:
+    """The task's max_new_tokens, which counts GPT-2's tokens, in this tokenizer's: by how many of each the first
+    examples take."""
+    if tokenizer.name == "gpt2" or not task.max_new_tokens:
+        return task.max_new_tokens
+    texts = [example.prefix + example.target for example in examples[:SAMPLE]]
+    ours, gpt2 = (sum(len(t.encode(text)) for text in texts) for t in (tokenizer, load_tokenizer("gpt2")))
+    return math.ceil(Fraction(task.max_new_tokens * ours, gpt2))
+
+
+def timed(answers: Iterable[Answer]) -> Iterator[tuple[Answer, float]]:
+    """Each, and the seconds that it took to come; what is done with it between two is not counted."""
+    since = perf_counter()
+    for answer in answers:
+        yield answer, perf_counter() - since
+        since = perf_counter()
+
+
+# What it costs
+
+
+def generation_flops(config: GPTConfig, n_read: int, n_generated: int) -> int:
+    """FLOPs of a pass over n_read tokens, prompt and pauses, and one over every generated token but the last."""
+    steps = (forward_flops(config, 1, context=n_read + i) for i in range(n_generated - 1))
+    return forward_flops(config, n_read, n_live=1) + sum(steps)
+
+
+def choice_flops(config: GPTConfig, n_read: int, n_scored: int) -> int:
+    """FLOPs of the pass over prompt, pauses and a choice, whose last token is not read."""
+    return forward_flops(config, n_read + n_scored - 1, n_live=n_scored)
+
+
+# Figures of all examples
+
+
+def mean(values: list[float]) -> dict:
+    """The mean and its standard error, sample standard deviation / √n: as of independent examples; None for one."""
+    n, value = len(values), math.fsum(values) / len(values)
+    variance = math.fsum((x - value) ** 2 for x in values) / (n - 1) if n > 1 else None
+    return {"value": value, "stderr": None if variance is None else math.sqrt(variance / n)}
+
+
+def summary(cell: Cell, rows: dict[int, dict], first: dict[int, dict] | None = None) -> dict:
+    """A line of the table. first: the rows with the fewest pauses, from which the primary metric's difference is taken
+    example by example."""
+    some, n = list(rows.values()), len(rows)
+    primary = next(iter(cell.task.metrics))
+    made = {
+        "task": cell.task.name,
+        "by": "nanopause",
+        "pauses": cell.pauses,
+        "n": n,
+        "metrics": {name: mean([row["scores"][name] for row in some]) for name in cell.task.metrics},
+        "n_cut": sum(row["tokens"]["cut"] > 0 for row in some),
+        "max_new_tokens": cell.max_new_tokens,
+        "n_unfinished": sum(row.get("end") in ("length", "context") for row in some),
+        "prompt_tokens": sum(row["tokens"]["prompt"] for row in some) / n,
+        "generated_tokens": sum(row["tokens"]["generated"] for row in some) / n,
+        "flops_per_example": sum(row["flops"] for row in some) / n,
+        "seconds_per_example": sum(row["seconds"] for row in some) / n,
+    }
+    if first:
+        gains = [row["scores"][primary] - first[i]["scores"][primary] for i, row in rows.items()]
+        made["difference"] = mean(gains)
+    return made
+
+
+def said(figure: dict | None, digits: int = 4, sign: str = "") -> str:
+    """value ± standard error."""
+    if figure is None:
+        return "–"
+    value, error = f"{figure['value']:{sign}.{digits}f}", figure["stderr"]
+    return value if error is None else f"{value} ± {error:.{digits}f}"
+
+
+def panel_name(row: dict) -> str:
+    return row["task"] if row["by"] == "nanopause" else f"{row['task']} ({row['by']})"
+
+
+def table(results: list[dict]):
+    """The results as rich shows them."""
+    from rich.table import Table
+
+    made = Table()
+    for name in ("task", "pauses", "metrics", "difference", "n", "GFLOPs", "ms"):
+        made.add_column(name, justify="left" if name in ("task", "metrics") else "right")
+    before = None
+    for row in results:
+        if before not in (None, (row["task"], row["by"])):
+            made.add_section()
+        before = row["task"], row["by"]
+        made.add_row(
+            panel_name(row), str(row["pauses"]),
+            "\n".join(f"{name} {said(figure)}" for name, figure in row["metrics"].items()),
+            said(row.get("difference"), sign="+"), f"{row['n']:,}",
+            f"{row['flops_per_example'] / 1e9:.3g}" if "flops_per_example" in row else "–",
+            f"{1000 * row['seconds_per_example']:.3g}",
+        )  # fmt: skip
+    return made
+
+
+def plot(results: list[dict], file: Path, title: str) -> None:
+    """The primary metric against the number of pauses, a panel a task; bars are standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {}
+    for row in results:
+        panels.setdefault((row["task"], row["by"]), []).append(row)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (max(4.8, 3.6 * columns), 3.2 * lines + 0.4)
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, rows in zip(axes.flat, panels.values()):
+        metric = next(iter(rows[0]["metrics"]))
+        figures = [row["metrics"][metric] for row in rows]
+        errors = [one["stderr"] or 0 for one in figures]
+        pauses = [row["pauses"] for row in rows]
+        axis.errorbar(pauses, [one["value"] for one in figures], errors, color="tab:red", marker="o",
+                      markersize=5, capsize=4, linewidth=1.5)  # fmt: skip
+        axis.set_xticks(pauses)
+        axis.set_title(f"{panel_name(rows[0])}, {rows[0]['n']:,} examples", fontsize=10)
+        axis.set(xlabel="pauses in the prompt (tokens)", ylabel=f"{metric.replace('_', ' ')}, ± standard error")
+        axis.grid(alpha=0.3)
+        if min(one["value"] - error for one, error in zip(figures, errors)) >= 0:
+            axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def write_json(file: Path, what: dict) -> None:
+    replace_file(file, json.dumps(what, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what a score depends on, where it is installed."""
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for name in ("transformers", "datasets", "rouge-score", "lm_eval"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+# lm-evaluation-harness
+
+
+def harness_tasks(names: list[str], folder: str = ""):
+    """The harness's TaskManager, after it has loaded tasks, groups and their data. folder: YAML files of tasks besides
+    its own. Raises UserError: not installed, no such folder or task, data out of reach, or code that it would run."""
+    needs("lm_eval", "harness")
+    from lm_eval.tasks import TaskManager
+
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"--harness_path={folder} is not a folder")
+    # The harness's own tasks take ten seconds to list, so local ones are looked for alone first.
+    for with_its_own in (False, True) if folder else (True,):
+        manager = TaskManager(include_path=folder or None, include_defaults=with_its_own)
+        try:
+            for name in names:
+                _try_to_load(manager, name)
+            return manager
+        except UserError:
+            if with_its_own:
+                raise
+
+
+def _try_to_load(manager, name: str) -> None:
+    if name not in manager.all_tasks:
+        near = get_close_matches(name, manager.all_tasks, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` has their names"
+        raise UserError(f"lm-evaluation-harness has no task {name!r}: {hint}")
+    try:
+        tasks = manager.load([name])["tasks"]
+    except Exception as error:  # of the network, the data or the task's own code
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"lm-evaluation-harness cannot load {name!r} ({why}): download its data where there is a "
+                        f"network, or name local tasks by --harness_path") from None  # fmt: skip
+    if unsafe := [task for task, loaded in tasks.items() if getattr(loaded, "UNSAFE_CODE", False)]:
+        raise UserError(f"the task {unsafe[0]!r} runs code that a model wrote: use lm-eval itself, in a sandbox")
+
+
+def harness_results(lm, name: str, manager, limit: int | None) -> list[dict]:
+    """The results of a task of the harness, or of a group and its tasks, with the harness's own standard errors.
+
+    lm: a nanopause.harness.Harness. Its time is that of everything, the same for all of a group's rows."""
+    from lm_eval import simple_evaluate
+
+    n_cut, start = lm.n_cut, perf_counter()
+    found = simple_evaluate(lm, tasks=[name], task_manager=manager, limit=limit, log_samples=False)
+    seconds, counts = perf_counter() - start, found.get("n-samples", {})
+    n, made = sum(count["effective"] for count in counts.values()), []
+    for task, values in {**found["results"], **found.get("groups", {})}.items():
+        metrics = {}
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            metrics[metric if kind == "none" else f"{metric} ({kind})"] = {
+                "value": value, "stderr": error if isinstance(error, float) and math.isfinite(error) else None
+            }  # fmt: skip
+        if metrics:
+            made.append({"task": task, "by": "harness", "pauses": lm.pauses,
+                         "n": counts[task]["effective"] if task in counts else n, "metrics": metrics,
+                         "n_cut": lm.n_cut - n_cut, "seconds_per_example": seconds / n})  # fmt: skip
+    return made

@@ -1,0 +1,147 @@
+"""Pause finetuning's batches [Goyal et al. 2023, Algorithm 2]: a prefix, its pauses, a target that alone has a loss.
+
+    tokens     p1  p2  <pause>  <pause>  t1  t2         with M = 2 pauses appended
+    target     –   –   –        t1       t2  <eot>
+
+With attention="prefix" everything before t1 reads itself in both directions; the target is always causal.
+
+The examples of a pass lie one behind the other in one row, and an example reads nothing of its neighbours. Nothing is
+padded (but to a multiple of data.ROW_MULTIPLE on a GPU), and attention costs what the examples do. Rows of a fixed
+length, filled by best fit, would leave the last ones half empty: a step of 16 examples is only a few of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from nanopause import tasks
+from nanopause.config import Config
+from nanopause.data import Batch, Shuffled, evenly
+from nanopause.errors import UserError
+from nanopause.pauses import IGNORE, append, prepend, targets_of
+from nanopause.tasks import Example
+from nanopause.tokenizer import Tokenizer
+
+Position = Literal["append", "prepend"]
+PLACES = {"append": append, "prepend": prepend}
+
+
+def with_pauses(
+    prefix: list[int],
+    tokenizer: Tokenizer,
+    room: int,
+    pauses: int = 0,
+    pause_position: Position = "append",
+    cut: Literal["left", "right"] = "left",
+) -> tuple[list[int], int]:
+    """A prefix and its pauses as at most `room` tokens, and how many tokens of the prefix are cut.
+
+    A prefix that is too long loses its first tokens, or with cut="right" its last; the beginning of text that some
+    tokenizers have, and the pauses, stay. The pauses go after the whole prefix, or before all of it.
+    """
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    room = max(0, room - len(bos) - pauses)
+    kept = prefix[max(0, len(prefix) - room) :] if cut == "left" else prefix[:room]
+    return PLACES[pause_position](bos + kept, pauses, tokenizer.pause_id), len(prefix) - len(kept)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """tokens: prefix with its pauses, target and end of text, int64. n_prefix: tokens before the target. n_cut: tokens
+    of the prefix that are left out."""
+
+    tokens: np.ndarray
+    n_prefix: int
+    n_cut: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prefix with its pauses, for an engine."""
+        return self.tokens[: self.n_prefix].tolist()
+
+
+def encode(
+    example: Example,
+    tokenizer: Tokenizer,
+    block_size: int,
+    pauses: int = 0,
+    pause_position: Position = "append",
+    cut: Literal["left", "right"] = "left",
+) -> Pair | None:
+    """An example as at most block_size tokens; None where the target leaves no room for a token of the prefix. Prefix
+    and target are tokenized apart."""
+    prefix, target = tokenizer.encode(example.prefix), [*tokenizer.encode(example.target), tokenizer.eot_id]
+    before, n_cut = with_pauses(prefix, tokenizer, block_size - len(target), pauses, pause_position, cut)
+    if n_cut == len(prefix) or len(before) + len(target) > block_size:
+        return None
+    return Pair(np.array(before + target, dtype=np.int64), len(before), n_cut)
+
+
+def load_pairs(config: Config, split: str, tokenizer: Tokenizer) -> tuple[list[Pair], str]:
+    """The pairs of a split of config.task, and a sentence that says where they come from and what of them is cut.
+
+    Raises UserError: no such task or data, a bad row, or no pair that fits."""
+    limit = config.limit if split == "train" else None
+    examples, said = tasks.load(tasks.get_task(config.task), split, config.data_dir or None, limit)
+    settings = config.block_size, config.pauses, config.pause_position, config.cut
+    pairs = [pair for example in examples if (pair := encode(example, tokenizer, *settings))]
+    if not pairs:
+        raise UserError(f"no target of {config.task}'s {split} split, {config.pauses} pauses and a prefix fit into "
+                        f"block_size={config.block_size} tokens: raise --block_size or lower --pauses")  # fmt: skip
+    if n_cut := sum(pair.n_cut > 0 for pair in pairs):
+        said += f"; {n_cut:,} prefixes are cut from the {config.cut} to fit {config.block_size} tokens"
+    if n_dropped := len(examples) - len(pairs):
+        said += f"; {n_dropped:,} examples are left out, whose target alone is too long"
+    return pairs, said
+
+
+def pack(pairs: Sequence[Pair], pause_id: int, attention: Literal["causal", "prefix"]) -> Batch:
+    """Pairs as one packed batch."""
+    lengths = np.array([len(pair.tokens) - 1 for pair in pairs])
+    ends = np.cumsum(lengths)
+    starts, place = np.repeat(ends - lengths, lengths), np.arange(ends[-1])
+    inputs = np.concatenate([pair.tokens[:-1] for pair in pairs])
+    targets = np.concatenate([targets_of(pair.tokens, pause_id)[:-1] for pair in pairs])
+    n_prefix = np.repeat([pair.n_prefix for pair in pairs], lengths)
+    targets[place - starts < n_prefix - 1] = IGNORE
+    hi = place + 1 if attention == "causal" else np.maximum(place + 1, starts + n_prefix)
+    layout = {"positions": place - starts, "lo": starts.astype(np.int32), "hi": hi.astype(np.int32)}
+    return Batch(
+        torch.from_numpy(inputs)[None],
+        torch.from_numpy(targets)[None],
+        n_live=int((targets != IGNORE).sum()),
+        n_pauses=int((inputs == pause_id).sum()),
+        ends=tuple(ends.tolist()),
+        layout={name: torch.from_numpy(x)[None] for name, x in layout.items()},
+    )
+
+
+class TaskBatches:
+    """`batches[step]` is this rank's share of a step's batch of batch_size pairs, chosen as Shuffled says, packed."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], batch_size: int, pause_id: int, attention: str, seed: int, rank: int, n_ranks: int
+    ):
+        self.pairs, self.pause_id, self.attention = pairs, pause_id, attention
+        self.chosen = Shuffled(len(pairs), batch_size, seed, rank, n_ranks)
+
+    def __getitem__(self, step: int) -> Batch:
+        return pack([self.pairs[i] for i in self.chosen[step]], self.pause_id, self.attention)
+
+    def n_tokens(self, n_steps: int) -> int:
+        """Tokens of the first steps, in all processes."""
+        lengths = np.array([len(pair.tokens) - 1 for pair in self.pairs])
+        epoch, rest = divmod(n_steps * self.chosen.batch_size, len(lengths))
+        return int(epoch * lengths.sum() + lengths[self.chosen.order(epoch)[:rest]].sum())
+
+
+def task_validation_batches(
+    pairs: Sequence[Pair], n: int, batch_size: int, pause_id: int, attention: str, rank: int, n_ranks: int
+) -> Iterator[Batch]:
+    """This rank's share of n pairs spread evenly over a split, always the same."""
+    chosen = evenly(n, len(pairs))[rank::n_ranks]
+    for i in range(0, len(chosen), batch_size):
+        yield pack([pairs[j] for j in chosen[i : i + batch_size]], pause_id, attention)

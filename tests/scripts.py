@@ -1,0 +1,49 @@
+"""Runs scripts of the root in processes of their own, forked from one that has imported torch and the rest already,
+which takes longer than most of these runs."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+forked = multiprocessing.get_context("forkserver")
+forked.set_forkserver_preload(
+    ["nanopause.distributed", "nanopause.engine", "nanopause.finetune", "nanopause.hub", "nanopause.prepare",
+     "matplotlib.pyplot", "torch._dynamo", "torch.nn.parallel"]
+)  # fmt: skip
+
+
+def _main(script: str, args: list[str], stdout: Connection, stderr: Connection) -> None:
+    os.chdir(ROOT)
+    os.dup2(stdout.fileno(), 1)
+    os.dup2(stderr.fileno(), 2)
+    stdout.close(), stderr.close()
+    sys.argv, sys.path[0] = [script, *args], str(ROOT)
+    runpy.run_path(script, run_name="__main__")
+
+
+def start(script: str, *args: str) -> ForkServerProcess:
+    """A started process with `stdout` and `stderr` to read."""
+    (stdout, child_stdout), (stderr, child_stderr) = (forked.Pipe(duplex=False) for _ in range(2))
+    process = forked.Process(target=_main, args=(script, list(args), child_stdout, child_stderr))
+    process.start()
+    child_stdout.close(), child_stderr.close()
+    process.stdout, process.stderr = (open(os.dup(end.fileno())) for end in (stdout, stderr))
+    return process
+
+
+def run(script: str, *args: str) -> subprocess.CompletedProcess:
+    """What subprocess.run(["python", script, *args], cwd=ROOT, capture_output=True, text=True) returns."""
+    process = start(script, *args)
+    with process.stdout, process.stderr, ThreadPoolExecutor(1) as pool:
+        errors = pool.submit(process.stderr.read)
+        output = process.stdout.read()
+    process.join()
+    return subprocess.CompletedProcess([script, *args], process.exitcode, output, errors.result())

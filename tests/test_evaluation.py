@@ -1,0 +1,358 @@
+"""evaluate.py: a checkpoint and tasks in; lines, figures and a table out."""
+
+import functools
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import evaluate
+from nanopause import checkpoint, evaluation
+from nanopause.config import load_config
+from nanopause.engine import Engine
+from nanopause.errors import UserError
+from nanopause.evaluation import Cell, add_row, choice_flops, claim, generation_flops, mean, new_tokens, read_rows
+from nanopause.finetune import encode, pack
+from nanopause.model import GPT, GPTConfig
+from nanopause.tasks import TASKS, Example, load
+from nanopause.tokenizer import load_tokenizer
+from tests.conftest import ROOT
+
+BYTES = load_tokenizer("bytes")
+SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=96"]
+ANSWERS = ["Oslo", "the Nile", "red", "Mars", "seven", "iron", "a whale", "Lima"]
+ROWS = [{"question": f"{i}{i}?", "answer": [answer]} for i, answer in enumerate(ANSWERS)]
+HARNESS = [{"prompt": f"Question: {i}{i}?\nAnswer:", "answer": answer} for i, answer in enumerate(ANSWERS)]
+CHOICES = [{"goal": f"{i}{i}?", "sol1": ANSWERS[i], "sol2": "nothing", "label": i % 2} for i in range(6)]
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run that learnt the answers of ROWS, with no pause after the question, by heart; and the tasks."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    config = load_config(SHAPE)
+    torch.manual_seed(0)
+    model = GPT(config.gpt(BYTES.vocab_size))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    texts = [[*BYTES.encode(f"Question: {row['question']}\nAnswer: {row['answer'][0]}"), BYTES.eot_id] for row in ROWS]
+    width = max(map(len, texts))
+    tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+    targets = tokens[:, 1:].clone()
+    for row, text in zip(targets, texts):
+        row[len(text) - 1 :] = -100
+    for _ in range(100):
+        loss = model(tokens[:, :-1], targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.5
+    checkpoint.save(folder / "run", 100, model, [optimizer], config)
+    (folder / "data").mkdir()
+    write(folder / "data" / "webq_test.jsonl", ROWS)
+    write(folder / "data" / "piqa_val.jsonl", CHOICES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run_folder):
+    return checkpoint.load(run_folder / "run", torch.device("cpu"))[0]
+
+
+@pytest.fixture
+def run(run_folder, monkeypatch, capsys):
+    def run(results, *arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--out_dir={run_folder / 'run'}", f"--results={results}",
+                                          f"--data_dir={run_folder / 'data'}", "--device=cpu", *arguments])  # fmt: skip
+        evaluate.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_sweep(run, run_folder, tmp_path):
+    said = run(tmp_path, "--tasks=webq,piqa", "--pauses=10,0,3")
+    rows = read_rows(tmp_path / "examples.jsonl")
+    assert sorted((row["task"], row["pauses"], row["index"]) for row in rows) == sorted(
+        (task, pauses, i) for task, n in (("webq", 8), ("piqa", 6)) for pauses in (0, 3, 10) for i in range(n)
+    )
+    first = next(row for row in rows if (row["task"], row["pauses"], row["index"]) == ("webq", 0, 1))
+    prompt = "Question: 11?\nAnswer:"
+    assert first["prompt"] == prompt and first["output"] == " the Nile" and first["answer"] == "the Nile"
+    assert first["references"] == ["the Nile"] and first["scores"] == {"exact_match": 1.0} and first["end"] == "eot"
+    assert first["tokens"] == {"prompt": len(prompt), "cut": 0, "generated": len(" the Nile") + 1}
+    assert first["seconds"] > 0
+
+    written = json.loads((tmp_path / "results.json").read_text())
+    results = {(row["task"], row["pauses"]): row for row in written["results"]}
+    assert list(results) == [(task, pauses) for task in ("webq", "piqa") for pauses in (0, 3, 10)]
+    assert results["webq", 0]["metrics"] == {"exact_match": {"value": 1.0, "stderr": 0.0}}
+    for (task, pauses), row in results.items():
+        mine = [one for one in rows if (one["task"], one["pauses"]) == (task, pauses)]
+        for metric, figure in row["metrics"].items():
+            values = [one["scores"][metric] for one in mine]
+            n, p = len(values), sum(values) / len(values)
+            assert figure["value"] == pytest.approx(p)
+            assert figure["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))  # of zeros and ones
+        assert row["n"] == len(mine) and ("difference" in row) == (pauses > 0)
+        assert row["flops_per_example"] == sum(one["flops"] for one in mine) / len(mine)
+        assert row["seconds_per_example"] == pytest.approx(sum(one["seconds"] for one in mine) / len(mine))
+    gain = results["webq", 10]["metrics"]["exact_match"]["value"] - 1
+    assert results["webq", 10]["difference"]["value"] == pytest.approx(gain)
+    assert written["settings"]["step"] == 100 and written["settings"]["attention"] == "causal"
+    assert written["checkpoint"]["model"]["n_embd"] == 64 and "torch" in written["versions"]
+    assert (tmp_path / "pauses.png").read_bytes()[:4] == b"\x89PNG"
+    assert "exact_match 1.0000 ± 0.0000" in said and "batch size 8, cpu" in said
+
+    # Again: nothing runs, and more pauses add to what is there.
+    before = (tmp_path / "examples.jsonl").read_bytes()
+    assert "42 of 42 examples are in" in run(tmp_path, "--tasks=webq,piqa", "--pauses=0,3,10")
+    assert (tmp_path / "examples.jsonl").read_bytes() == before
+    run(tmp_path, "--tasks=webq", "--pauses=1")
+    added = (tmp_path / "examples.jsonl").read_bytes()
+    assert added.startswith(before) and len(added.splitlines()) == 50
+
+
+def test_a_batch_answers_as_one_by_one(model, run_folder):
+    examples = load(TASKS["webq"], "test", run_folder / "data")[0]
+    for attention in ("causal", "prefix"):
+        said = []
+        for batch_size in (1, 5):
+            cell = Cell(model, BYTES, TASKS["webq"], examples, 4, attention, batch_size)
+            engine = Engine(model, BYTES, batch_size, cell.max_length())
+            answers = sorted(cell.answers(list(range(8)), engine))
+            said.append([answer._replace(flops=0) for answer in answers])
+        assert said[0] == said[1] and len({answer.said for answer in said[0]}) > 1
+
+
+class WithBeginning:
+    """BYTES with a beginning of text."""
+
+    bos_id = BYTES.eot_id
+
+    def __getattr__(self, name):
+        return getattr(BYTES, name)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, WithBeginning()], ids=["bytes", "with a beginning"])
+@pytest.mark.parametrize("position", ["append", "prepend"])
+@pytest.mark.parametrize("cut", ["left", "right"])
+def test_what_is_read_is_what_was_finetuned(model, tokenizer, position, cut):
+    """Prompts of generated answers and of choices, whole ones and cut ones."""
+    long = {"question": "why " * 40, "answer": ["so"]}
+    examples = TASKS["webq"].examples(ROWS[0]) + TASKS["webq"].examples(long)
+    cell = Cell(model, tokenizer, TASKS["webq"], examples, 7, "causal", 4, position, cut)
+    block_size = cell.room + len(" so") + 1
+    for example in examples:
+        trained = encode(Example(example.prefix, " so", ()), tokenizer, block_size, 7, position, cut)
+        assert cell.prompt(example.prefix, cell.room) == (trained.prompt, trained.n_cut)
+        assert (trained.n_cut > 0) == (example is examples[1])
+    pauses = 7 * [BYTES.pause_id]
+    assert (trained.prompt[:7] if position == "prepend" else trained.prompt[-7:]) == pauses
+
+    choices = TASKS["piqa"].examples({**CHOICES[0], "goal": "why " * 40})
+    cell = Cell(model, tokenizer, TASKS["piqa"], choices, 7, "prefix", 4, position, cut)
+    (answer,) = cell.answers([0], None)
+    for choice, said in zip(choices[0].choices, answer.said):
+        pair = encode(Example(choices[0].prefix, choice, ()), tokenizer, 98, 7, position, cut)
+        batch = pack([pair], BYTES.pause_id, "prefix")
+        inputs, targets, *layout = (x[:, :-1] for x in (batch.inputs, batch.targets, *batch.layout.values()))
+        loss = model(inputs, targets, reduction="sum", **dict(zip(batch.layout, layout)))  # without the end of text
+        assert said == pytest.approx(-loss.item(), abs=1e-4) and pair.n_cut > 0
+
+
+def test_choices_are_scored_as_the_harness_does(model, run_folder):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from nanopause.harness import Harness
+
+    examples = load(TASKS["piqa"], "test", run_folder / "data")[0]
+    pairs = [(example.prefix, choice) for example in examples for choice in example.choices]
+    for pauses, attention in ((0, "causal"), (3, "prefix"), (70, "causal")):  # the last cuts
+        cell = Cell(model, BYTES, TASKS["piqa"], examples, pauses, attention, 4)
+        answers = sorted(cell.answers(list(range(len(examples))), None))
+        lm = Harness(model, BYTES, pauses, 4, attention)
+        expected = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+        mine = [value for answer in answers for value in answer.said]
+        assert mine == pytest.approx([value for value, _ in expected], abs=1e-5)
+        row = cell.row(answers[0], 0.0)
+        assert row["scores"]["accuracy"] == float((mine[0] > mine[1]) == (examples[0].label == 0))
+        assert (lm.n_cut > 0) == (pauses == 70) == (answers[0].n_cut > 0)
+
+
+def test_a_killed_run_goes_on(run, run_folder, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    write(run_folder / "data" / "nq_open_dev.jsonl", [ROWS[i % 8] for i in range(60)])
+    arguments = ["--tasks=nq", "--pauses=0,2", "--batch_size=2"]
+    command = [sys.executable, "evaluate.py", f"--out_dir={run_folder / 'run'}", f"--results={broken}",
+               f"--data_dir={run_folder / 'data'}", "--device=cpu", *arguments]  # fmt: skip
+    file = broken / "examples.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    n_before = file.read_bytes().count(b"\n")
+    assert 5 <= n_before < 120
+    with open(file, "a") as stream:
+        stream.write('{"task": "nq", "index": 59, "pau')  # cut short
+    assert f"{n_before} of 120 examples are in" in run(broken, *arguments)
+    run(whole, *arguments)
+
+    def answers(folder):
+        rows = read_rows(folder / "examples.jsonl")
+        return sorted((row["pauses"], row["index"], row["output"]) for row in rows)
+
+    assert answers(broken) == answers(whole) and len(answers(whole)) == 120
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (["--limit=3"], "has results with limit=None, and these would be with limit=3: choose another --results"),
+    (["--attention=prefix"], "attention=causal, and these would be with attention=prefix"),
+    (["--batch_size=3"], "batch_size=8"),
+    (["--split=validation"], "needs|split"),
+    (["--tasks=webqq"], "task 'webqq' is not known: did you mean 'webq'"),
+    (["--tasks="], "nothing to evaluate"),
+    (["--pauses=0,ten"], "must be whole numbers with commas, such as 0,10,50, and 'ten' is none"),
+    (["--pauses=-1"], "'-1' is none"),
+    (["--pauses=90"], "90 pauses leave no room for a prompt of webq: the model reads 96 tokens, and the answer may"),
+    (["--data_dir=/nowhere"], "data_dir /nowhere is not a folder"),
+    (["--limit=0"], "limit=0 must be 1 to"),
+    (["--out_dir=nothing/here"], "'nothing/here' is no folder here, and the hub does not give it"),
+])  # fmt: skip
+def test_what_cannot_be_is_one_sentence(run, tmp_path, change, sentence, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run(tmp_path, "--tasks=webq")
+    with pytest.raises(UserError, match=sentence) as error:
+        run(tmp_path, "--tasks=webq", *change)
+    assert "\n" not in str(error.value)
+
+
+def test_other_data_and_other_weights_are_refused(run, run_folder, tmp_path):
+    run(tmp_path / "a", "--tasks=webq")
+    write(tmp_path / "webq_test.jsonl", ROWS[::-1])
+    with pytest.raises(UserError, match="has an example . of webq that is not in this data"):
+        run(tmp_path / "a", "--tasks=webq", f"--data_dir={tmp_path}")
+    (tmp_path / "webq_test.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="has no example for test"):
+        run(tmp_path / "a", "--tasks=webq", f"--data_dir={tmp_path}")
+    with pytest.raises(UserError, match="weights=1, and these would be with weights=2"):
+        [claim(tmp_path / "b", {"weights": weights}) for weights in (1, 1, 2)]
+
+
+def test_lines_on_the_disk(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert read_rows(file) == []
+    add_row(file, {"a": "line\u2028break\n"})
+    add_row(file, {"a": 2})
+    whole = file.read_bytes()
+    for end in range(1, len(whole)):  # a kill at every byte
+        file.write_bytes(whole[:end])
+        n = whole[:end].count(b"\n")
+        assert len(read_rows(file)) == n and file.read_bytes().count(b"\n") == n
+    file.write_bytes(b"{broken\n" + whole)
+    with pytest.raises(UserError, match="line 1: damaged"):
+        read_rows(file)
+
+
+def test_the_first_line_that_is_not_blank(tmp_path):
+    """A model whose head says a line feed twice, then letters and a line feed."""
+    config = GPTConfig(vocab_size=258, block_size=64, n_layer=1, n_head=1, n_embd=8, position="learned", tied=False)
+    model = GPT(config).eval()
+    prefix = "Question: q\nAnswer:"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+        for i, character in enumerate("\n\nok\n"):  # the position that says it
+            model.position_embedding.weight[len(prefix) - 1 + i, i] = 1.0
+            model.head.weight[ord(character), i] += 1.0
+    examples = TASKS["webq"].examples({"question": "q", "answers": ["ok"]})
+    cell = Cell(model, BYTES, TASKS["webq"], examples, 0)
+    (answer,) = cell.answers([0], Engine(model, BYTES, 1, 64))
+    assert answer.said.startswith("\n\nok\n") and cell.row(answer, 0.0)["scores"] == {"exact_match": 1.0}
+
+
+def test_flops_by_hand():
+    config = GPTConfig(vocab_size=10, block_size=32, n_layer=1, n_head=1, n_embd=2, n_mlp=8, mlp="gelu")
+    # A token: 2·2·(2 + 2)·2 projections, 2·2·8·2 MLP, 4·1·2 a key it reads; a row of logits 2·2·10.
+    token, key, logits = 32 + 64, 8, 40
+    assert generation_flops(config, 5, 1) == 5 * (token + 5 * key) + logits
+    assert generation_flops(config, 5, 3) == generation_flops(config, 5, 1) + 2 * (token + logits) + (6 + 7) * key
+    assert choice_flops(config, 5, 3) == 7 * (token + 7 * key) + 3 * logits
+
+
+def test_means_and_lengths():
+    assert mean([1.0]) == {"value": 1.0, "stderr": None}
+    assert mean([1.0, 0.0, 0.0, 1.0]) == {"value": 0.5, "stderr": pytest.approx(math.sqrt(1 / 3 / 4))}
+    examples = TASKS["webq"].examples({"question": "who was it", "answers": ["Ada Lovelace"]})
+    text = examples[0].prefix + examples[0].target
+    gpt2 = load_tokenizer("gpt2")
+    assert new_tokens(TASKS["webq"], examples, gpt2) == 64
+    assert new_tokens(TASKS["webq"], examples, BYTES) == math.ceil(64 * len(text) / len(gpt2.encode(text)))
+    assert new_tokens(TASKS["piqa"], examples, BYTES) == 0
+    assert evaluation.numbers("pauses", "10, 0,3,3") == [0, 3, 10]
+
+
+def test_long_prompts_are_cut_and_counted(run, tmp_path):
+    write(tmp_path / "webq_test.jsonl", [{"question": "long " * 30, "answer": ["x"]}, ROWS[0]])
+    said = run(tmp_path / "results", "--tasks=webq", f"--data_dir={tmp_path}")
+    assert "1 of 2 prompts cut from the left to fit" in said
+    (row,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+    assert row["n_cut"] == 1 and row["max_new_tokens"] == 48  # half of what the model reads
+    rows = {row["index"]: row["tokens"] for row in read_rows(tmp_path / "results" / "examples.jsonl")}
+    assert rows[0]["prompt"] == 48 and rows[0]["cut"] == len("Question: \nAnswer:") + 149 - 48 and rows[1]["cut"] == 0
+
+
+def test_the_harness(run, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = [{"q": row["prompt"], "choices": [row["answer"], "zzz"], "label": i // 6} for i, row in enumerate(HARNESS)]
+    write(tmp_path / "mine.jsonl", rows)
+    task = {
+        "task": "mine", "dataset_path": "json", "test_split": "test", "num_fewshot": 0,
+        "output_type": "multiple_choice", "metric_list": [{"metric": "acc"}], "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "label",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "mine.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+    }  # fmt: skip
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml" / "mine.yaml").write_text(json.dumps(task))
+    arguments = ["--harness=mine", f"--harness_path={tmp_path / 'yaml'}", "--pauses=0,2", "--tasks=webq"]
+    said = run(tmp_path / "results", *arguments)
+    results = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+    assert [(row["task"], row["by"], row["pauses"]) for row in results] == [
+        ("webq", "nanopause", 0), ("webq", "nanopause", 2), ("mine", "harness", 0), ("mine", "harness", 2)
+    ]  # fmt: skip
+    assert results[2]["metrics"]["acc"] == {"value": 0.75, "stderr": pytest.approx(math.sqrt(0.75 * 0.25 / 7))}
+    assert results[2]["n"] == 8 and "mine (harness)" in said
+    monkeypatch.setattr(evaluate, "harness_results", None)  # all is there
+    run(tmp_path / "results", *arguments)
+    tasks = importlib.import_module("lm_eval.tasks")  # whose own take ten seconds to list
+    local = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, **_: local(include_path=include_path))
+    with pytest.raises(UserError, match="lm-evaluation-harness has no task 'minne': did you mean 'mine'"):
+        run(tmp_path / "results", "--harness=minne", arguments[1])
+    (tmp_path / "mine.jsonl").unlink()
+    (tmp_path / "yaml" / "mine.yaml").write_text(json.dumps(task | {"dataset_path": "no_such_loader"}))
+    with pytest.raises(UserError, match="lm-evaluation-harness cannot load 'mine' (.*): download its data where"):
+        run(tmp_path / "results", "--harness=mine", arguments[1])
+    with pytest.raises(UserError, match="--harness_path=.*nowhere is not a folder"):
+        run(tmp_path / "results", "--harness=mine", "--harness_path=/nowhere")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"lm_eval is not installed: pip install -e '.\[harness\]'"):
+        run(tmp_path / "results", "--harness=mine")

@@ -1,0 +1,451 @@
+"""Finetuning: a pair, token by token; packed is one at a time; an epoch, ranks, resume; train.py on real files."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.numpy import load_file
+from test_train import TORCHRUN, losses_differ, rows, sentence, weights
+
+from nanopause import checkpoint, hub
+from nanopause.config import Config, load_config
+from nanopause.data import evenly
+from nanopause.engine import Engine
+from nanopause.errors import UserError
+from nanopause.finetune import TaskBatches, encode, load_pairs, pack, task_validation_batches
+from nanopause.model import GPT, GPTConfig
+from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
+from nanopause.pauses import IGNORE
+from nanopause.tasks import Example, get_task
+from nanopause.tokenizer import load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+P, E = BYTES.pause_id, BYTES.eot_id
+CPU = torch.device("cpu")
+SMALL = ["--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=128", "--batch_size=4", "--eval_interval=5",
+         "--eval_blocks=8", "--log_interval=1", "--device=cpu", "--optimizer=adamw", "--learning_rate=0.003",
+         "--warmup_steps=0"]  # fmt: skip
+SMALL_GPT = GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=64, zero_init=False)
+
+
+def example(prefix, target):
+    return Example(prefix, target, (target,))
+
+
+def sums(n, seed=0):
+    """n different examples like "3+4=" and " 7"."""
+    rng = np.random.default_rng(seed)
+    return [example(f"{a}+{b}=", f" {a + b}") for a, b in (divmod(int(i), 97) for i in rng.permutation(97 * 97)[:n])]
+
+
+def pairs_of(examples, pauses=0, position="append", block_size=64):
+    return [encode(example, BYTES, block_size, pauses, position) for example in examples]
+
+
+# A pair, and a row of them
+
+
+I = IGNORE  # noqa: E741
+# "abc" then " d", and "e" then " f": variant, inputs, targets, hi; by hand.
+a, b, c, d, e, f, s = b"abcdef "
+VARIANTS = {
+    ("append", 0, "causal"): (
+        [a, b, c, s, d, e, s, f],
+        [I, I, s, d, E, s, f, E],
+        [1, 2, 3, 4, 5, 6, 7, 8],
+    ),
+    ("append", 0, "prefix"): (
+        [a, b, c, s, d, e, s, f],
+        [I, I, s, d, E, s, f, E],
+        [3, 3, 3, 4, 5, 6, 7, 8],
+    ),
+    ("append", 2, "causal"): (
+        [a, b, c, P, P, s, d, e, P, P, s, f],
+        [I, I, I, I, s, d, E, I, I, s, f, E],
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    ),
+    ("append", 2, "prefix"): (
+        [a, b, c, P, P, s, d, e, P, P, s, f],
+        [I, I, I, I, s, d, E, I, I, s, f, E],
+        [5, 5, 5, 5, 5, 6, 7, 10, 10, 10, 11, 12],
+    ),
+    ("prepend", 2, "causal"): (
+        [P, P, a, b, c, s, d, P, P, e, s, f],
+        [I, I, I, I, s, d, E, I, I, s, f, E],
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    ),
+    ("prepend", 2, "prefix"): (
+        [P, P, a, b, c, s, d, P, P, e, s, f],
+        [I, I, I, I, s, d, E, I, I, s, f, E],
+        [5, 5, 5, 5, 5, 6, 7, 10, 10, 10, 11, 12],
+    ),
+}
+VARIANTS |= {("prepend", 0, attention): VARIANTS["append", 0, attention] for attention in ("causal", "prefix")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_two_pairs_by_hand(variant):
+    position, pauses, attention = variant
+    inputs, targets, hi = VARIANTS[variant]
+    first = 5 + pauses
+    batch = pack(pairs_of([example("abc", " d"), example("e", " f")], pauses, position), P, attention)
+    assert batch.inputs.tolist() == [inputs] and batch.targets.tolist() == [targets]
+    assert batch.layout["positions"].tolist() == [[*range(first), *range(3 + pauses)]]
+    assert batch.layout["lo"].tolist() == [[0] * first + [first] * (3 + pauses)]
+    assert batch.layout["hi"].tolist() == [hi]
+    assert batch.layout["lo"].dtype == batch.layout["hi"].dtype == torch.int32
+    assert (batch.n_live, batch.n_pauses, batch.ends) == (6, 2 * pauses, (first, len(inputs)))
+    assert batch.lengths.tolist() == [first, 3 + pauses]
+
+
+def test_a_beginning_of_text_stays_when_the_prefix_is_cut():
+    class WithBos(type(BYTES)):
+        bos_id = 7
+
+    tokenizer = WithBos("bytes", r"[\s\S]", {bytes([i]): i for i in range(256)})
+    long = example("0123456789", " ab")
+    # 1 + 10 + 2 + 3 + 1 tokens; 14 are allowed
+    for cut, kept in (("left", b"3456789"), ("right", b"0123456")):
+        pair = encode(long, tokenizer, 14, 2, "append", cut)
+        assert pair.tokens.tolist() == [7, *kept, P, P, *b" ab", E]
+        assert (pair.n_prefix, pair.n_cut, len(pair.tokens)) == (10, 3, 14)
+        assert pair.prompt == [7, *kept, P, P]
+        assert encode(long, tokenizer, 14, 2, "prepend", cut).prompt == [P, P, 7, *kept]
+    assert encode(long, tokenizer, 17, 2).n_cut == 0 and encode(long, tokenizer, 16, 2).n_cut == 1
+    assert encode(long, tokenizer, 8, 2).prompt == [7, *b"9", P, P]
+    assert encode(long, tokenizer, 7, 2) is None
+
+
+def test_a_batch_splits_at_its_pairs_and_pads_what_nobody_reads():
+    pairs = pairs_of(sums(7), 2)
+    whole = pack(pairs, P, "prefix")
+    parts = list(whole.split(3))
+    assert [len(part.ends) for part in parts] == [3, 3, 1]
+    for part, own in zip(parts, (pairs[:3], pairs[3:6], pairs[6:])):
+        alone = pack(own, P, "prefix")
+        assert torch.equal(part.inputs, alone.inputs) and torch.equal(part.targets, alone.targets)
+        assert part.ends == alone.ends and all(torch.equal(part.layout[k], alone.layout[k]) for k in alone.layout)
+    n, padded = whole.inputs.shape[1], whole.padded(64)
+    assert padded.inputs.shape[1] % 64 == 0 and padded.targets[:, n:].eq(IGNORE).all()
+    assert padded.layout["lo"][:, n:].eq(n).all() and padded.layout["hi"][:, n:].eq(n).all()
+    model = GPT(SMALL_GPT).double()
+    losses = [model(batch.inputs, batch.targets, **batch.layout).item() for batch in (whole, padded)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_packed_is_one_example_at_a_time(attention, position):
+    """Loss and gradients, in float64."""
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL_GPT, position=position)).double()
+    pairs = pairs_of([*sums(5), example("a longer question, asked at length", " and answered")], 3)
+    batch = pack(pairs, P, attention)
+
+    def gradients(parts):
+        model.zero_grad()
+        loss = sum(model(*part, reduction="sum", **layout) for *part, layout in parts) / batch.n_live
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    alone = []
+    for pair in pairs:
+        tokens = torch.from_numpy(pair.tokens)[None]
+        targets = tokens[:, 1:].clone()
+        targets[:, : pair.n_prefix - 1] = IGNORE
+        hi = torch.arange(1, tokens.shape[1])
+        hi = hi.clamp(min=pair.n_prefix) if attention == "prefix" else hi
+        alone.append((tokens[:, :-1], targets, {"lo": torch.zeros_like(hi)[None].int(), "hi": hi[None].int()}))
+    loss, expected = gradients(alone)
+    packed_loss, got = gradients([(batch.inputs, batch.targets, batch.layout)])
+    assert packed_loss == pytest.approx(loss, abs=1e-12)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+
+
+# Batches
+
+
+def test_every_example_is_seen_once_an_epoch_and_ranks_share_a_step():
+    pairs = pairs_of(sums(30), 1)
+
+    def made(rank=0, n_ranks=1, seed=5):
+        return TaskBatches(pairs, 8, P, "causal", seed, rank, n_ranks)
+
+    def documents(batch):
+        return [row.tolist() for row in torch.tensor_split(batch.inputs[0], batch.ends[:-1])]
+
+    seen = [document for step in range(15) for document in documents(made()[step])]
+    every = sorted(pair.tokens[:-1].tolist() for pair in pairs)
+    epochs = [seen[i * 30 : (i + 1) * 30] for i in range(4)]
+    assert all(sorted(epoch) == every for epoch in epochs) and epochs[0] != epochs[1]
+    for step in (3, 0, 11):
+        shares = [documents(made(rank, 4)[step]) for rank in range(4)]
+        assert sum(shares, []) == documents(made()[step]) and [len(share) for share in shares] == 4 * [2]
+        assert documents(made(seed=6)[step]) != documents(made()[step])
+        assert made().n_tokens(step) == sum(made()[s].inputs.numel() for s in range(step))
+
+
+def test_validation_is_spread_evenly_and_shared_out():
+    pairs = pairs_of(sums(30), 1)
+    assert evenly(4, 10) == [0, 2, 5, 7] and evenly(10, 4) == [0, 1, 2, 3]
+    whole = list(task_validation_batches(pairs, 10, 4, P, "causal", 0, 1))
+    assert [len(batch.ends) for batch in whole] == [4, 4, 2]
+    shares = [batch for rank in range(3) for batch in task_validation_batches(pairs, 10, 4, P, "causal", rank, 3)]
+    assert sum(batch.n_live for batch in shares) == sum(batch.n_live for batch in whole)
+
+
+def write(folder, n=40, split="train", text=lambda i: (f"what is {i} and {2 * i}", f"it is\n#### {3 * i}")):
+    folder.mkdir(exist_ok=True)
+    with gzip.open(folder / f"gsm8k_{split}.jsonl.gz", "wt") as file:
+        for i in range(n):
+            file.write(json.dumps(dict(zip(("question", "answer"), text(i)))) + "\n")
+    return folder
+
+
+def test_what_is_cut_and_left_out_is_told(tmp_path):
+    def text(i):
+        return ("q" * (500 if i % 10 == 0 else 20) + str(i), ("why " * (100 if i % 10 == 1 else 1)) + f"#### {i}")
+
+    config = Config(task="gsm8k", data_dir=str(write(tmp_path, 100, text=text)), block_size=128, pauses=3)
+    pairs, said = load_pairs(config, "train", BYTES)
+    n_cut = sum(pair.n_cut > 0 for pair in pairs)
+    assert max(len(pair.tokens) for pair in pairs) == 128 and 5 <= n_cut <= 10
+    assert f"; {n_cut} prefixes are cut from the left to fit 128 tokens; " in said
+    assert "examples are left out, whose target alone is too long" in said
+    with pytest.raises(UserError, match="fit into block_size=8 tokens: raise --block_size or lower --pauses"):
+        load_pairs(replace(config, block_size=8), "train", BYTES)
+
+
+def test_a_choice_is_trained_on_the_gold_text(tmp_path):
+    row = {"goal": "open it", "sol1": "push the lid", "sol2": "eat it", "label": 1}
+    (found,) = get_task("piqa").examples(row)
+    pair = encode(found, BYTES, 128, 1)
+    assert BYTES.decode(pair.tokens.tolist()).endswith("Answer:<|pause|> eat it<|endoftext|>")
+
+
+# What learns, and what is kept
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("trainable", ["pause", "embeddings"])
+def test_what_is_frozen_stays(trainable, tied):
+    torch.manual_seed(0)
+    model = GPT(replace(SMALL_GPT, tied=tied, position="learned"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = Config(optimizer="adamw", trainable=trainable, weight_decay=0.1, learning_rate=0.01)
+    set_trainable(model, trainable, P)
+    optimizers = make_optimizers(model, config)
+    batch = pack(pairs_of(sums(8), 2), P, "causal")
+    for _ in range(3):
+        model(batch.inputs, batch.targets, **batch.layout).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    if trainable == "pause":
+        assert changed == {"token_embedding.weight"}
+        rows = (model.token_embedding.weight != before["token_embedding.weight"]).any(1).nonzero()[:, 0]
+        assert rows.tolist() == [P]
+    else:
+        assert changed == {"token_embedding.weight", "position_embedding.weight"}
+
+
+def test_the_best_checkpoint_is_kept_and_found(tmp_path):
+    model, config = GPT(SMALL_GPT), Config(n_layer=2, n_embd=32, n_head=2, block_size=64, zero_init=False)
+    optimizers = make_optimizers(model, config)
+    for step in range(1, 6):
+        with torch.no_grad():
+            model.norm.weight.fill_(step)
+        checkpoint.save(tmp_path, step, model, optimizers, config, best=step == 2)
+    assert sorted(path.name[-1] for path in tmp_path.glob("step_*")) == ["2", "4", "5"]
+    for path, step in (("", 5), ("best", 2), ("latest", 5), ("step_00000004", 4)):
+        loaded, tokenizer, state = hub.load(tmp_path / path)
+        assert state["step"] == loaded.norm.weight[0] == step and tokenizer.name == "bytes"
+    (tmp_path / "step_00000002" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="step_00000002 is damaged .*: use another of"):
+        hub.load(tmp_path / "best")
+    (tmp_path / "best").unlink()
+    with pytest.raises(UserError, match="has no best checkpoint, as only finetuning marks one"):
+        hub.load(tmp_path / "best")
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["--pauses=10"], "add --task=gsm8k"),
+        (["--task=gsm8k", "--pause_rate=0.1"], "pause_rate=0.1 is for pretraining"),
+        (["--block_size=0"], "name one with --init_from"),
+        (["--task=gsm8k", "--pauses=-1"], "pauses=-1 must be at least 0"),
+    ],
+)
+def test_settings_that_do_not_fit(args, text):
+    with pytest.raises(UserError, match=text):
+        load_config(args)
+
+
+TABLE = {  # Goyal et al. 2023: learning rate, warmup, steps, batch; of the 1B model, and of the 130M
+    "squad": ((1e-4, 100, 10_000, 256), (1e-4, 400, 40_000, 16)),
+    "gsm8k": ((1e-4, 200, 20_000, 16), (1e-4, 75, 7500, 16)),
+    "hellaswag": ((5e-6, 100, 1000, 16), (1e-6, 100, 1000, 16)),
+    "piqa": ((1e-6, 50, 600, 32), (1e-6, 50, 600, 32)),
+    "coqa": ((5e-5, 75, 3500, 16), (1e-4, 75, 3500, 16)),
+    "csqa": ((5e-5, 100, 4000, 16), (5e-5, 100, 6000, 16)),
+    "lambada": ((5e-5, 40, 2800, 16), (5e-5, 40, 1400, 16)),
+    "webq": ((5e-4, 200, 2000, 16), (5e-4, 200, 2000, 16)),
+    "nq": ((1e-4, 100, 5000, 256), (5e-4, 100, 5000, 256)),
+}
+
+
+@pytest.mark.parametrize("task", TABLE)
+def test_configs_of_the_paper(task):
+    for size, expected in zip(("1b", "130m"), TABLE[task]):
+        args = ["config/finetune.py", f"config/tasks/{task}_{size}.py", "--init_from=out/pause"]
+        config = load_config([str(ROOT / arg) if arg.endswith(".py") else arg for arg in args])
+        got = config.learning_rate, config.warmup_steps, config.max_steps, config.batch_size
+        assert (config.task, got) == (task, expected)
+        assert (config.optimizer, config.pauses, config.out_dir) == ("adamw", 10, f"out/{task}")
+
+
+# train.py
+
+
+def finetune(train, out, *args, **options):
+    return train(out, *SMALL, "--task=gsm8k", *args, **options)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("tasks"))
+
+
+def test_two_processes_or_micro_batches_give_the_losses_of_one(train, data_dir, tmp_path):
+    args = (f"--data_dir={data_dir}", "--pauses=2", "--attention=prefix", "--max_steps=12")
+    finetune(train, tmp_path / "one", *args)
+    finetune(train, tmp_path / "two", *args, launcher=TORCHRUN)
+    finetune(train, tmp_path / "parts", *args, "--micro_batch_size=3")
+    for other in ("two", "parts"):
+        assert losses_differ(tmp_path / "one", tmp_path / other) <= 1e-5
+        for mine, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / other)):
+            assert all(mine[key] == theirs[key] for key in ("tokens", "pause_share"))
+
+
+def test_resume_is_exact_and_keeps_the_best(train, data_dir, tmp_path):
+    args = (f"--data_dir={data_dir}", "--pauses=2", "--eval_interval=3", "--checkpoint_interval=4")
+    finetune(train, tmp_path / "whole", *args, "--max_steps=20")
+    finetune(train, tmp_path / "stopped", *args, "--max_steps=20", "--learning_rate=0.003", "--decay=linear")
+    out = tmp_path / "stopped"  # goes back to an earlier checkpoint, as after a kill
+    kept = sorted(out.glob("step_*"))[:-1]
+    (out / "latest").write_text(kept[-1].name)
+    for folder in set(out.glob("step_*")) - set(kept):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    (out / "best").write_text(kept[-1].name)
+    ended = finetune(train, out, *args, "--max_steps=20", "--resume")
+    assert f"from step {int(kept[-1].name[5:])}" in ended.stdout
+    assert weights(out) == weights(tmp_path / "whole")
+    same = lambda row: {key: row[key] for key in row if key not in ("tokens_per_second", "mfu")}  # noqa: E731
+    assert list(map(same, rows(out))) == list(map(same, rows(tmp_path / "whole")))
+    lowest = min((row for row in rows(out) if "val_loss" in row), key=lambda row: row["val_loss"])
+    for run in ("whole", "stopped"):
+        assert (tmp_path / run / "best").read_text() == f"step_{lowest['step']:08d}"
+        assert hub.load(tmp_path / run / "best")[2]["step"] == lowest["step"]
+    sentence(finetune(train, out, *args, "--pauses=3", "--resume", check=False), "was made with pauses=2, not 3")
+
+
+def test_a_model_without_pauses_gets_the_mean_embedding(train, data_dir, tmp_path):
+    def pause_rows(folder):
+        tensors = load_file(next((tmp_path / folder).glob("step_*")) / "model.safetensors")
+        return {key: tensors[f"{key}.weight"] for key in ("token_embedding", "head")}
+
+    train(tmp_path / "std", "--block_size=128", "--max_steps=3")
+    train(tmp_path / "pre", "config/pause.py", "--block_size=128", "--max_steps=3")
+    args = (f"--data_dir={data_dir}", "--max_steps=1", "--learning_rate=0", "--block_size=0")
+    said = "has not seen a pause: the pause's row begins as the mean embedding"
+    for folder, init, pauses, told in [
+        ("std-pause", "std", 2, True),
+        ("pre-std", "pre", 0, False),
+        ("pre-std-pause", "pre-std", 2, False),
+    ]:
+        ended = finetune(train, tmp_path / folder, *args, f"--init_from={tmp_path / init}", f"--pauses={pauses}")
+        assert (said in ended.stdout) == told, folder
+        for name, table in pause_rows(folder).items():
+            expected = table[:P].astype(np.float64).mean(0) if told else pause_rows(init)[name][P]
+            np.testing.assert_allclose(table[P], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+def test_a_task_from_its_file_to_an_answer(train, data_dir, tmp_path, attention):
+    out = tmp_path / "run"
+    args = (f"--data_dir={data_dir}", "--pauses=10", f"--attention={attention}", "--trainable=all")
+    ended = finetune(train, out, *args, "--max_steps=10", "--eval_interval=5")
+    assert "gsm8k, train: " in ended.stdout and "held out: gsm8k, validation: " in ended.stdout
+    assert "10 pauses (pause_position append), target; attention " + attention in ended.stdout
+    last = rows(out)[-1]
+    assert last["loss"] < rows(out)[0]["loss"] and last["tokens"] == sum_of_tokens(data_dir, 10, 10)
+    assert 0.1 < last["pause_share"] < 0.3 and (out / "loss.png").exists() and (out / "best").exists()
+
+
+def sum_of_tokens(data_dir, pauses, steps):
+    config = Config(task="gsm8k", data_dir=str(data_dir), pauses=pauses, block_size=128)
+    pairs, _ = load_pairs(config, "train", BYTES)
+    return TaskBatches(pairs, 4, P, "causal", 1337, 0, 1).n_tokens(steps)
+
+
+@pytest.mark.parametrize(
+    "line, args, text",
+    [
+        ('{"question": "how"}', [], "gsm8k_train.jsonl, line 1: the field 'answer' is missing; mend"),
+        ("{", [], "gsm8k_train.jsonl, line 1: not JSON"),
+        ("", [], "has no example for train"),
+        ('{"question": "how", "answer": "so #### 1"}', ["--task=gsm9k"], "task 'gsm9k' is not known: did you mean"),
+        ('{"question": "how", "answer": "so #### 1"}', ["--data_dir=nowhere"], "data_dir nowhere is not a folder"),
+        ('{"question": "how", "answer": "so #### 1"}', ["--task=piqa"], "has no piqa_train.jsonl"),
+    ],
+)
+def test_bad_data_is_one_sentence(train, tmp_path, line, args, text):
+    (tmp_path / "gsm8k_train.jsonl").write_text(line + "\n")
+    ended = finetune(train, tmp_path / "run", f"--data_dir={tmp_path}", *args, check=False)
+    sentence(ended, text)
+    assert not (tmp_path / "run").exists()
+
+
+# It learns
+
+
+@pytest.mark.parametrize("pauses, attention", [(0, "causal"), (10, "causal"), (10, "prefix")])
+def test_what_it_has_learned_by_heart_it_says(pauses, attention):
+    """32 examples of CommonsenseQA's kind, greedily through the engine, which counts its pauses itself."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    words = "river lamp paper stone bread cloud spoon field".split()
+    examples = []
+    for i in range(32):
+        choices = rng.permutation(words)[:5].tolist()
+        row = {"question": f"which {i}?", "choices": choices, "label": int(rng.integers(5))}
+        examples += get_task("csqa").examples(row)
+    pairs = [encode(example, BYTES, 128, pauses) for example in examples]
+    model = GPT(GPTConfig(n_layer=2, n_embd=64, n_head=4, block_size=128))
+    config = Config(learning_rate=0.01, max_steps=50, warmup_steps=0)
+    optimizers = make_optimizers(model, config)
+    batches = TaskBatches(pairs, 32, P, attention, 0, 0, 1)
+    engine_options = {"max_new_tokens": 16, "temperature": 0.0, "attention": attention}
+    for step in range(config.max_steps):
+        set_learning_rates(optimizers, step, config)
+        batch = batches[step]
+        loss = model(batch.inputs, batch.targets, **batch.layout)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    engine = Engine(model.eval(), BYTES, max_batch=8)
+    answers = engine.generate([example.prefix for example in examples], pauses, **engine_options)
+    right = sum(answer.text == example.target for answer, example in zip(answers, examples))
+    assert right == len(examples), f"{right} of {len(examples)}, loss {loss.item():.3f}"
+    assert all(answer.end == "eot" for answer in answers)
