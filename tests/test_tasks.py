@@ -25,6 +25,7 @@ from nanopause.tasks.metrics import (
     normalise,
     number,
     rouge1,
+    same_letter,
     same_number,
     same_word,
 )
@@ -172,6 +173,18 @@ ANSWERS = {"text": ["Paris", "in Paris"], "answer_start": [3, 0]}
 CHOICES = {"label": ["A", "B"], "text": ["bank", "new york"]}
 
 
+AQUA = {"question": "Half of 10? ", "options": ["A)4", "B) 5", "C)A) or B)", "D)", "E)6"],
+        "rationale": "10/2 = 5\nAnswer : B ", "correct": "B"}  # fmt: skip
+HALF = "Question: Half of 10?\n(A) 4\n(B) 5\n(C) A) or B)\n(D) \n(E) 6\nAnswer:"
+MBPP = {"text": "Write a function to add.", "code": "def add(a, b):\r\n\treturn a + b ", "task_id": 11,
+        "test_setup_code": "x = 1\r\n", "test_list": ["assert add(x, 2) == 3 ", "assert add(x, 0) == 1"],
+        "challenge_test_list": []}  # fmt: skip
+ADD = (
+    "You are an expert Python programmer, and here is your task: Write a function to add. Your code should pass these "
+    "tests:\n\nassert add(x, 2) == 3\nassert add(x, 0) == 1\n[BEGIN]"
+)
+
+
 @pytest.mark.parametrize(
     "name, row, expected",
     [
@@ -219,6 +232,10 @@ CHOICES = {"label": ["A", "B"], "text": ["bank", "new york"]}
          [Example("Question: who\nAnswer:", " Carroll O'Connor", ("Carroll O'Connor", "Jean Stapleton"))]),
         ("nq", {"question": "who", "answer": "[`` Uma Thurman '']"},
          [Example("Question: who\nAnswer:", " Uma Thurman", ("Uma Thurman",))]),
+        ("aqua", AQUA, [Example(HALF, " 10/2 = 5\nAnswer : B\nThe answer is (B).", ("B",))]),
+        ("aqua", {**AQUA, "rationale": " "}, [Example(HALF, " The answer is (B).", ("B",))]),
+        ("mbpp", MBPP, [Example(ADD, "\ndef add(a, b):\n\treturn a + b", ("def add(a, b):\n\treturn a + b",),
+                                tests="x = 1\nassert add(x, 2) == 3\nassert add(x, 0) == 1")]),
     ],
 )  # fmt: skip
 def test_prefix_and_target(name, row, expected):
@@ -236,7 +253,52 @@ def test_reading_and_scoring():
     primary = {name: next(iter(task.metrics)) for name, task in TASKS.items()}
     assert primary == {"gsm8k": "accuracy", "squad": "exact_match", "coqa": "f1", "csqa": "exact_match",
                        "piqa": "accuracy", "hellaswag": "accuracy", "lambada": "exact_match", "webq": "exact_match",
-                       "nq": "exact_match"}  # fmt: skip
+                       "nq": "exact_match", "aqua": "accuracy", "mbpp": "pass@1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        (" 10/2 = 5\nThe answer is (B).", "B"),
+        ("The answer is (A). No, wait.\nThe answer is (B)", "B"),
+        ("Answer: B", ""),
+        ("The answer is B.", ""),  # not the closing form: A could be an article
+        ("The answer is (b).", ""),
+        ("The answer is (", ""),
+        ("", ""),
+    ],
+)
+def test_the_letter_in_the_closing_form(text, letter):
+    assert TASKS["aqua"].read(text) == letter
+    assert same_letter(letter, ("B",)) == (letter == "B") and same_letter(letter, ("A",)) == 0
+
+
+def test_the_program_before_done():
+    read = TASKS["mbpp"].read
+    assert read("\ndef f():\n    pass\n[DONE]\nNext") == read("\ndef f():\n    pass\n") == "def f():\n    pass"
+
+
+def test_one_file_has_all_splits(tmp_path):
+    """As the authors publish it: prompts 1 to 10, test to 510, validation to 600, training to 974."""
+    mbpp = TASKS["mbpp"]
+    rows = [{**MBPP, "text": f"Problem {i}.", "task_id": i} for i in (1, 10, 11, 510, 511, 600, 601, 974)]
+    write(tmp_path / "mbpp.jsonl.gz", rows)
+    found = {split: keys(mbpp, split, tmp_path) for split in ("train", "validation", "test")}
+    wanted = {"train": (601, 974), "validation": (511, 600), "test": (11, 510)}
+    for split, ids in wanted.items():
+        assert [re.search(r"Problem (\d+)", prefix)[1] for prefix in found[split]] == [str(i) for i in ids]
+    assert len(load(mbpp, "test", tmp_path, limit=1)[0]) == 1
+    with pytest.raises(UserError, match="mbpp.jsonl.gz, line 2: .* 'task_id' must be a number from 1 and is '2'"):
+        write(tmp_path / "mbpp.jsonl.gz", [MBPP, {**MBPP, "task_id": "2"}])
+        load(mbpp, "test", tmp_path)
+    write(tmp_path / "mbpp_test.jsonl", [{**MBPP, "task_id": 900}])
+    with pytest.raises(UserError, match="mbpp.jsonl.gz and mbpp_test.jsonl, which are both mbpp's test split"):
+        load(mbpp, "test", tmp_path)
+    (tmp_path / "mbpp.jsonl.gz").unlink()
+    assert len(keys(mbpp, "test", tmp_path)) == 1  # a file of one split has that split, whatever the numbers
+    write(tmp_path / "gsm8k.jsonl", sums(1))
+    with pytest.raises(UserError, match="has no gsm8k_test.jsonl"):
+        load(TASKS["gsm8k"], "test", tmp_path)
 
 
 def test_unknown_task_names_the_nearest():
@@ -389,6 +451,8 @@ GOOD = {
     "lambada": {"text": "two words"},
     "webq": {"question": "q", "answer": ["a"]},
     "nq": {"question": "q", "answer": ["a"]},
+    "aqua": AQUA,
+    "mbpp": MBPP,
 }
 
 
@@ -418,6 +482,13 @@ GOOD = {
         ("lambada", {"text": "alone"}, "the field 'text' has only one word"),
         ("lambada", {"text": "he said ..."}, "ends in '...', which is no word"),
         ("nq", {"answer": "[]"}, "the field 'answer' has an empty text"),
+        ("aqua", {"correct": "F"}, "'correct' must be one of A, B, C, D, E and is 'F'"),
+        ("aqua", {"correct": "AB"}, "'correct' must be one of A, B, C, D, E and is 'AB'"),
+        ("aqua", {"options": []}, "the field 'options' has no text"),
+        ("aqua", {"rationale": None}, "the field 'rationale' is missing"),
+        ("mbpp", {"code": " "}, "the field 'code' is empty"),
+        ("mbpp", {"test_list": []}, "the field 'test_list' has no text"),
+        ("mbpp", {"test_setup_code": None}, "the field 'test_setup_code' is missing"),
     ],
 )  # fmt: skip
 def test_bad_rows_name_their_line(tmp_path, name, change, said):
@@ -499,6 +570,8 @@ def test_bad_folders(tmp_path):
         ("lambada", {"text": "two words"}, ("EleutherAI/lambada_openai", "default", "test")),
         ("webq", {"question": "q", "answers": ["a"]}, ("stanfordnlp/web_questions", None, "test")),
         ("nq", GOOD["nq"], ("google-research-datasets/nq_open", None, "validation")),
+        ("aqua", AQUA, ("deepmind/aqua_rat", "raw", "test")),
+        ("mbpp", MBPP, ("google-research-datasets/mbpp", "full", "test")),
     ],
 )
 def test_the_hub(monkeypatch, name, row, call):
@@ -542,17 +615,21 @@ def test_the_hub_needs_datasets(monkeypatch):
 SIZES = {  # of train with validation, and test; coqa and lambada have one file
     "gsm8k": (7473, 1319), "squad": (8152, 1000), "coqa": (6347, 1636), "csqa": (9741, 1221), "piqa": (16113, 1838),
     "hellaswag": (39905, 10042), "lambada": (4115, 1038), "webq": (3778, 2032), "nq": (8757, 3610),
+    "aqua": (254, 254), "mbpp": (374 + 90, 500),
 }  # fmt: skip
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}; NANOPAUSE_DATA names another folder")
 @pytest.mark.parametrize("name", TASKS)
 def test_real_files(name):
-    """Every row parses, and a right answer scores 1."""
+    """Every row parses, and a right answer scores 1; programs are run in test_sandbox.py."""
     task, tokenizer = TASKS[name], load_tokenizer("gpt2")
-    train, validation, test = (load(task, split, REAL)[0] for split in ("train", "validation", "test"))
+    splits = ("validation", "test") if name == "aqua" else ("train", "validation", "test")
+    *train, validation, test = (load(task, split, REAL)[0] for split in splits)
+    train = [example for part in train for example in part]
     assert (len(train) + len(validation), len(test)) == SIZES[name]
-    assert len(validation) == pytest.approx(0.05 * SIZES[name][0], rel=0.25)
+    if "validation" not in task.splits:
+        assert len(validation) == pytest.approx(0.05 * SIZES[name][0], rel=0.25)
     for i, example in enumerate(train + validation + test):
         assert example.prefix == example.prefix.rstrip() and example.target[0].isspace() and example.target.strip()
         if example.choices is None:
@@ -561,7 +638,7 @@ def test_real_files(name):
         else:
             answer = [float(j == example.label) for j in range(len(example.choices))]
             assert example.target == example.choices[example.label]
-        if name != "coqa":  # where people disagree, none of them scores 1
+        if name not in ("coqa", "mbpp"):  # where people disagree, none of them scores 1
             assert next(iter(task.score(answer, example).values())) == 1
         if i % 50 == 0:
             joined = tokenizer.encode(example.prefix + example.target)

@@ -3,11 +3,13 @@
 from difflib import get_close_matches
 
 from nanopause.errors import UserError
+from nanopause.tasks.aqua import AQUA
 from nanopause.tasks.coqa import COQA
 from nanopause.tasks.csqa import CSQA
 from nanopause.tasks.gsm8k import GSM8K
 from nanopause.tasks.hellaswag import HELLASWAG
 from nanopause.tasks.lambada import LAMBADA
+from nanopause.tasks.mbpp import MBPP
 from nanopause.tasks.nq import NQ
 from nanopause.tasks.piqa import PIQA
 from nanopause.tasks.rows import load
@@ -17,7 +19,7 @@ from nanopause.tasks.webq import WEBQ
 
 __all__ = ["TASKS", "Example", "Task", "get_task", "load"]
 
-TASKS = {task.name: task for task in (GSM8K, SQUAD, COQA, CSQA, PIQA, HELLASWAG, LAMBADA, WEBQ, NQ)}
+TASKS = {task.name: task for task in (GSM8K, SQUAD, COQA, CSQA, PIQA, HELLASWAG, LAMBADA, WEBQ, NQ, AQUA, MBPP)}
 
 
 def get_task(name: str) -> Task:

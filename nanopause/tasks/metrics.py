@@ -5,8 +5,11 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from functools import cache
+from math import comb
 
+from nanopause import sandbox
 from nanopause.errors import UserError
 
 TextMetric = Callable[[str, tuple[str, ...]], float]
@@ -107,3 +110,21 @@ def choice(log_likelihoods: Sequence[float], choices: tuple[str, ...], label: in
 def choice_per_character(log_likelihoods: Sequence[float], choices: tuple[str, ...], label: int) -> float:
     """1 if the right choice is the likeliest per character: `acc_norm` of lm-evaluation-harness."""
     return choice([value / len(text.strip()) for value, text in zip(log_likelihoods, choices)], choices, label)
+
+
+def same_letter(answer: str, references: tuple[str, ...]) -> float:
+    """1 if the letter of a choice is the reference's; no letter is wrong."""
+    return float(answer in references)
+
+
+def passes(program: str, tests: str) -> float:
+    """1 if a program runs through and its tests do after it, in nanopause.sandbox."""
+    return float(sandbox.run(program, tests).ok)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that one of k programs passes, of which n were sampled and c passed: 1 − C(n−c, k) / C(n, k), which is
+    unbiased [Chen et al. 2021, section 2.1]. Raises ValueError unless 0 ≤ c ≤ n and 1 ≤ k ≤ n."""
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, and n={n}, c={c}, k={k}")
+    return float(1 - Fraction(comb(n - c, k), comb(n, k)))

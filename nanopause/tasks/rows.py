@@ -45,14 +45,17 @@ def load(
         has = ", ".join(sorted(path.name for path in Path(data_dir).iterdir())) or "nothing"
         raise UserError(f"{data_dir} has no {wanted}, which {split} needs, only {has}")
     if data_dir is None:
-        name = f"{task.hub}, split {sources[source]}"
+        name, split_of = f"{task.hub}, split {sources[source]}", None
         rows = _hub_rows(task, sources[source])
     else:
         name = str(sources[source])
         rows = _file_rows(sources[source])
+        split_of = task.split_of if sources[source].name.startswith(f"{task.stem or task.name}.") else None
     examples = []
     for where, row in rows:
         try:
+            if split_of and split_of(row) != source:
+                continue
             found, document = task.examples(row), text(row, task.document)
         except BadRow as error:
             raise UserError(f"{where}: {error}; mend or delete that row") from None
@@ -86,12 +89,15 @@ def _part(task: Task, split: str, sources: set[str]) -> tuple[str, float, float]
 
 
 def _files(task: Task, folder: Path) -> dict[str, Path]:
-    """The file of each split that the folder has."""
+    """The file of each split that the folder has; the same one for all, where the task's rows say their split."""
     if not folder.is_dir():
         raise UserError(f"data_dir {folder} is not a folder")
     files = {}
     for split, name in task.splits.items():
-        pattern = rf"{re.escape(task.stem or task.name)}[-_]({NAMES[name]})(?![a-z]).*\.jsonl(\.gz|\.xz|\.zst)?"
+        stem, ending = re.escape(task.stem or task.name), r"\.jsonl(\.gz|\.xz|\.zst)?"
+        pattern = rf"{stem}[-_]({NAMES[name]})(?![a-z]).*{ending}"
+        if task.split_of:
+            pattern += rf"|{stem}{ending}"
         found = sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
         if len(found) > 1:
             names = " and ".join(path.name for path in found)

@@ -1,9 +1,10 @@
 """What a task is: how a row becomes prefix and target, how an answer is read, how it is scored."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as short
 
+from nanopause import sandbox
 from nanopause.errors import UserError
 
 Row = dict[str, object]
@@ -15,7 +16,8 @@ class Example:
 
     The prefix does not end in white space and the target begins with it, so that their tokens are those of the joined
     text. references: every accepted answer, as `Task.read` gives it. choices: the candidate targets of a task that is
-    scored by their likelihood, `target` being choices[label]; None where the answer is generated.
+    scored by their likelihood, `target` being choices[label]; None where the answer is generated. tests: a program that
+    an answer that is one must pass; None where answers are text.
     """
 
     prefix: str
@@ -23,6 +25,7 @@ class Example:
     references: tuple[str, ...]
     choices: tuple[str, ...] | None = None
     label: int | None = None
+    tests: str | None = None
 
 
 def first_line(text: str) -> str:
@@ -43,7 +46,8 @@ class Task:
     examples: Callable[[Row], list[Example]]
     """A row of the hub or of a local file to its examples. Raises BadRow."""
     metrics: dict[str, Callable[..., float]]
-    """Name to function of (answer, references), or of (log-likelihoods, choices, label); the primary one first."""
+    """Name to function of (answer, references), of (log-likelihoods, choices, label) or of (program, tests); the
+    primary one first."""
     document: str = "question"
     """The field whose text decides, by a hash, the part that a row falls into where one split is cut into two."""
     config: str | None = None
@@ -55,10 +59,31 @@ class Task:
     """Enough for the answer in tokens of GPT-2; 0: nothing is generated, choices are scored."""
     cut_test: bool = False
     """Train on 80 % of the test split where there is no training split, and test on the rest."""
+    split_of: Callable[[Row], str] | None = None
+    """The split of a row, where one local file without a split in its name has them all. Raises BadRow."""
+    executes_code: bool = False
+    """Scoring runs answers as programs; see `permitted`."""
+    code_allowed: bool = False
+
+    def permitted(self, allow_code_execution: bool) -> "Task":
+        """The task, with the user's leave to run what a model wrote. Raises UserError where it needs that and has none,
+        or where programs cannot be isolated."""
+        if not self.executes_code:
+            return self
+        if not allow_code_execution:
+            raise UserError(f"{self.name} runs code that a model wrote: allow it by --allow_code_execution")
+        sandbox.check()
+        return replace(self, code_allowed=True)
 
     def score(self, answer: str | Sequence[float], example: Example) -> dict[str, float]:
-        """Every metric, 0 to 1, the primary one first. answer: what `read` gave, or each choice's log-likelihood."""
-        truth = (example.references,) if example.choices is None else (example.choices, example.label)
+        """Every metric, 0 to 1, the primary one first. answer: what `read` gave, or each choice's log-likelihood.
+        Raises UserError where that would run code and the task is not `permitted` to."""
+        if self.executes_code and not self.code_allowed:
+            self.permitted(False)
+        if example.tests is not None:
+            truth = (example.tests,)
+        else:
+            truth = (example.references,) if example.choices is None else (example.choices, example.label)
         return {name: metric(answer, *truth) for name, metric in self.metrics.items()}
 
 
