@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,12 +106,19 @@ def main():
         raise UserError(f"{out_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
 
     with Ticker(config.max_steps, enabled=processes.is_main) as ticker:
-        # Data. The default corpus prepares itself.
-        if config.init_from:
+        # A model that is there: the run's own, or one to start from.
+        found = checkpoint.find(out_dir, warn=ticker.say) if config.resume else None
+        if found and (init_from := checkpoint.read_state(found)["config"]["init_from"]):
+            model, tokenizer, _ = checkpoint.read_model(found, device)
+            config.init_from = config.init_from or init_from
+        elif config.init_from:
             model, tokenizer, _ = hub.load(config.init_from, device)
-            config = replace(config.shaped(model.config), tokenizer=tokenizer.name)
         else:
-            tokenizer = load_tokenizer(config.tokenizer)
+            model, tokenizer = None, load_tokenizer(config.tokenizer)
+        if model:
+            config = config.shaped(model.config, tokenizer)
+
+        # Data. The default corpus prepares itself.
         folder = DATA / config.dataset / tokenizer.name
         if config.dataset == "pydocs" and not folder.exists() and processes.is_main:
             prepare_pydocs(tokenizer.source)
@@ -122,17 +128,13 @@ def main():
             training, config.batch_size, config.pause_rate, config.seed, processes.rank, processes.count
         )
 
-        # Model and optimizers, new or from the newest intact checkpoint.
+        # A new model where there is none, and optimizers, as new or from the newest intact checkpoint.
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
-        if config.init_from:
-            model.train()
-        else:
-            model = GPT(config.gpt(tokenizer.vocab_size)).to(device)
+        model = model.train() if model else GPT(config.gpt(tokenizer.vocab_size)).to(device)
         optimizers = make_optimizers(model, config)
         start = 0
         if config.resume:
-            found = checkpoint.find(out_dir, warn=ticker.say)
             start = checkpoint.restore(found, model, optimizers, config, warn=ticker.say) if found else 0
             ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
         kernels.choose(None, device)  # says which
@@ -146,7 +148,7 @@ def main():
         peak, peak_source = flops.peak_flops(device, torch.bfloat16 if bfloat16 else torch.float32)
         processes.wait()
         log = metrics.Metrics(config, start) if processes.is_main else None
-        if isinstance(tokenizer, PretrainedTokenizer) and processes.is_main:
+        if isinstance(tokenizer, PretrainedTokenizer) and processes.is_main and not found:
             tokenizer.save(out_dir / "tokenizer")
         ticker.say(
             f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.n_layer} layers, "

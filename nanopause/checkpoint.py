@@ -129,7 +129,7 @@ def restore(
     if state["step"] > config.max_steps:
         raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
     fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
-    for key in sorted(fixed | {"dataset", "tokenizer", "batch_size", "optimizer", "seed"}):
+    for key in sorted(fixed | {"init_from", "dataset", "tokenizer", "batch_size", "optimizer", "seed"}):
         then, now = state["config"][key], getattr(config, key)
         if then != now:
             raise UserError(f"{folder} was made with {key}={then}, not {now}: resume with --{key}={then}, "
@@ -152,8 +152,12 @@ def load(out_dir: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
     if folder is None:
         raise UserError(f"{out_dir} holds no checkpoint: train one with `python train.py config/pause.py`, "
                         f"or name another --out_dir")  # fmt: skip
-    state = read_state(folder)
-    own = out_dir / "tokenizer"
+    return read_model(folder, device)
+
+
+def read_model(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
+    """The same of one checkpoint, which `find` gave."""
+    state, own = read_state(folder), folder.parent / "tokenizer"
     tokenizer = load_tokenizer(str(own) if own.is_dir() else state["config"]["tokenizer"])
     model = GPT(GPTConfig(**state["model"]))
     safetensors.torch.load_model(model, str(folder / "model.safetensors"), device=str(device))

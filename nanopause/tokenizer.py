@@ -34,7 +34,8 @@ class Tokenizer:
     token_bytes: int64 [vocab_size], the UTF-8 bytes an id stands for; 0 for eot, pause and padding.
     bos_id: the id that stands before every text, or None. begin_id: what a text without one begins after: eot_id, or
     the beginning that the tokenizer has and does not set. end_ids: the ids that end a text, eot_id among them. source:
-    what load_tokenizer finds it by. sha256: of all that decides which ids a text gets.
+    what load_tokenizer finds it by. sha256: of all that decides which ids a text gets. generation: what its
+    generation_config.json has, or {}.
     """
 
     bos_id: int | None = None
@@ -43,7 +44,7 @@ class Tokenizer:
         self.name = self.source = name
         self.eot_id = self.begin_id = len(ranks)
         self.pause_id = self.eot_id + 1
-        self.end_ids = [self.eot_id]
+        self.end_ids, self.generation = [self.eot_id], {}
         self.vocab_size = vocab_size or self.pause_id + 1
         self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in ranks.items():
@@ -94,7 +95,6 @@ class PretrainedTokenizer(Tokenizer):
     """A tokenizer of transformers, with the pause as the id after its last; or as it has it, after `hub.export`.
 
     vocab_size: rows of the model's table; where they do not reach the pause, its vocab_size is the next multiple of 64.
-    generation: its generation_config.json, whose eos_token_id may name several ends.
 
     A text is encoded without the ids that it would begin or end with there: bos_id is for the caller. An id stands for
     the same bytes wherever it is.

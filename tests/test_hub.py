@@ -51,8 +51,8 @@ def byte_tokenizer():
 
 def llama(kind="Llama", **options):
     shape = dict(vocab_size=257, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6,
-                 num_key_value_heads=2, max_position_embeddings=N, rms_norm_eps=1e-6,
-                 tie_word_embeddings=False)  # fmt: skip
+                 num_key_value_heads=2, max_position_embeddings=N, rms_norm_eps=1e-6, tie_word_embeddings=False,
+                 bos_token_id=256, eos_token_id=256)  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**shape | options)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
@@ -65,11 +65,13 @@ LLAMA3 = scaled("llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_f
                 original_max_position_embeddings=64)  # fmt: skip
 FAMILIES = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=257, n_positions=N, n_embd=48, n_layer=2, n_head=6)
+        transformers.GPT2Config(vocab_size=257, n_positions=N, n_embd=48, n_layer=2, n_head=6, bos_token_id=256,
+                                eos_token_id=256)
     ),
     "gpt2-untied": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=300, n_positions=N, n_embd=48, n_layer=2, n_head=6, n_inner=80,
-                                layer_norm_epsilon=1e-6, tie_word_embeddings=False)
+                                layer_norm_epsilon=1e-6, tie_word_embeddings=False, bos_token_id=256,
+                                eos_token_id=256)
     ),
     "llama": lambda: llama(),
     "llama-tied": lambda: llama(tie_word_embeddings=True, **scaled("default", 100000.0)),
@@ -83,6 +85,7 @@ FAMILIES = {
 
 def original(kind):
     """A model of transformers with every parameter moved from its neutral value."""
+    torch.manual_seed(0)
     generator, theirs = torch.Generator().manual_seed(0), FAMILIES[kind]().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
