@@ -25,7 +25,7 @@ class WithoutPauses(BaseStreamer):
 
 
 def generate(
-    *args, model, pauses=10, inputs=None, input_ids=None, attention_mask=None, generation_config=None, streamer=None,
+    *args, model, pauses=0, inputs=None, input_ids=None, attention_mask=None, generation_config=None, streamer=None,
     **options,
 ):  # fmt: skip
     """What `generate` returns, with `pauses` pauses after the prompts [Goyal et al. 2023, Algorithm 3], which are read
@@ -34,9 +34,11 @@ def generate(
     prompts = args[0] if args else inputs if input_ids is None else input_ids
     if prompts is None:
         raise ValueError("generation with pauses needs input_ids")
+    if isinstance(options.get("custom_generate"), str):
+        del options["custom_generate"]  # this file, where it is the model's generate already
     if not (isinstance(pauses, int) and pauses >= 0):
         raise ValueError(f"pauses={pauses!r} must be 0 or more")
-    for key in ("inputs_embeds", "position_ids", "past_key_values"):
+    for key in ("inputs_embeds", "position_ids", "token_type_ids", "past_key_values"):
         if options.get(key) is not None:
             raise ValueError(f"generation with pauses takes no {key}: give whole prompts as input_ids")
     pause_id = model.config.pause_token_id

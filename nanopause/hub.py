@@ -30,6 +30,7 @@ from nanopause.tokenizer import PAUSE, PretrainedTokenizer, Tokenizer, pretraine
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
 CHUNK_ELEMENTS = 1 << 20  # of a tensor in memory beside the model
+PROBE = "It's 12345, and\n\n  WE'LL see: ”naïve”…"  # what tokenizers cut in different ways
 COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # some files have them, and need not
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's first bytes, old and new
 
@@ -432,10 +433,14 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         # Under names that transformers 4 knows too.
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
         for name, content in (("tokenizer_config", settings), ("config", config), ("generation_config", generation)):
             (beside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        if needs("transformers", "hub").AutoTokenizer.from_pretrained(beside).encode(PROBE) != theirs.encode(PROBE):
+            raise UserError(f"transformers reads the tokenizer of a {config['model_type']} as that model's own, which gives "
+                            f"other ids than {tokenizer.name}: train with qk_norm=True or qkv_bias=False")  # fmt: skip
         shutil.copy(Path(__file__).with_name("custom_generate.py"), beside / "custom_generate" / "generate.py")
-        (beside / "README.md").write_text(card(str(checkpoint), model, tokenizer, state))
+        (beside / "README.md").write_text(card(str(checkpoint), folder, model, tokenizer, state))
         hub.save_torch_state_dict(their_tensors(model), beside)
         for file in beside.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors leaves it to its owner alone
