@@ -437,7 +437,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         for name, content in (("tokenizer_config", settings), ("config", config), ("generation_config", generation)):
             (beside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
         if needs("transformers", "hub").AutoTokenizer.from_pretrained(beside).encode(PROBE) != theirs.encode(PROBE):
-            raise UserError(f"transformers reads the tokenizer of a {config['model_type']} as that model's own, which gives "
+            raise UserError(f"transformers reads the tokenizer of any {config['model_type']} as Qwen2's, which gives "
                             f"other ids than {tokenizer.name}: train with qk_norm=True or qkv_bias=False")  # fmt: skip
         shutil.copy(Path(__file__).with_name("custom_generate.py"), beside / "custom_generate" / "generate.py")
         (beside / "README.md").write_text(card(str(checkpoint), folder, model, tokenizer, state))
