@@ -351,14 +351,14 @@ for folder in sys.argv[1:]:
     said[folder] = {}
     for pauses in (0, 10):
         pausing = dict(custom_generate=folder, trust_remote_code=True, pauses=pauses) if pauses else {}
-        made = model.generate(**prompts, max_new_tokens=12, do_sample=False, **pausing)
-        assert made.shape[1] == prompts.input_ids.shape[1] + 12
+        made = model.generate(**prompts, max_new_tokens=6, do_sample=False, **pausing)
+        assert made.shape[1] == prompts.input_ids.shape[1] + 6
         said[folder][pauses] = made[:, prompts.input_ids.shape[1] :].tolist()
     again = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert again.generate(prompts.input_ids[:1], pauses=10, max_new_tokens=12, do_sample=False).shape == (1, 20)
-    twice = again.generate(**prompts, max_new_tokens=12, do_sample=False, **pausing)  # asked for twice, done once
+    assert again.generate(prompts.input_ids[:1], pauses=10, max_new_tokens=6, do_sample=False).shape == (1, 14)
+    twice = again.generate(**prompts, max_new_tokens=6, do_sample=False, **pausing)  # asked for twice, done once
     assert twice[:, prompts.input_ids.shape[1] :].tolist() == said[folder][10]
-    whole = again.generate(**prompts, pauses=10, max_length=20, do_sample=False, return_dict_in_generate=True)
+    whole = again.generate(**prompts, pauses=10, max_length=14, do_sample=False, return_dict_in_generate=True)
     assert whole.sequences[:, prompts.input_ids.shape[1] :].tolist() == said[folder][10]
     assert tokenizer.convert_tokens_to_ids("<|pause|>") == model.config.pause_token_id
 assert "nanopause" not in sys.modules
@@ -388,7 +388,7 @@ def test_an_export_needs_nothing_of_ours(tiny_corpus, tmp_path):
             close(model(tokens_of(2, 32, 256)), torch.load(folder / "logits.pt"))
         for pauses, texts in said[str(folder)].items():
             prompts = ["Return a", "The"]
-            made = Engine(model, tokenizer).generate(prompts, int(pauses), max_new_tokens=12, temperature=0)
+            made = Engine(model, tokenizer).generate(prompts, int(pauses), max_new_tokens=6, temperature=0)
             for generation, theirs in zip(made, texts):
                 assert [token.id for token in generation.tokens] == theirs[: len(generation.tokens)], (name, pauses)
         assert name.startswith("run") or said[str(folder)]["0"] != said[str(folder)]["10"], "pauses have no effect"
