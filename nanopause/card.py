@@ -37,7 +37,7 @@ model.generate(**inputs, max_new_tokens=50, custom_generate=folder, trust_remote
 Where ids are taken, pauses are ids at the end of the prompt: `ids + 10 * [{pause_id}]`. {vllm}
 """
 VLLM = "So in vLLM, as `prompt_token_ids`."
-NO_VLLM = "vLLM does not take this model: its Qwen3 has gates of SiLU alone, and this one's are of ReLU."
+NO_VLLM = "vLLM does not take this model: its MLPs have gates of SiLU alone, and this one's are of ReLU."
 
 
 def card(source: str, folder: Path, model: GPT, tokenizer: Tokenizer, state: dict) -> str:

@@ -165,6 +165,6 @@ def load_config(args: list[str]) -> Config:
             print(f"error: this is in {file}", file=sys.stderr)
             raise
     config = _parse(from_files + settings)
-    config.given = frozenset(setting.lstrip("-").partition("=")[0] for setting in settings)
+    config.given = frozenset(setting[2:].partition("=")[0].replace("-", "_") for setting in settings)
     config.out_dir = config.out_dir or str(Path("out", "-".join(Path(file).stem for file in files) or "default"))
     return config

@@ -114,8 +114,9 @@ class PretrainedTokenizer(Tokenizer):
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {source} has no end of text: set its eos_token")
         self.eot_id, self.generation = tokenizer.eos_token_id, generation or {}
-        ends = self.generation.get("eos_token_id") or []
-        self.end_ids = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), self.eot_id]))
+        ends = self.generation.get("eos_token_id", self.eot_id)
+        ends = [*ends, self.eot_id] if isinstance(ends, list) else [ends, self.eot_id]
+        self.end_ids = [i for i in dict.fromkeys(ends) if i is not None]
         self.begin_id = self.eot_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         with_specials = tokenizer("a").input_ids
         self.bos_id = tokenizer.bos_token_id if with_specials[0] == tokenizer.bos_token_id else None

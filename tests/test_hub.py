@@ -291,6 +291,7 @@ def test_several_ends_of_text(tmp_path):
     assert written == settings | {"suppress_tokens": [9, *range(257, 320)]}
     tokenizer.save(tmp_path)
     assert load_tokenizer(str(tmp_path)).end_ids == ends
+    assert PretrainedTokenizer("test", byte_tokenizer(), generation={"eos_token_id": 0}).end_ids == [0, 256]
 
 
 @pytest.fixture(scope="module")
