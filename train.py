@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,13 +110,20 @@ def main():
         raise UserError(f"{out_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
 
     with Ticker(config.max_steps, enabled=processes.is_main) as ticker:
-        # Data: a task's pairs, or a corpus, of which the default prepares itself.
+        # A model that is there: the run's own, or one to start from.
         state, share_of = {}, (processes.rank, processes.count)
-        if config.init_from:
+        found = checkpoint.find(out_dir, warn=ticker.say) if config.resume else None
+        if found and (init_from := checkpoint.read_state(found)["config"]["init_from"]):
+            model, tokenizer, state = checkpoint.read_model(found, device)
+            config.init_from = config.init_from or init_from
+        elif config.init_from:
             model, tokenizer, state = hub.load(config.init_from, device)
-            config = replace(config.shaped(model.config), tokenizer=tokenizer.name)
         else:
-            tokenizer = load_tokenizer(config.tokenizer)
+            model, tokenizer = None, load_tokenizer(config.tokenizer)
+        if model:
+            config = config.shaped(model.config, tokenizer)
+
+        # Data: a task's pairs, or a corpus, of which the default prepares itself.
         if config.task:
             (training, about), (held_out, about_held_out) = (
                 load_pairs(config, split, tokenizer) for split in ("train", "validation")
@@ -140,22 +146,18 @@ def main():
                 f"{len(training):,} blocks to train on, {len(held_out):,} held out; pause_rate {config.pause_rate}"
             )
 
-        # Model and optimizers, new or from the newest intact checkpoint.
+        # A new model where there is none, and optimizers, as new or from the newest intact checkpoint.
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
         pausing, knew_pauses = bool(config.pause_rate or config.pauses), state.get("knows_pauses", False)
-        if config.init_from:
-            model.train()
-            if state and pausing and not knew_pauses:
-                hub.begin_rows(model, [tokenizer.pause_id], tokenizer.pause_id)
-                ticker.say(f"{config.init_from} has not seen a pause: the pause's row begins as the mean embedding")
-        else:
-            model = GPT(config.gpt(tokenizer.vocab_size)).to(device)
+        model = model.train() if model else GPT(config.gpt(tokenizer.vocab_size)).to(device)
+        if state and pausing and not knew_pauses:
+            hub.begin_rows(model, [tokenizer.pause_id], tokenizer.pause_id)
+            ticker.say(f"{config.init_from} has not seen a pause: the pause's row begins as the mean embedding")
         set_trainable(model, config.trainable, tokenizer.pause_id)
         optimizers = make_optimizers(model, config)
         start = 0
         if config.resume:
-            found = checkpoint.find(out_dir, warn=ticker.say)
             start = checkpoint.restore(found, model, optimizers, config, warn=ticker.say) if found else 0
             ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
         kernels.choose(None, device)  # says which
@@ -169,7 +171,7 @@ def main():
         peak, peak_source = flops.peak_flops(device, torch.bfloat16 if bfloat16 else torch.float32)
         processes.wait()
         log = metrics.Metrics(config, start) if processes.is_main else None
-        if isinstance(tokenizer, PretrainedTokenizer) and processes.is_main:
+        if isinstance(tokenizer, PretrainedTokenizer) and processes.is_main and not found:
             tokenizer.save(out_dir / "tokenizer")
         ticker.say(
             f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {config.n_layer} layers, "

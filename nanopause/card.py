@@ -1,9 +1,9 @@
 """The README of an exported checkpoint, filled from its run."""
 
+import importlib.metadata
 from pathlib import Path
 
-import torch
-
+import nanopause
 from nanopause import checkpoint, metrics
 from nanopause.model import GPT
 from nanopause.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ A language model with *pause tokens* ([Goyal et al. 2023](https://arxiv.org/abs/
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "{folder}"  # where this file is, or its hub id
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 inputs = tokenizer("Return a", return_tensors="pt")
@@ -33,12 +34,14 @@ model.generate(**inputs, max_new_tokens=50)  # without pauses
 model.generate(**inputs, max_new_tokens=50, custom_generate=folder, trust_remote_code=True, pauses=10)
 ```
 
-Where ids are taken, as in vLLM, pauses are ids at the end of the prompt: `prompt_token_ids=ids + 10 * [{pause_id}]`.
+Where ids are taken, pauses are ids at the end of the prompt: `ids + 10 * [{pause_id}]`. {vllm}
 """
+VLLM = "So in vLLM, as `prompt_token_ids`."
+NO_VLLM = "vLLM does not take this model: its MLPs have gates of SiLU alone, and this one's are of ReLU."
 
 
-def card(source: str, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
-    """state: checkpoint.json of the run `source`, or {} where there is none."""
+def card(source: str, folder: Path, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
+    """folder: of the export. state: checkpoint.json of the run `source`, or {} where there is none."""
     config = state.get("config", {})
     out_dir, _ = checkpoint.run_of(Path(source)) or (Path(source), None)
     rows = {"architecture": f"{model.config.n_layer} layers, {model.config.n_embd} wide, "
@@ -48,8 +51,8 @@ def card(source: str, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
     if config:
         rate = config["pause_rate"]
         rows |= {
-            "started from": config["init_from"] or "random weights",
-            "trained on": f"{config['dataset']}, sequences of {config['block_size']} tokens",
+            "started from": Path(config["init_from"]).name or "random weights",
+            "trained on": f"{Path(config['dataset']).name}, sequences of {config['block_size']} tokens",
             "steps": f"{state['step']:,}",
             "tokens": f"{state['step'] * config['batch_size'] * config['block_size']:,}",
             "pauses in training": f"{rate} a token, {rate / (1 + rate):.1%} of the positions" if rate else "none",
@@ -66,9 +69,12 @@ def card(source: str, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
                           ("val_loss_pauses", "held-out loss with pauses")):  # fmt: skip
             if seen := [row for row in logged if key in row]:
                 rows[name] = f"{seen[-1][key]:.3f} nats a token at step {seen[-1]['step']:,}"
-        rows["versions"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+        rows["trained with"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     else:
         rows["made from"] = Path(source).name
-        rows["versions"] = f"torch {torch.__version__}"
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    versions["nanopause"] = nanopause.__version__
+    rows["exported with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    return TEMPLATE.format(name=out_dir.name, pause_id=tokenizer.pause_id, rows=table)
+    return TEMPLATE.format(name=out_dir.name, folder=folder.name, pause_id=tokenizer.pause_id, rows=table,
+                           vllm=NO_VLLM if model.config.mlp == "relu2" else VLLM)  # fmt: skip

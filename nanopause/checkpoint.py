@@ -140,7 +140,7 @@ def restore(
     if state["step"] > config.max_steps:
         raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
     fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
-    data = {"dataset", "tokenizer", "batch_size", "optimizer", "seed"}
+    data = {"init_from", "dataset", "tokenizer", "batch_size", "optimizer", "seed"}
     finetuning = {"task", "limit", "pauses", "pause_position", "attention", "cut", "trainable"}
     for key in sorted(fixed | data | finetuning):
         then, now = state["config"][key], getattr(config, key)
@@ -182,8 +182,12 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
     if folder is None:
         raise UserError(f"{out_dir} holds no checkpoint: train one with `python train.py config/pause.py`, "
                         f"or name another --out_dir")  # fmt: skip
-    state = read_state(folder)
-    own = out_dir / "tokenizer"
+    return read_model(folder, device)
+
+
+def read_model(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
+    """The same of one checkpoint, which `find` gave."""
+    state, own = read_state(folder), folder.parent / "tokenizer"
     tokenizer = load_tokenizer(str(own) if own.is_dir() else state["config"]["tokenizer"])
     model = GPT(GPTConfig(**state["model"]))
     safetensors.torch.load_model(model, str(folder / "model.safetensors"), device=str(device))

@@ -5,13 +5,14 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import ismodule
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
 from nanopause.cli import parse
 from nanopause.errors import UserError
 from nanopause.model import GPTConfig
+from nanopause.tokenizer import Tokenizer, load_tokenizer
 
 BIG = 2**62
 COUNTS = """n_layer limit n_head n_kv_head n_embd head_dim n_mlp batch_size micro_batch_size max_steps
@@ -33,6 +34,7 @@ class Config(GPTConfig):
     then --key=value."""
 
     vocab_size: tyro.conf.Suppress[int] = 0  # the tokenizer's
+    given: ClassVar[frozenset[str]] = frozenset()  # keys of the command line, without the config files'
 
     out_dir: str = ""
     """Folder of checkpoints, metrics.jsonl and loss.png. Empty: out/ and the task, or the names of the config files."""
@@ -142,12 +144,18 @@ class Config(GPTConfig):
         shape = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
         return GPTConfig(**shape | {"vocab_size": vocab_size})
 
-    def shaped(self, model: GPTConfig) -> "Config":
-        """This run for a model that is there. Raises UserError where it reads no sequences of block_size."""
+    def shaped(self, model: GPTConfig, tokenizer: Tokenizer) -> "Config":
+        """This run for a model and a tokenizer that are there; what config files say of either is left aside. Raises
+        UserError where the command line asks for others, or the model reads no sequences of block_size."""
         if self.block_size > model.block_size:
             raise UserError(f"block_size={self.block_size} is more than the {model.block_size} tokens that "
                             f"{self.init_from} reads: lower --block_size")  # fmt: skip
-        return replace(self, **asdict(model) | {"vocab_size": 0, "block_size": self.block_size or model.block_size})
+        theirs = asdict(model) | {"tokenizer": tokenizer.name}
+        for key in sorted(self.given & set(theirs) - {"block_size"}):
+            mine, same = getattr(self, key), getattr(self, key) == theirs[key]
+            if not same and not (key == "tokenizer" and load_tokenizer(mine).sha256 == tokenizer.sha256):
+                raise UserError(f"{key}={mine} is not what {self.init_from} has, {theirs[key]}: leave out --{key}")
+        return replace(self, **theirs | {"vocab_size": 0, "block_size": self.block_size or model.block_size})
 
 
 def _arguments(file: str) -> list[str]:
@@ -184,6 +192,7 @@ def load_config(args: list[str]) -> Config:
             print(f"error: this is in {file}", file=sys.stderr)
             raise
     config = _parse(from_files + settings)
+    config.given = frozenset(setting[2:].partition("=")[0].replace("-", "_") for setting in settings)
     name = config.task or "-".join(Path(file).stem for file in files) or "default"
     config.out_dir = config.out_dir or str(Path("out", name))
     return config

@@ -3,37 +3,63 @@
 A copy of this file lies in every exported folder, and imports nothing of nanopause.
 """
 
+import copy
+
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.streamers import BaseStreamer
+
+
+class WithoutPauses(BaseStreamer):
+    """A streamer whose prompts, which come first, are seen up to their n-th id."""
+
+    def __init__(self, streamer, n):
+        self.streamer, self.n = streamer, n
+
+    def put(self, ids):
+        self.streamer.put(ids[..., : self.n])
+        self.n = None
+
+    def end(self):
+        self.streamer.end()
 
 
 def generate(
-    *args, model, pauses=10, inputs=None, input_ids=None, attention_mask=None, generation_config=None, **options
-):
+    *args, model, pauses=0, inputs=None, input_ids=None, attention_mask=None, generation_config=None, streamer=None,
+    **options,
+):  # fmt: skip
     """What `generate` returns, with `pauses` pauses after the prompts [Goyal et al. 2023, Algorithm 3], which are read
-    in one pass with them and are not among the ids returned; a streamer sees them. Prompts of unequal length are padded
-    on the left."""
+    in one pass with them and are neither among the ids returned nor streamed. Prompts of unequal length are padded on
+    the left. Raises ValueError for inputs that pauses do not fit behind."""
     prompts = args[0] if args else inputs if input_ids is None else input_ids
     if prompts is None:
         raise ValueError("generation with pauses needs input_ids")
+    if isinstance(options.get("custom_generate"), str):
+        del options["custom_generate"]  # this file, where it is the model's generate already
     if not (isinstance(pauses, int) and pauses >= 0):
         raise ValueError(f"pauses={pauses!r} must be 0 or more")
+    for key in ("inputs_embeds", "position_ids", "token_type_ids", "past_key_values"):
+        if options.get(key) is not None:
+            raise ValueError(f"generation with pauses takes no {key}: give whole prompts as input_ids")
     pause_id = model.config.pause_token_id
     if attention_mask is None:
         attention_mask = torch.ones_like(prompts)
     behind = prompts.new_full((len(prompts), pauses), pause_id)
-    if generation_config is not None:
-        options["generation_config"] = generation_config
+    settings, default = copy.deepcopy(generation_config or model.generation_config), GenerationConfig()
     for key in ("max_length", "min_length"):  # they count the prompt
-        given = options.get(key)
-        if given is not None:
-            options[key] = given + pauses
+        length = options.pop(key, None)
+        for config in (settings, model.generation_config):
+            if length is None and getattr(config, key) != getattr(default, key):
+                length = getattr(config, key)
+        if length is not None:
+            setattr(settings, key, length + pauses)
+    options = settings.update(**options)  # what is left is for the model
+    n = prompts.shape[1]
     made = GenerationMixin.generate(
         model, input_ids=torch.cat((prompts, behind), 1),
         attention_mask=torch.cat((attention_mask, attention_mask.new_ones(behind.shape)), 1),
-        **options,
+        generation_config=settings, streamer=streamer and WithoutPauses(streamer, n), **options,
     )  # fmt: skip
-    n = prompts.shape[1]
 
     def without(ids):
         return torch.cat((ids[:, :n], ids[:, n + pauses :]), 1)

@@ -30,6 +30,7 @@ class Corpus:
         try:
             meta = json.loads((folder / "meta.json").read_text())
             name, dtype = meta["tokenizer"], np.dtype(meta["dtype"])
+            its_sha256 = meta.get("tokenizer_sha256", tokenizer.sha256)  # older ones have none
             files = [(folder / shard["file"], int(shard["tokens"])) for shard in meta["splits"][split]["shards"]]
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder} has no meta.json: prepare the corpus with its script in data/, "
@@ -39,6 +40,9 @@ class Corpus:
         if name != tokenizer.name:
             raise UserError(f"{folder} was prepared with the tokenizer {name!r}, not {tokenizer.name!r}: "
                             f"set --tokenizer={name} or prepare it anew")  # fmt: skip
+        if its_sha256 != tokenizer.sha256:
+            raise UserError(f"{folder} was prepared with another tokenizer of the name {name!r}: delete it and prepare "
+                            f"it anew, or rename the tokenizer's folder")  # fmt: skip
         self.shards = []
         for file, n_tokens in files:
             size = file.stat().st_size if file.exists() else 0

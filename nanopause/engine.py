@@ -156,6 +156,7 @@ class Engine:
             self.cache = model.new_cache(max_batch, self.max_length + 1)
             # Of every sequence; the last column is that of no one.
             self.state = torch.zeros(7, max_batch + 1, dtype=torch.int64, device=self.device)
+            self.ends = torch.tensor(tokenizer.end_ids, device=self.device)
         # length: tokens in the cache. token: the next to append. place: tokens made; left: still to make.
         # budget: pauses left. alive: 0 where the sequence has ended.
         self.length, self.token, self.place, self.left, self.budget, self.seed, self.alive = self.state
@@ -274,9 +275,8 @@ class Engine:
         self.place[who] += 1
         self.left[who] -= 1
         self.budget[who] -= kept
-        alive_after = (
-            alive & (choice != self.tokenizer.eot_id) & (self.left[who] > 0) & (self.length[who] < self.max_length)
-        )
+        ended = (choice[:, None] == self.ends).any(1)
+        alive_after = alive & ~ended & (self.left[who] > 0) & (self.length[who] < self.max_length)
         self.alive[who] = alive_after.long()
         off = torch.zeros_like(alive) | self.policy.is_off()
         columns = torch.stack([torch.where(alive, choice, -1), kept, *of_choice, alive_after, off], 1)
@@ -511,7 +511,7 @@ class Engine:
             if sequence.done:  # before this pass, which did not know
                 continue
             sequence.made, sequence.done, end = sequence.made + 1, not goes_on, None
-            if sequence.done and id == self.tokenizer.eot_id:
+            if sequence.done and id in self.tokenizer.end_ids:
                 end = "eot"
             elif sequence.done:
                 end = "length" if sequence.made == max_new_tokens else "context"

@@ -10,9 +10,11 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import safetensors
@@ -28,9 +30,9 @@ from nanopause.tokenizer import PAUSE, Tokenizer, pretrained_tokenizer
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
 CHUNK_ELEMENTS = 1 << 20  # of a tensor in memory beside the model
+PROBE = "It's 12345, and\n\n  WE'LL see: ”naïve”…"  # what tokenizers cut in different ways
 COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # some files have them, and need not
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's first bytes, old and new
-ROWS = 64  # a table that grows gets a multiple of
 
 
 # Names and settings, both ways
@@ -144,6 +146,9 @@ def transformers_config(config: GPTConfig) -> dict:
         raise UserError("with norm=rms transformers has Llama, Qwen2 and Qwen3: position=rope, mlp=swiglu or relu2, "
                         "bias=False, and not both qkv_bias and qk_norm")  # fmt: skip
     kind = "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias else "Llama"
+    if kind == "Llama" and config.n_embd % config.n_head:
+        raise UserError(f"transformers has no Llama whose width {config.n_embd} is not a multiple of its "
+                        f"{config.n_head} heads: qk_norm=True, which is Qwen3, may have one")  # fmt: skip
     scaling = None
     if config.rope_scaling:
         factor, *rest = config.rope_scaling
@@ -182,11 +187,12 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 Read = Callable[[str, int, int], Tensor]  # a tensor's name, and its rows from and to
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], Read]:
-    """The shapes of a folder's tensors by name, and how to read them. Every read opens its file anew: pages of a file
-    that stays open count as memory."""
+def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], torch.dtype, Read]:
+    """The shapes of a folder's tensors by name, the dtype that holds them all exactly, and how to read them. Every read
+    opens its file anew: pages of a file that stays open count as memory."""
     index = folder / "model.safetensors.index.json"
     if (file := folder / "model.safetensors").exists():
         with _opened(file) as tensors:
@@ -203,30 +209,39 @@ def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], Read]:
                         f"to safetensors")  # fmt: skip
     else:
         raise UserError(f"{folder} has no model.safetensors")
-    shapes = {}
+    shapes, dtypes = {}, set()
     for file in dict.fromkeys(files.values()):
         with _opened(file) as tensors:
             here = set(tensors.keys())
             if missing := sorted(name for name in files if files[name] == file and name not in here):
                 raise UserError(f"{file} has no tensor {missing[0]}, which {index.name} says: download both again")
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in here}
+            for name in sorted(name for name in here if not name.endswith(COMPUTED)):
+                tensor = tensors.get_slice(name)
+                if (dtype := tensor.get_dtype()) not in DTYPES:
+                    raise UserError(f"{file} has {name} in {dtype}, which is not supported: take the weights that it "
+                                    f"was made from, in {', '.join(DTYPES)}")  # fmt: skip
+                shapes[name] = tuple(tensor.get_shape())
+                dtypes.add(DTYPES[dtype])
 
     def read(name: str, start: int, stop: int) -> Tensor:
         with _opened(files[name]) as tensors:
             return tensors.get_slice(name)[start:stop].clone()
 
-    return shapes, read
+    return shapes, reduce(torch.promote_types, dtypes or {torch.float32}), read
 
 
 def _fill(model: GPT, theirs: dict[str, tuple[int, ...]], read: Read, vocab_size: int, source: str) -> None:
     """Copy their tensors into the model, a few rows at a time."""
+    config = model.config
     by_name = {name.removeprefix("transformer.").removeprefix("model."): name for name in theirs}
-    unused = {name for name in by_name if not name.endswith(COMPUTED)}
-    for ours, parts in names(model.config, vocab_size).items():
+    unused = set(by_name)
+    for ours, parts in names(config, vocab_size).items():
         parameter = model.get_parameter(ours).detach()
-        if model.config.norm == "layer" and parameter.ndim == 2 and ours.startswith("blocks."):
+        if config.norm == "layer" and parameter.ndim == 2 and ours.startswith("blocks."):
             parameter = parameter.T
             parts = [(name, len(parameter)) for name, _ in parts]
+        if config.tied and ours == "token_embedding.weight" and "lm_head.weight" in by_name:
+            parts = [*parts, ("lm_head.weight", vocab_size)]
         start = 0
         for name, rows in parts:
             if name not in by_name:
@@ -236,21 +251,22 @@ def _fill(model: GPT, theirs: dict[str, tuple[int, ...]], read: Read, vocab_size
             if (shape := theirs[by_name[name]]) != expected:
                 raise UserError(f"{source} has {name} of shape {list(shape)}, and its config.json asks for "
                                 f"{list(expected)}")  # fmt: skip
-            same = model.config.mlp == "relu2" and start == len(parameter)  # the gate again
-            start = 0 if same else start
+            again = None  # why it must be what was already copied
+            if config.mlp == "relu2" and name.endswith("up_proj.weight"):
+                again = "hidden_act='relu' and a gate that is not its value: only ReLU² is supported so"
+            elif config.tied and name == "lm_head.weight":
+                again = ("tie_word_embeddings=true and a head that is not its embedding: set it to false in "
+                         "config.json")  # fmt: skip
+            start = 0 if again else start
             step = max(1, CHUNK_ELEMENTS // max(1, parameter[0].numel()))
             for i in range(0, rows, step):
-                chunk, target = (
-                    read(by_name[name], i, min(i + step, rows)),
-                    parameter[start + i :][: min(step, rows - i)],
-                )
-                if same and not torch.equal(target, chunk.to(target)):
-                    raise UserError(f"{source} has hidden_act='relu' and a gate that is not its value: only ReLU² "
-                                    f"is supported so")  # fmt: skip
-                target.copy_(chunk)
+                chunk = read(by_name[name], i, min(i + step, rows))
+                target = parameter[start + i :][: len(chunk)]
+                if not again:
+                    target.copy_(chunk)
+                elif not torch.equal(target, chunk.to(target)):
+                    raise UserError(f"{source} has {again}")
             start += rows
-    if model.config.tied:
-        unused.discard("lm_head.weight")
     if unused:
         raise UserError(f"{source} has a tensor {min(unused)}, which no {type(model).__name__} has")
 
@@ -282,18 +298,20 @@ def _download(source: str) -> Path:
 
 
 def load_pretrained(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[GPT, Tokenizer]:
     """A model in evaluation mode and its tokenizer, from a transformers folder, a GGUF file or a hub id.
 
     Weights are read from safetensors a few rows at a time, so that memory holds the model and little else; a GGUF file
-    goes through transformers, and is there twice for a while. A table without a row for the pause grows.
+    goes through transformers, and is there twice for a while. A table without a row for the pause grows. dtype: of the
+    weights; None is the file's own.
 
     Raises UserError for an architecture or a setting that is not supported, and for files that are missing or damaged.
     """
     source, path = str(name_or_path), Path(name_or_path)
     transformers = needs("transformers", "hub")
     if path.suffix == ".gguf":
+        folder, dtype = None, dtype or torch.float32
         if not path.exists():
             raise UserError(f"{path} does not exist")
         needs("gguf", "hub")
@@ -321,16 +339,19 @@ def load_pretrained(
             theirs = transformers.AutoConfig.from_pretrained(folder).to_dict()  # with its defaults
         except Exception as error:
             raise UserError(f"transformers cannot read {folder}/config.json: {_first_line(error)}") from None
-        shapes, read = _files(folder)
+        shapes, its_dtype, read = _files(folder)
+        dtype = dtype or its_dtype
     config = config_of(theirs, source)
     vocab_size = config.vocab_size
-    tokenizer = pretrained_tokenizer(source, vocab_size)
+    tokenizer = pretrained_tokenizer(source, vocab_size, folder)
     config.vocab_size = tokenizer.vocab_size
     with torch.device("meta"):
         model = GPT(config).to(dtype)
+    if config.tied:
+        model.head.weight = None  # to_empty would make a second table
     model = model.to_empty(device=device).eval()
     if config.tied:
-        model.head.weight = model.token_embedding.weight  # which to_empty parts
+        model.head.weight = model.token_embedding.weight
     if config.position == "rope":
         model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
     with torch.no_grad():
@@ -340,13 +361,15 @@ def load_pretrained(
     return model, tokenizer
 
 
-def load(source: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, dict]:
+def load(
+    source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> tuple[GPT, Tokenizer, dict]:
     """Model, tokenizer and checkpoint.json of a run of ours, or of the checkpoint of it that `out_dir/best` or
-    `out_dir/step_00000500` name; or of what load_pretrained takes, and {}."""
+    `out_dir/step_00000500` name, which are in float32; or of what load_pretrained takes, and {}."""
     is_there = Path(source).exists()
     if checkpoint.run_of(Path(source)) or not (is_there or re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", str(source))):
         return checkpoint.load(Path(source), torch.device(device))
-    return *load_pretrained(source, device=device), {}
+    return *load_pretrained(source, device=device, dtype=dtype), {}
 
 
 # Out
@@ -369,29 +392,35 @@ def their_tensors(model: GPT) -> dict[str, Tensor]:
         for i in range(config.n_layer):  # GPT-2 has biases
             for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
                 name = f"transformer.h.{i}.{part}"
-                tensors.setdefault(f"{name}.bias", torch.zeros(tensors[f"{name}.weight"].shape[-1]))
-        tensors.setdefault("transformer.ln_f.bias", torch.zeros(config.n_embd))
+                weight = tensors[f"{name}.weight"]
+                tensors.setdefault(f"{name}.bias", weight.new_zeros(weight.shape[-1]))
+        tensors.setdefault("transformer.ln_f.bias", torch.zeros_like(tensors["transformer.ln_f.weight"]))
     return tensors
 
 
 def export(checkpoint: str | Path, folder: str | Path) -> Path:
     """Write a run, or what load_pretrained takes, as a transformers checkpoint that needs no code of ours, and return
-    its folder: config, safetensors, the tokenizer with the pause as a special token, a card, and
-    custom_generate/generate.py, with which transformers' own `generate` pauses.
+    its folder: config, safetensors in the dtype that they came in, generation_config.json with all that it had, the
+    tokenizer with the pause as a special token, a card, and custom_generate/generate.py, with which transformers' own
+    `generate` pauses.
 
     Raises UserError where transformers has no such model, or the folder has something in it."""
     folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: choose another folder")
     hub = needs("huggingface_hub", "hub")
-    model, tokenizer, state = load(checkpoint)
-    config = transformers_config(model.config)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.eot_id}
+    model, tokenizer, state = load(checkpoint, dtype=None)
+    config, ends = transformers_config(model.config), tokenizer.end_ids
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0],
+           "pad_token_id": tokenizer.eot_id}  # fmt: skip
     config |= ids | {"pause_token_id": tokenizer.pause_id, "dtype": str(model.head.weight.dtype).removeprefix("torch.")}
-    no_text = list(range(tokenizer.pause_id, model.config.vocab_size))
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    generation = {key: value for key, value in tokenizer.generation.items() if value is not None}
+    no_text = {*(generation.get("suppress_tokens", [])), *range(tokenizer.pause_id, model.config.vocab_size)}
+    generation = ids | generation | {"eos_token_id": ids["eos_token_id"], "suppress_tokens": sorted(no_text)}
+    generation.pop("_from_model_config", None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        beside = Path(beside, folder.name)
         (beside / "custom_generate").mkdir(parents=True)
         theirs = tokenizer.of_transformers()
         if (pause_id := theirs.convert_tokens_to_ids(PAUSE)) != tokenizer.pause_id:
@@ -399,26 +428,24 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
                             f"instead of {tokenizer.pause_id}: number its ids without gaps")  # fmt: skip
         theirs.pad_token = theirs.pad_token or theirs.eos_token  # for prompts of unequal length
         theirs.save_pretrained(beside)
-        settings = json.loads(
-            (beside / "tokenizer_config.json").read_text()
-        )  # under names that transformers 4 knows too
+        settings = json.loads((beside / "tokenizer_config.json").read_text())
+        # Under names that transformers 4 knows too.
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        (beside / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        generation = ids | {"suppress_tokens": no_text}
-        (beside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
+        for name, content in (("tokenizer_config", settings), ("config", config), ("generation_config", generation)):
+            (beside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        if needs("transformers", "hub").AutoTokenizer.from_pretrained(beside).encode(PROBE) != theirs.encode(PROBE):
+            raise UserError(f"transformers reads the tokenizer of any {config['model_type']} as Qwen2's, which gives "
+                            f"other ids than {tokenizer.name}: train with qk_norm=True or qkv_bias=False")  # fmt: skip
         shutil.copy(Path(__file__).with_name("custom_generate.py"), beside / "custom_generate" / "generate.py")
-        (beside / "README.md").write_text(card(str(checkpoint), model, tokenizer, state))
+        (beside / "README.md").write_text(card(str(checkpoint), folder, model, tokenizer, state))
         hub.save_torch_state_dict(their_tensors(model), beside)
         for file in beside.glob("*.safetensors"):
             file.chmod(0o644)  # safetensors leaves it to its owner alone
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return folder
 
 

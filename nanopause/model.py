@@ -67,6 +67,11 @@ class GPTConfig:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        scaling = self.rope_scaling or [1.0]
+        increasing = sorted(set(scaling[1:3])) == scaling[1:3]
+        if len(scaling) not in (1, 4) or not increasing or not all(0 < x < math.inf for x in scaling):
+            raise UserError(f"rope_scaling={','.join(map(str, scaling))} must be a factor, or a factor, low, high and "
+                            f"a number of tokens, all above 0 and low below high")  # fmt: skip
         if self.position == "rope" and self.head_width % 2:
             raise UserError(f"position=rope needs an even head width, and it is {self.head_width}")
 

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nanopause.errors import UserError
 from nanopause.files import replace_file, sha256, sync
-from nanopause.tokenizer import load_tokenizer
+from nanopause.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
 COUNTS = ("tokens", "documents", "bytes")
@@ -78,6 +78,7 @@ def prepare(
     settings = {
         "corpus": corpus,
         "tokenizer": ids.name,
+        "tokenizer_sha256": ids.sha256,
         "vocab_size": ids.vocab_size,
         "eot_id": ids.eot_id,
         "dtype": "uint16" if ids.vocab_size <= 1 << 16 else "uint32",
@@ -94,7 +95,7 @@ def prepare(
         if not folder.exists():
             shards = Shards(unfinished, settings)
             if "next" in shards.meta:
-                _fill(shards, tokenizer, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
+                _fill(shards, ids, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
                 shards.finish()
             os.rename(unfinished, folder)
             sync(folder.parent)
@@ -133,7 +134,7 @@ class Shards:
         if (folder / "meta.json").exists():
             self.meta = json.loads((folder / "meta.json").read_text())
         for key, value in settings.items():
-            if self.meta[key] != value:
+            if self.meta.get(key) != value:
                 raise UserError(f"{folder} was begun with another {key}: give the same again, or delete that folder")
         self.counts, self.dtype = self.meta["splits"], np.dtype(self.meta["dtype"]).newbyteorder("<")
         sizes = {path: tokens * self.dtype.itemsize for split in SPLITS for path, tokens in self.files(split)}
@@ -188,7 +189,7 @@ class Shards:
         self.commit()
 
 
-def _fill(shards: Shards, tokenizer: str, read: Read, workers: int, commit_seconds: float) -> None:
+def _fill(shards: Shards, tokenizer: Tokenizer, read: Read, workers: int, commit_seconds: float) -> None:
     meta, terminal = shards.meta, sys.stdout.isatty()
     begin = committed = time.monotonic()
     bytes_before = shards.total("bytes")
@@ -234,9 +235,9 @@ def _batches(shards: Shards, read: Read) -> Iterator[tuple[Position, list[str]]]
         yield position, texts
 
 
-def _encode(tokenizer: str, val_fraction: float, texts: list[str]) -> dict[str, tuple[np.ndarray, int, int]]:
+def _encode(ids: Tokenizer, val_fraction: float, texts: list[str]) -> dict[str, tuple[np.ndarray, int, int]]:
     """What a batch adds to each split: tokens, documents, bytes of UTF-8."""
-    ids, added = load_tokenizer(tokenizer), {}
+    added = {}
     for split in SPLITS:
         chosen = [text for text in texts if split_of(text, val_fraction) == split]
         tokens = []
@@ -253,10 +254,11 @@ def _map(function: Callable, batches: Iterable[tuple[Position, list[str]]], work
         yield from ((position, function(texts)) for position, texts in batches)
         return
     # Spawned, because a forked child can inherit a lock that a thread of the parent holds.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(function,)) as pool:
         waiting = deque()
         for position, texts in batches:
-            waiting.append((position, pool.submit(function, texts)))
+            waiting.append((position, pool.submit(_work, texts)))
             if len(waiting) > 2 * workers:
                 position, future = waiting.popleft()
                 yield position, future.result()
@@ -264,8 +266,15 @@ def _map(function: Callable, batches: Iterable[tuple[Position, list[str]]], work
             yield position, future.result()
 
 
-def _follow_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it ends, even killed."""
+def _begin_worker(function: Callable) -> None:
+    """In a worker: keep the function, whose tokenizer is so sent once; leave Ctrl-C to the parent, and end when it
+    ends, even killed."""
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+
+
+def _work(texts: list[str]) -> dict:
+    return _function(texts)

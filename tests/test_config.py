@@ -33,6 +33,14 @@ def test_later_wins_and_command_line_is_last(tmp_path):
     assert load_config([heads, config_file(tmp_path, "n_embd = 96", "width.py")]).n_head == 6
 
 
+def test_lists_have_commas(tmp_path):
+    file = config_file(tmp_path, "rope_scaling = [8, 1.0, 4.0, 8192]")
+    assert load_config([file]).rope_scaling == [8.0, 1.0, 4.0, 8192.0]
+    assert load_config([file, "--rope_scaling=4"]).rope_scaling == [4.0]
+    assert load_config(["--rope_scaling=8,1,4,64", "--seed=7"]).rope_scaling == [8.0, 1.0, 4.0, 64.0]
+    assert load_config([file, "--rope_scaling=None"]).rope_scaling is None
+
+
 def test_pause_and_standard_differ_in_nothing_but_the_pauses():
     pause, standard = (dataclasses.asdict(load_config([f"config/{name}.py"])) for name in ("pause", "standard"))
     assert {key for key in pause if pause[key] != standard[key]} == {"pause_rate", "out_dir"}
@@ -90,6 +98,9 @@ def test_a_wrong_argument_is_named(arg, named, capsys):
         (["--grad_clip=-1"], "grad_clip=-1.0 must be at least 0"),
         (["--wsd_share=3"], "wsd_share=3.0 must be 0 to 1"),
         (["--beta1=1"], "beta1=1.0 must be"),
+        (["--rope_scaling=8,1"], "rope_scaling=8.0,1.0 must be a factor, or"),
+        (["--rope_scaling=0"], "rope_scaling=0.0 must be a factor, or"),
+        (["--rope_scaling=8,4,1,64"], "low below high"),
     ],
 )
 def test_a_wrong_value_is_one_sentence(args, sentence):

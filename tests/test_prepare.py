@@ -22,6 +22,7 @@ import pytest
 from pyarrow import parquet
 
 from data import openwebtext, pydocs
+from nanopause.data import Corpus
 from nanopause.errors import UserError, run
 from nanopause.prepare import Shards, prepare, split_of
 from nanopause.tokenizer import load_tokenizer
@@ -376,3 +377,31 @@ def test_pydocs_hold_out_nothing_that_is_trained_on(tmp_path, monkeypatch):
     known = set(shingles(train))
     repeated = np.mean([shingle in known for shingle in shingles(val)])
     assert repeated < 0.02  # without leaving paragraphs out: 0.12
+
+
+def test_two_tokenizers_of_one_name_share_no_corpus(corpus, tmp_path):
+    """Neither to be read nor to go on from; a folder named as one of ours has another name."""
+    folders = [tmp_path / name / "mine" for name in "ab"]
+    for folder in folders:
+        load_tokenizer("bytes").of_transformers().save_pretrained(folder)
+    file = folders[1] / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a": 97,', '"a": 98,').replace('"b": 98,', '"b": 97,'))
+    ids = [load_tokenizer(str(folder)) for folder in folders]
+    assert ids[0].encode("ab") == ids[1].encode("ba") and ids[0].name == ids[1].name == "mine"
+    made = prepare_files(corpus, tmp_path, str(folders[0]), workers=2)
+    assert contents(made) == contents(prepare_files(corpus, tmp_path / "alone", str(folders[0]), workers=1))
+    Corpus(made, "train", ids[0], 32)
+    with pytest.raises(UserError, match="with another tokenizer of the name 'mine': delete it and prepare it anew"):
+        Corpus(made, "train", ids[1], 32)
+    made.rename(made.with_name("mine.partial"))
+    with pytest.raises(UserError, match="begun with another tokenizer_sha256"):
+        prepare_files(corpus, tmp_path, str(folders[1]))
+    for name in ("bytes", "gpt2"):
+        load_tokenizer(name).of_transformers().save_pretrained(tmp_path / name)
+        assert load_tokenizer(str(tmp_path / name)).name == f"{name}-pretrained"
+
+
+def test_a_tokenizer_that_changes_on_disk_is_read_again(tmp_path):
+    for name in ("bytes", "gpt2"):
+        load_tokenizer(name).of_transformers().save_pretrained(tmp_path / "mine")
+        assert load_tokenizer(str(tmp_path / "mine")).pause_id == load_tokenizer(name).pause_id
