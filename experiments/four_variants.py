@@ -101,10 +101,10 @@ class Settings:
     """Whose learning rates, steps and batches: config/tasks/gsm8k_130m.py, …"""
     train: str = ""
     """More arguments of train.py, as one text: --train="--max_steps=500 --batch_size=8"."""
-    evaluate: str = ""
-    """More arguments of evaluate.py, as one text."""
     checkpoint: Literal["best", "latest"] = "best"
     """Which one of a run is evaluated: of the lowest validation loss, or the last."""
+    eval_batch_size: int = 8
+    """Sequences at a time in an evaluation."""
     limit: int | None = None
     """Evaluate on only the first so many examples of a task. None: all."""
     data_dir: str = ""
@@ -168,9 +168,9 @@ class Job:
         if not (run / "latest").exists() or (run / "latest").read_text() != last:
             return [sys.executable, str(ROOT / "train.py"), *arguments]
         limit = [] if s.limit is None else [f"--limit={s.limit}"]
-        return [sys.executable, str(ROOT / "evaluate.py"), *shlex.split(s.evaluate), f"--out_dir={run / s.checkpoint}",
-                f"--tasks={self.task}", f"--pauses={','.join(map(str, self.inference_pauses))}", *limit,
-                f"--results={self._results()}", *self._common()]  # fmt: skip
+        return [sys.executable, str(ROOT / "evaluate.py"), f"--out_dir={run / s.checkpoint}", f"--tasks={self.task}",
+                f"--pauses={','.join(map(str, self.inference_pauses))}", f"--results={self._results()}", *limit,
+                f"--batch_size={s.eval_batch_size}", *self._common()]  # fmt: skip
 
     def discard(self) -> None:
         """Delete the checkpoints."""
@@ -190,8 +190,13 @@ def checked(settings: Settings) -> list[Job]:
         raise UserError(f"--pauses={settings.pauses} must be numbers from 1, such as 10,50: no pauses are StdFT, which "
                         f"is always there")  # fmt: skip
     errors.check("seeds", settings.seeds, 1, 10_000)
+    errors.check("eval_batch_size", settings.eval_batch_size, 1, 2**20)
     if settings.limit is not None:
         errors.check("limit", settings.limit, 1, 2**62)
+    try:
+        shlex.split(settings.train)
+    except ValueError as error:
+        raise UserError(f"--train={settings.train} cannot be split into arguments: {error}") from None
     for name in tasks:
         for split in ("train", "validation", "test"):
             load(get_task(name), split, settings.data_dir or None, 1)
@@ -212,7 +217,7 @@ def checked(settings: Settings) -> list[Job]:
         for job in jobs[: len(tasks) * len(variants)]:
             if job.variant.pretraining == pretraining:
                 load_config(job.train_arguments()).shaped(model.config)
-    same = {key: getattr(settings, key) for key in ("size", "train", "evaluate", "data_dir")}
+    same = {key: getattr(settings, key) for key in ("size", "train", "data_dir")}
     claim(Path(settings.out_dir), weights | same, "out_dir")
     return jobs
 
@@ -420,7 +425,9 @@ def interrupted(*_) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, interrupted)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(each, interrupted)
     settings = cli.parse(Settings, sys.argv[1:], "python experiments/four_variants.py", __doc__)
     devices, jobs = devices_of(settings), checked(settings)
     with open(Path(settings.out_dir, "lock"), "w") as lock:  # jobs hold it too: no other grid meets a live one

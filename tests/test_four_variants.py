@@ -78,7 +78,7 @@ def grid(monkeypatch, capsys):
 
 def test_a_grid(grid, arguments, ready, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments += ["--inference_pauses=0,4", "--limit=8"]
+    arguments += ["--inference_pauses=0,4", "--limit=8", "--eval_batch_size=16"]
     damaged = out / "piqa" / "PausePT_PauseFT2" / "seed1" / "run" / "step_00000001"
     damaged.mkdir(parents=True)
 
@@ -133,11 +133,8 @@ def test_a_grid(grid, arguments, ready, tmp_path, capsys):
 
 def test_an_interrupted_grid_goes_on(grid, arguments, tmp_path):
     """In processes of their own: SIGTERM to the grid ends its job too, which saves first."""
-    args = [
-        *arguments,
-        f"--train={TRAIN.replace('max_steps=4', 'max_steps=1000')} --checkpoint_interval=100 --eval_interval=1000",
-        "--keep=False",
-    ]
+    train = TRAIN.replace("max_steps=4", "max_steps=600").replace("eval_interval=2", "eval_interval=600")
+    args = [*arguments, f"--train={train} --checkpoint_interval=50", "--keep=False"]
     run_folder = tmp_path / "out" / "piqa" / "StdPT_StdFT" / "seed0" / "run"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "experiments" / "four_variants.py"), *args]
@@ -229,6 +226,7 @@ def test_every_gpu_has_one_job_at_a_time(monkeypatch, tmp_path):
         ("--pretrained_pause={std}", "has not been trained with pauses"),
         ("--train=--batch_size=0", "batch_size=0 must be at least 1"),
         ("--train=--block_size=128", "block_size=128 is more than the 96 tokens"),
+        ("--train='--seed=1", "cannot be split into arguments: No closing quotation"),
         ("--device=cuda", "there is no GPU"),
     ],
 )
