@@ -377,7 +377,7 @@ def bars(axis, some: list[dict], colours: dict) -> None:
         axis.bar(x, cell["mean"], 0.9, yerr=cell["std"], capsize=3, color=colours[cell["m_ft"]], edgecolor="black",
                  linewidth=0.6, label=f"{variant_of(cell).finetuning} finetuning")  # fmt: skip
         if cell["paper"]:
-            axis.errorbar(x, *cell["paper"], fmt="D", mfc="none", color="tab:red", capsize=2, label="[G], 1B")
+            axis.errorbar(x + 0.25, *cell["paper"], fmt="D", mfc="none", color="tab:red", capsize=2, label="[G], 1B")
     axis.set_xticks([middle, middle + gap], ["standard pretraining", "pause pretraining"])
     axis.tick_params(axis="x", length=0)
 
@@ -388,11 +388,10 @@ def lines(axis, some: list[dict], colours: dict) -> None:
         points = sorted((c["m_inf"], c["mean"], c["std"] or 0) for c in some if variant_of(c) == variant)
         style = {} if variant.pretraining == "Pause" else {"linestyle": "--", "mfc": "white"}
         style |= {"color": colours[variant.pauses], "label": str(variant)}
-        if variant.pauses:
-            marker = "os^Dv"[list(colours).index(variant.pauses) % 5]
-            axis.errorbar(*zip(*points), marker=marker, markersize=5, capsize=3, **style)
-        else:
-            axis.axhline(points[0][1], linewidth=1.2, **style)
+        marker = "os^Dv"[list(colours).index(variant.pauses) % 5]
+        if not variant.pauses:
+            axis.axhline(points[0][1], linestyle=style.get("linestyle"), color=style["color"], linewidth=1.2)
+        axis.errorbar(*zip(*points), marker=marker, markersize=5, capsize=3, elinewidth=0.8, **style)
     axis.set_xticks(sorted({cell["m_inf"] for cell in some}))
     axis.set_xlabel("M_inf, pauses after the prompt (tokens)")
 
