@@ -362,6 +362,8 @@ def plot(found: list[dict], file: Path, title: str, draw: Callable) -> None:
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
         draw(axis, some, colours)
+        bottom, top = axis.get_ylim()
+        axis.set_ylim(bottom, max(top, bottom + 1))  # where all values are the same there would be no scale
     handles = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=10)
