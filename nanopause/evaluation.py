@@ -60,8 +60,9 @@ def fingerprint(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def claim(folder: Path, settings: dict) -> None:
-    """Make the folder that of these settings. Raises UserError where it has results of others."""
+def claim(folder: Path, settings: dict, option: str = "results") -> None:
+    """Make the folder, which --option names, that of these settings. Raises UserError where it has results of
+    others."""
     file, settings = folder / "settings.json", json.loads(json.dumps(settings))
     try:
         then = json.loads(file.read_text())
@@ -69,11 +70,11 @@ def claim(folder: Path, settings: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         return write_json(file, settings)
     except ValueError:
-        raise UserError(f"{file} is damaged: choose another --results") from None
+        raise UserError(f"{file} is damaged: choose another --{option}") from None
     for key in {**then, **settings}:
         if then.get(key) != settings.get(key):
             raise UserError(f"{folder} has results with {key}={then.get(key)}, and these would be with "
-                            f"{key}={settings.get(key)}: choose another --results")  # fmt: skip
+                            f"{key}={settings.get(key)}: choose another --{option}")  # fmt: skip
 
 
 # Lines on the disk

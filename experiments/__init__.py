@@ -1,0 +1,1 @@
+"""What reproduces a published effect: one command, one table, one figure each."""

@@ -1,0 +1,245 @@
+"""The grid of variants: real jobs, forked where their start would take longer than they do; table, figures, resume."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import scripts
+from conftest import ROOT, TINY
+
+from experiments import four_variants
+from experiments.four_variants import PAPER, Settings, Variant, checked, devices_of, run
+from nanopause.errors import UserError
+from nanopause.progress import Ticker
+
+SHAPE = [*TINY, "--block_size=96"]
+TRAIN = "--optimizer=adamw --max_steps=4 --batch_size=4 --log_interval=2 --eval_interval=2 --eval_blocks=4"
+
+
+@pytest.fixture(scope="module")
+def ready(tiny_corpus, tmp_path_factory):
+    """Two tiny pretrained models, and a task's files."""
+    folder = tmp_path_factory.mktemp("grid")
+    for name, rate in (("std", 0), ("pause", 0.1)):
+        args = [*SHAPE, f"--dataset={tiny_corpus}", f"--out_dir={folder / name}", f"--pause_rate={rate}"]
+        ended = scripts.run("train.py", *args, "--max_steps=2")
+        assert ended.returncode == 0, ended.stderr
+    for split, n in (("train", 120), ("val", 10)):
+        rows = [{"goal": f"{i} {split}?", "sol1": f"say {i}", "sol2": f"not {7 * i}", "label": i % 2} for i in range(n)]
+        (folder / f"piqa_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def arguments(ready, tmp_path):
+    return ["--tasks=piqa", f"--pretrained_std={ready / 'std'}", f"--pretrained_pause={ready / 'pause'}",
+            "--seeds=2", "--pauses=2", f"--data_dir={ready}", "--device=cpu", f"--out_dir={tmp_path / 'out'}",
+            f"--train={TRAIN}"]  # fmt: skip
+
+
+class Forked:
+    """What `start` returns, of a process forked from one that has imported torch."""
+
+    started = []
+
+    def __init__(self, command, log, device, lock):
+        self.process, self.log = scripts.start(*command[1:]), log
+        self.terminate, self.kill, self.wait = self.process.terminate, self.process.kill, self.process.join
+        self.started.append(command)
+
+    def poll(self):
+        if self.process.exitcode is not None and not self.process.stdout.closed:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.process.stdout as output, self.process.stderr as errors, open(self.log, "a") as log:
+                log.write("$ forked\n" + output.read() + errors.read())
+        return self.process.exitcode
+
+
+@pytest.fixture
+def grid(monkeypatch, capsys):
+    """Runs the script here, its jobs forked, and returns what it printed and how many processes it started."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def grid(*args):
+        monkeypatch.setattr(four_variants, "start", Forked)
+        monkeypatch.setattr(sys, "argv", ["four_variants.py", *args])
+        Forked.started.clear()
+        four_variants.main()
+        return capsys.readouterr().out, len(Forked.started)
+
+    yield grid
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_grid(grid, arguments, ready, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments += ["--inference_pauses=0,4", "--limit=8", "--eval_batch_size=16"]
+    damaged = out / "piqa" / "PausePT_PauseFT2" / "seed1" / "run" / "step_00000001"
+    damaged.mkdir(parents=True)
+
+    # A job fails, and the others do not mind.
+    with pytest.raises(UserError, match="1 of 8 jobs failed.*: piqa PausePT_PauseFT2 seed 1: error: .*log.txt"):
+        grid(*arguments)
+    said = capsys.readouterr().out
+    assert "8 jobs, 0 of them done already; 1 at a time" in said and "piqa PausePT_PauseFT2 seed 1: failed" in said
+    assert said.count(": starts") == 8 and said.count(": done after") == 7 and len(Forked.started) == 15
+    assert "(1 of 2)" in (out / "table.md").read_text()
+
+    # It alone is done again, and then nothing is.
+    damaged.rmdir()
+    said, n_started = grid(*arguments)
+    assert "8 jobs, 7 of them done already" in said and n_started == 2
+    written = (out / "results.json").read_text()
+    said, n_started = grid(*arguments)
+    assert "8 jobs, 8 of them done already" in said and n_started == 0 and (out / "results.json").read_text() == written
+
+    # Every value is that of a run, at its own numbers of pauses; means and deviations are of seeds.
+    results = json.loads(written)
+    assert results["unit"] == "%" and results["failed"] == {} and results["versions"]["torch"]
+    found = {(c["pretraining"], c["m_ft"], c["m_inf"]): c for c in results["cells"]}
+    assert sorted(found) == [(p, m, k) for p in ("Pause", "Std") for m, k in ((0, 0), (2, 0), (2, 2), (2, 4))]
+    for (pretraining, m_ft, m_inf), cell in found.items():
+        values = []
+        for seed in (0, 1):
+            folder = out / "piqa" / str(Variant(pretraining, m_ft)) / f"seed{seed}"
+            evaluated = json.loads((folder / "evaluation_best_8" / "results.json").read_text())
+            (row,) = [row for row in evaluated["results"] if row["pauses"] == m_inf]
+            values.append(100 * row["metrics"]["accuracy"]["value"])
+            trained = json.loads(
+                (folder / "run" / (folder / "run" / "best").read_text() / "checkpoint.json").read_text()
+            )
+            config = trained["config"]
+            assert (config["pauses"], config["seed"], config["max_steps"], row["n"]) == (m_ft, seed, 4, 8)
+            assert config["init_from"] == str(ready / pretraining.lower()) and config["attention"] == "prefix"
+            assert (evaluated["settings"]["step"], evaluated["settings"]["attention"]) == (trained["step"], "prefix")
+        assert list(cell["values"].values()) == values
+        assert cell["mean"] == pytest.approx(sum(values) / 2) and cell["std"] == pytest.approx(statistics.stdev(values))
+        assert cell["paper"] == ([73.3, 0.2] if (pretraining, m_ft) == ("Std", 0) else
+                                 [74.1, 0.2] if (pretraining, m_ft) == ("Pause", 0) else None)  # fmt: skip
+    lines = (out / "table.md").read_text().splitlines()
+    assert lines[0] == "| % | Std/Std | Std/Pause2 | Pause/Std | Pause/Pause2 |"
+    cells = [found[key] for key in (("Std", 0, 0), ("Std", 2, 2), ("Pause", 0, 0), ("Pause", 2, 2))]
+    assert lines[2] == "| piqa, accuracy | " + " | ".join(f"{c['mean']:.1f} ± {c['std']:.1f}" for c in cells) + " |"
+    assert lines[3] == "| [G] 1B | 73.3 ± 0.2 | – | 74.1 ± 0.2 | – |"
+    assert (out / "variants.png").stat().st_size > 10_000 and (out / "inference.png").stat().st_size > 10_000
+    with pytest.raises(UserError, match="has results with train=.*choose another --out_dir"):
+        grid(*arguments, "--train=--max_steps=5")
+
+
+def test_an_interrupted_grid_goes_on(grid, arguments, tmp_path):
+    """In processes of their own: SIGTERM to the grid ends its job too, which saves first."""
+    train = TRAIN.replace("max_steps=4", "max_steps=600").replace("eval_interval=2", "eval_interval=600")
+    args = [*arguments, f"--train={train} --checkpoint_interval=50", "--keep=False"]
+    run_folder = tmp_path / "out" / "piqa" / "StdPT_StdFT" / "seed0" / "run"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "experiments" / "four_variants.py"), *args]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for _ in range(600):
+            if (run_folder / "latest").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        with pytest.raises(UserError, match="another grid, or a job that one left behind, works in"):
+            grid(*args)
+        process.terminate()
+        output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130 and output.endswith("interrupted\n"), output
+    log = run_folder.parent / "log.txt"
+    assert "stopped by SIGTERM after step" in log.read_text() and not (run_folder.parent / "evaluation_best").exists()
+    step = int((run_folder / "latest").read_text()[5:])
+
+    parsed = four_variants.cli.parse(Settings, args, "test")
+    (job, *_), failed = checked(parsed), []
+    with Ticker(1, enabled=False) as ticker:
+        failed = run([job], [""], ticker, 0)
+    assert not failed and len(Forked.started) == 2 and f"from step {step}\n" in log.read_text()
+    assert job.command() is None and 0 in job.scores() and not list(run_folder.glob("step_*"))
+
+
+def test_every_gpu_has_one_job_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(four_variants.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert devices_of(Settings()) == ["4", "6", "7"] and devices_of(Settings(device="cpu")) == [""]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert devices_of(Settings()) == ["0", "1", "2"]
+    busy, most, used = set(), [], []
+
+    class Process:
+        def __init__(self, job, device, code):
+            assert device not in busy
+            busy.add(device), most.append(len(busy)), used.append(device)
+            self.job, self.device, self.code, self.polls = job, device, code, 0
+
+        def poll(self):
+            self.polls += 1
+            if self.polls < 3:
+                return None
+            busy.discard(self.device)
+            self.job.left -= not self.code
+            return self.code
+
+    class Job:
+        settings, folder = Settings(), tmp_path
+        variant = Variant("Std", 0)
+
+        def __init__(self, i):
+            self.i, self.left = i, 2
+
+        def __str__(self):
+            return f"job {self.i}"
+
+        def command(self):
+            return [self, self.left] if self.left else None
+
+        def scores(self):
+            return {0: {"metrics": {"accuracy": {"value": 0.5}}}}
+
+    (tmp_path / "log.txt").write_text("$ train.py\nerror: old\n$ train.py\nTraceback\nValueError: new\n")
+    monkeypatch.setattr(
+        four_variants, "start", lambda command, log, device, lock: Process(command[0], device, int(command[0].i == 3))
+    )
+    with Ticker(8, enabled=False) as ticker:
+        failed = run([Job(i) for i in range(8)], ["0", "1", "2"], ticker, 0)
+    assert max(most) == 3 and set(used) == {"0", "1", "2"} and len(used) == 15
+    assert failed == {"job 3": f"ValueError: new ({tmp_path / 'log.txt'})"}
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ("--tasks=piqe", "task 'piqe' is not known: did you mean 'piqa'?"),
+        ("--tasks=", "no task: name some by --tasks=gsm8k,squad"),
+        ("--tasks=csqa", "has no csqa_train.jsonl"),
+        ("--pauses=", "must be numbers from 1, such as 10,50"),
+        ("--pauses=0,10", "must be numbers from 1, such as 10,50"),
+        ("--pauses=ten", "'ten' is none"),
+        ("--inference_pauses=-1", "'-1' is none"),
+        ("--seeds=0", "seeds=0 must be 1 to"),
+        ("--limit=0", "limit=0 must be 1 to"),
+        ("--pretrained_std=", "no --pretrained_std: name"),
+        ("--pretrained_std=nowhere", "--pretrained_std: nowhere holds no checkpoint"),
+        ("--pretrained_std={pause}", "has been trained with pauses"),
+        ("--pretrained_pause={std}", "has not been trained with pauses"),
+        ("--train=--batch_size=0", "batch_size=0 must be at least 1"),
+        ("--train=--block_size=128", "block_size=128 is more than the 96 tokens"),
+        ("--train='--seed=1", "cannot be split into arguments: No closing quotation"),
+        ("--device=cuda", "there is no GPU"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_before_any_job(grid, arguments, ready, tmp_path, change, text, monkeypatch):
+    monkeypatch.setattr(four_variants.torch.cuda, "device_count", lambda: 0)
+    change = change.format(std=ready / "std", pause=ready / "pause")
+    with pytest.raises(UserError) as error:
+        grid(*[arg for arg in arguments if not arg.startswith(change.partition("=")[0] + "=")], change)
+    assert text in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_the_papers_row():
+    assert len(PAPER) == 9 and all(len(row) == 6 for row in PAPER.values())
+    assert {str(variant): cell for variant, cell in PAPER["squad"].items()} == {
+        "StdPT_StdFT": (36.4, 2.5), "StdPT_PauseFT10": (36.6, 2.2), "StdPT_PauseFT50": (40.2, 3.2),
+        "PausePT_StdFT": (38.4, 2.9), "PausePT_PauseFT10": (51.7, 2.3), "PausePT_PauseFT50": (55.9, 1.0)}  # fmt: skip
