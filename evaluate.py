@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 import kernels
-from nanopause import checkpoint, cli, errors, hub
+from nanopause import checkpoint, cli, errors, hub, sandbox
 from nanopause.distributed import Processes
 from nanopause.engine import Engine
 from nanopause.errors import UserError
@@ -54,13 +54,15 @@ class Settings:
     """Folder of a run, whose newest intact checkpoint is read, or out_dir/best in it, which has the lowest validation
     loss; or a transformers folder, a GGUF file or a hub id."""
     tasks: str = ""
-    """Tasks of nanopause, with commas: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq."""
+    """Tasks of nanopause, with commas: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq, aqua, mbpp."""
+    allow_code_execution: bool = False
+    """Run the programs that a model writes for mbpp, each in a sandbox of its own."""
     harness: str = ""
     """Tasks of lm-evaluation-harness, with commas."""
     harness_path: str = ""
     """Folder of YAML files with tasks that the harness does not have."""
     pauses: str = ""
-    """Numbers of pauses in every prompt, with commas. Empty: as many as the run was finetuned with, else none."""
+    """Numbers of pauses in every prompt, with commas. Empty: as many as prompts had in finetuning."""
     pause_position: Literal["append", "prepend"] | None = None
     """Pauses after the prompt or before it. None: as the run was finetuned, else after it."""
     data_dir: str = ""
@@ -90,7 +92,8 @@ def results_folder(settings: Settings) -> Path:
 
 def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python evaluate.py", __doc__)
-    tasks, of_harness = [get_task(name) for name in words(settings.tasks)], words(settings.harness)
+    tasks = [get_task(name).permitted(settings.allow_code_execution) for name in words(settings.tasks)]
+    of_harness = words(settings.harness)
     counts = numbers("pauses", settings.pauses)
     if not tasks and not of_harness:
         raise UserError("nothing to evaluate: name tasks by --tasks=gsm8k,squad or --harness=hellaswag")
@@ -102,7 +105,8 @@ def main() -> None:
     device = Processes(settings.device).device
     model, tokenizer, state = hub.load(settings.out_dir, device)
     trained = state.get("config", {})
-    counts = counts or [trained.get("pauses") or 0]
+    in_prompt = trained.get("pauses", 0) if trained.get("placement") == "appd" else 0
+    counts = counts or [in_prompt]
     attention = settings.attention or trained.get("attention") or "causal"
     pause_position = settings.pause_position or trained.get("pause_position") or "append"
     cut = trained.get("cut") or "left"
@@ -148,6 +152,8 @@ def main() -> None:
     total = sum(len(cell.examples) for cell in cells)
     with Ticker(total, enabled=True) as ticker:
         ticker.say("\n".join([f"results: {folder}", *sources]))
+        if any(task.executes_code for task in tasks):
+            ticker.say(str(sandbox.protections()))
         if n_before := sum(map(len, done)):
             ticker.say(f"{n_before:,} of {total:,} examples are in {file} already")
         engine, n_done, results, shown = None, sum(map(len, done)), [], time.perf_counter()

@@ -36,7 +36,7 @@ from nanopause.data import Batch, Corpus, TrainingBatches, prefetch, validation_
 from nanopause.distributed import Processes
 from nanopause.engine import Engine
 from nanopause.errors import UserError
-from nanopause.finetune import TaskBatches, load_pairs, task_validation_batches
+from nanopause.finetune import TargetPauses, TaskBatches, described, load_pairs, task_validation_batches
 from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
@@ -47,6 +47,15 @@ DATA = Path(__file__).resolve().parent / "data"
 BAD_STEPS = 5  # non-finite steps in a row that end the run
 
 
+def summed_loss(forward: nn.Module, batch: Batch, focal: float) -> torch.Tensor:
+    """The sum of a batch's losses in nats."""
+    if not focal:
+        return forward(batch.inputs, batch.targets, reduction="sum", **batch.layout)
+    losses = forward(batch.inputs, batch.targets, reduction="none", **batch.layout)
+    # (1 − p)^γ · −log p [Lin et al. 2017, equation 4]; a power below 1 has no gradient at 0.
+    return ((-torch.expm1(-losses)).clamp(min=1e-12) ** focal * losses).sum()
+
+
 def train_step(
     forward: nn.Module,
     optimizers: list[Optimizer],
@@ -55,6 +64,7 @@ def train_step(
     grad_clip: float,
     autocast: torch.autocast,
     processes: Processes,
+    focal: float = 0.0,
 ) -> tuple[float, float, bool]:
     """One step of the optimizers on this process's share of a batch with n_live targets in all processes.
 
@@ -67,8 +77,7 @@ def train_step(
         alone = processes.count > 1 and micro_batch is not micro_batches[-1]
         with forward.no_sync() if alone else contextlib.nullcontext():
             with autocast:
-                loss_of_part = forward(micro_batch.inputs, micro_batch.targets, reduction="sum", **micro_batch.layout)
-                part = loss_of_part / n_live
+                part = summed_loss(forward, micro_batch, focal) / n_live
             (part * processes.count).backward()  # DDP averages where a sum is due
         loss += part.detach()
     norm = torch.nn.utils.clip_grad_norm_(forward.parameters(), grad_clip or math.inf)
@@ -111,7 +120,7 @@ def main():
 
     with Ticker(config.max_steps, enabled=processes.is_main) as ticker:
         # A model that is there: the run's own, or one to start from.
-        state, share_of = {}, (processes.rank, processes.count)
+        state, inside, share_of = {}, None, (processes.rank, processes.count)
         found = checkpoint.find(out_dir, warn=ticker.say) if config.resume else None
         if found and (init_from := checkpoint.read_state(found)["config"]["init_from"]):
             model, tokenizer, state = checkpoint.read_model(found, device)
@@ -125,15 +134,13 @@ def main():
 
         # Data: a task's pairs, or a corpus, of which the default prepares itself.
         if config.task:
+            inside = TargetPauses(config, tokenizer) if config.placement in ("ran", "aaw", "dit") else None
             (training, about), (held_out, about_held_out) = (
-                load_pairs(config, split, tokenizer) for split in ("train", "validation")
+                load_pairs(config, split, tokenizer, inside) for split in ("train", "validation")
             )
             of_task = tokenizer.pause_id, config.attention
-            batches = TaskBatches(training, config.batch_size, *of_task, config.seed, *share_of)
-            about += (
-                f"\nheld out: {about_held_out}\nan example: prefix, {config.pauses} pauses (pause_position "
-                f"{config.pause_position}), target; attention {config.attention}, trainable {config.trainable}"
-            )
+            batches = TaskBatches(training, config.batch_size, *of_task, config.seed, *share_of, inside)
+            about += f"\nheld out: {about_held_out}\nan example: {described(config)}"
         else:
             folder = DATA / config.dataset / tokenizer.name
             if config.dataset == "pydocs" and not folder.exists() and processes.is_main:
@@ -149,16 +156,18 @@ def main():
         # A new model where there is none, and optimizers, as new or from the newest intact checkpoint.
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
-        pausing, knew_pauses = bool(config.pause_rate or config.pauses), state.get("knows_pauses", False)
+        pausing, knew_pauses = config.pausing, state.get("knows_pauses", False)
         model = model.train() if model else GPT(config.gpt(tokenizer.vocab_size)).to(device)
         if state and pausing and not knew_pauses:
             hub.begin_rows(model, [tokenizer.pause_id], tokenizer.pause_id)
             ticker.say(f"{config.init_from} has not seen a pause: the pause's row begins as the mean embedding")
         set_trainable(model, config.trainable, tokenizer.pause_id)
         optimizers = make_optimizers(model, config)
-        start = 0
+        start = n_tokens = 0
         if config.resume:
-            start = checkpoint.restore(found, model, optimizers, config, warn=ticker.say) if found else 0
+            if found:
+                state = checkpoint.restore(found, model, optimizers, config, warn=ticker.say)
+                start, n_tokens = state["step"], state["tokens"]
             ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
         kernels.choose(None, device)  # says which
         forward = model
@@ -188,23 +197,29 @@ def main():
 
         def save(best: bool = False) -> None:
             knows_pauses = pausing or knew_pauses
-            checkpoint.save(out_dir, done, model, optimizers, config, knows_pauses=knows_pauses, best=best)
+            checkpoint.save(out_dir, done, model, optimizers, config, tokens=n_tokens, knows_pauses=knows_pauses,
+                            best=best)  # fmt: skip
 
         evaluation = tokenizer, autocast, processes
-        n_bad, done, n_tokens = 0, start, batches.n_tokens(start)
+        n_bad, done = 0, start
         seconds = tokens_since = flops_since = 0.0  # since the last line of metrics
         for batch in prefetch(batches, start, config.max_steps, device):
+            begin, scored = time.perf_counter(), 0 * batch.lengths
+            if inside and inside.placement == "dit":
+                scored = batch.lengths
+                with autocast:
+                    batch = inside.chosen_by(forward, batch, config.micro_batch_size)
             lengths = batch.lengths
-            n_live, n_pauses, n_new, n_pairs, stopping = processes.sum(
-                batch.n_live, batch.n_pauses, lengths.sum(), (lengths**2).sum(), len(stop)
-            )
+            n_live, n_pauses, n_new, n_pairs, n_scored, n_scored_pairs, stopping = processes.sum(
+                batch.n_live, batch.n_pauses, lengths.sum(), (lengths**2).sum(), scored.sum(), (scored**2).sum(),
+                len(stop),
+            )  # fmt: skip
             if stopping:
                 break
-            begin = time.perf_counter()
             share = set_learning_rates(optimizers, done, config)
             micro_batches = list(batch.split(config.micro_batch_size))
             loss, norm, finite = train_step(
-                forward, optimizers, micro_batches, max(1, n_live), config.grad_clip, autocast, processes
+                forward, optimizers, micro_batches, max(1, n_live), config.grad_clip, autocast, processes, config.focal
             )
             n_bad = 0 if finite else n_bad + 1
             if n_bad:
@@ -220,6 +235,10 @@ def main():
             n_tokens, tokens_since = n_tokens + int(n_new), tokens_since + n_new
             length = n_pairs / n_new  # sequences of this length, as many tokens of them, have as many pairs to attend
             flops_since += flops.training_flops(model.config, length, batch_size=n_new / length, n_live=int(n_live))
+            if n_scored:  # the pass that finds the least likely targets
+                length = n_scored_pairs / n_scored
+                flops_since += flops.forward_flops(model.config, length, batch_size=n_scored / length,
+                                                   n_live=int(n_live))  # fmt: skip
             rate, mfu = tokens_since / seconds, flops_since / seconds / peak / processes.count
             last = done == config.max_steps
             logged, evaluated = done % config.log_interval == 0 or last, done % config.eval_interval == 0 or last

@@ -25,7 +25,7 @@ from nanopause.evaluation import words  # noqa: E402
 from nanopause.tasks import TASKS, get_task  # noqa: E402
 
 N = 32
-MODEL = ["--tokenizer=gpt2", "--n_layer=2", "--n_embd=64", "--n_head=4", "--block_size=256"]
+MODEL = ["--tokenizer=gpt2", "--n_layer=2", "--n_embd=64", "--n_head=4", "--block_size=512"]
 TRAINING = [f"--limit={N}", f"--batch_size={N}", "--warmup_steps=5", "--eval_blocks=1"]
 
 
@@ -35,7 +35,7 @@ class Settings:
     """With commas."""
     data_dir: str = ""
     """Folder with the tasks' files. Empty: the hub."""
-    max_steps: int = 40
+    max_steps: int = 50
     """Optimizer steps, each over all examples."""
     out_dir: str = "out/memorise"
     """Folder of runs and results.json; runs that are there are made anew."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import nanopause
 from nanopause import checkpoint, metrics
+from nanopause.config import Config
+from nanopause.finetune import described
 from nanopause.model import GPT
 from nanopause.tokenizer import Tokenizer
 
@@ -54,16 +56,15 @@ def card(source: str, folder: Path, model: GPT, tokenizer: Tokenizer, state: dic
             "started from": Path(config["init_from"]).name or "random weights",
             "trained on": f"{Path(config['dataset']).name}, sequences of {config['block_size']} tokens",
             "steps": f"{state['step']:,}",
-            "tokens": f"{state['step'] * config['batch_size'] * config['block_size']:,}",
+            "tokens": f"{state['tokens']:,}",
             "pauses in training": f"{rate} a token, {rate / (1 + rate):.1%} of the positions" if rate else "none",
         }
         if config["task"]:
-            place = {"append": "after", "prepend": "before"}[config["pause_position"]]
             rows |= {
                 "trained on": f"{config['task']}, {config['batch_size']} pairs a step, {config['attention']} attention",
-                "pauses in training": f"{config['pauses']} {place} the prefix" if config["pauses"] else "none",
+                "an example": described(Config(**config)),
             }
-            del rows["tokens"]
+            del rows["pauses in training"]
         logged = [row for row in metrics.read(out_dir / "metrics.jsonl") if row["step"] <= state["step"]]
         for key, name in (("loss", "training loss"), ("val_loss", "held-out loss"),
                           ("val_loss_pauses", "held-out loss with pauses")):  # fmt: skip

@@ -38,10 +38,10 @@ def _folders(out_dir: Path) -> list[Path]:
 
 def save(
     out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config, *,
-    knows_pauses: bool | None = None, best: bool = False,
+    tokens: int = 0, knows_pauses: bool | None = None, best: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the state after `step` steps; best: `best` names it from here on. knows_pauses: whether the weights have
-    learned from pauses, in this run (None: as config says) or in one before it.
+    """Write the state after `step` steps; best: `best` names it from here on. tokens: read so far. knows_pauses:
+    whether the weights have learned from pauses, in this run (None: as config says) or in one before it.
 
     Raises UserError where a weight is not finite, and OSError on a full disk, with the half-written folder removed;
     either way the checkpoints before it stand."""
@@ -59,9 +59,10 @@ def save(
         torch.save([optimizer.state_dict() for optimizer in optimizers], beside / "optimizer.pt")
         state = {
             "step": step,
+            "tokens": tokens,
             "config": asdict(config),
             "model": asdict(model.config),
-            "knows_pauses": bool(config.pause_rate or config.pauses) if knows_pauses is None else knows_pauses,
+            "knows_pauses": config.pausing if knows_pauses is None else knows_pauses,
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             "sha256": {file.name: sha256(file) for file in sorted(beside.iterdir())},
         }
@@ -132,8 +133,8 @@ def read_state(folder: Path) -> dict:
 
 def restore(
     folder: Path, model: nn.Module, optimizers: list[Optimizer], config: Config, warn: Callable[[str], None]
-) -> int:
-    """Puts weights and optimizer states back and returns the step that follows; learning rates and the like are the
+) -> dict:
+    """Puts weights and optimizer states back and returns checkpoint.json; learning rates and the like are the
     config's, and what differs is told through `warn`. Raises UserError where the config asks for another model, corpus
     or order than the checkpoint's, or for fewer steps than it has."""
     state = read_state(folder)
@@ -141,7 +142,8 @@ def restore(
         raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
     fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
     data = {"init_from", "dataset", "tokenizer", "batch_size", "optimizer", "seed"}
-    finetuning = {"task", "limit", "pauses", "pause_position", "attention", "cut", "trainable"}
+    finetuning = {"task", "limit", "pauses", "placement", "consecutive", "pause_loss", "focal", "pause_position",
+                  "attention", "cut", "trainable"}  # fmt: skip
     for key in sorted(fixed | data | finetuning):
         then, now = state["config"][key], getattr(config, key)
         if then != now:
@@ -156,7 +158,7 @@ def restore(
         optimizer.load_state_dict(saved)
         for group, settings in zip(optimizer.param_groups, groups):
             group.update(settings)
-    return state["step"]
+    return state
 
 
 def run_of(path: Path) -> tuple[Path, Path | None] | None:

@@ -15,11 +15,11 @@ from nanopause.model import GPTConfig
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
 BIG = 2**62
-COUNTS = """n_layer limit n_head n_kv_head n_embd head_dim n_mlp batch_size micro_batch_size max_steps
+COUNTS = """n_layer limit consecutive n_head n_kv_head n_embd head_dim n_mlp batch_size micro_batch_size max_steps
 eval_interval eval_blocks checkpoint_interval log_interval""".split()
 LIMITS = {
     **dict.fromkeys(COUNTS, (1, BIG)),
-    **dict.fromkeys(("block_size", "pauses", "warmup_steps", "seed", "weight_decay", "grad_clip"), (0, BIG)),
+    **dict.fromkeys(("focal", "block_size", "pauses", "warmup_steps", "seed", "weight_decay", "grad_clip"), (0, BIG)),
     **dict.fromkeys(("learning_rate", "matrix_learning_rate"), (0, 3.4e38)),
     **dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)),
     **dict.fromkeys(("pause_rate", "wsd_share", "min_lr_ratio"), (0, 1)),
@@ -60,13 +60,24 @@ class Config(GPTConfig):
     that a share of rate/(1+rate) of its positions are pauses. 0: standard pretraining."""
 
     task: str = ""
-    """Finetune on it, instead of pretraining: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq or nq."""
+    """Finetune on it, instead of pretraining: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq, aqua
+    or mbpp."""
     data_dir: str = ""
     """Folder with the task's files, such as gsm8k_train.jsonl.gz. Empty: the hub."""
     limit: int | None = None
     """Only the first so many examples of the task's training split. None: all."""
     pauses: int = 0
-    """Pauses between prefix and target of an example."""
+    """Pauses of an example."""
+    placement: Literal["appd", "sft", "ran", "aaw", "dit"] = "appd"
+    """Where an example's pauses go. appd: to its prefix [Goyal et al. 2023]; dit: before the `pauses` least likely
+    tokens of its target, found anew every step [Kim et al. 2025]; ran: before as many random ones; aaw: after every
+    word of the target; sft: nowhere."""
+    consecutive: int = 1
+    """Pauses in a row at each place of dit, ran and aaw."""
+    pause_loss: bool = False
+    """Learn to say the pauses of dit, ran and aaw, an ablation that harms."""
+    focal: float = 0.0
+    """γ of the focal loss (1 − p)^γ · −log p of a task's targets; 0: cross-entropy."""
     pause_position: Literal["append", "prepend"] = "append"
     """"append" the pauses to the prefix, or "prepend" them to it, which is an ablation."""
     attention: Literal["causal", "prefix"] = "causal"
@@ -134,10 +145,25 @@ class Config(GPTConfig):
         if self.pauses and not self.task:
             raise UserError(f"pauses={self.pauses} stand between the prefix and the target of a task: add "
                             f"--task=gsm8k, say, or use pause_rate for pretraining")  # fmt: skip
+        if (self.pause_loss or self.consecutive > 1) and self.placement in ("appd", "sft"):
+            raise UserError(f"pause_loss and consecutive are of pauses in a target, and placement={self.placement} has "
+                            f"none: use --placement=dit, ran or aaw")  # fmt: skip
+        if self.focal and not self.task:
+            raise UserError(f"focal={self.focal} is for finetuning: add --task=gsm8k, say")
         if self.pause_rate and self.task:
             raise UserError(f"pause_rate={self.pause_rate} is for pretraining: use pauses with task={self.task}")
         super().__post_init__()
         self.micro_batch_size = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    @property
+    def prefix_pauses(self) -> int:
+        """Pauses of an example that are in its prompt, and at inference too."""
+        return self.pauses if self.placement == "appd" else 0
+
+    @property
+    def pausing(self) -> bool:
+        """Whether any pause is trained with."""
+        return bool(self.pause_rate or (self.pauses and self.placement != "sft"))
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         """The model's part, with the tokenizer's vocabulary."""

@@ -75,14 +75,16 @@ class Batch:
     """inputs, targets: int64 [B, T]; targets are IGNORE where there is no loss. n_live: how many are not; n_pauses: how
     many inputs are pauses; both of the whole batch, known here so that nobody asks a GPU.
 
-    ends: in a packed batch, whose documents lie one behind the other in one row, where each of them ends. layout: what
-    the model must know of them then: positions, int64 [1, T], and lo and hi, int32 [1, T], as GPT.hidden takes them."""
+    ends: in a packed batch, whose documents lie one behind the other in one row, where each of them ends; lives: how
+    many targets each has that are live. layout: what the model must know of them then: positions, int64 [1, T], and lo
+    and hi, int32 [1, T], as GPT.hidden takes them."""
 
     inputs: Tensor
     targets: Tensor
     n_live: int
     n_pauses: int
     ends: tuple[int, ...] = ()
+    lives: tuple[int, ...] = ()
     layout: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -113,6 +115,7 @@ class Batch:
                 inputs=self.inputs[:, start:stop],
                 targets=self.targets[:, start:stop],
                 ends=tuple(end - start for end in ends),
+                lives=self.lives[i : i + size],
                 layout={
                     name: x[:, start:stop] - (0 if name == "positions" else start) for name, x in self.layout.items()
                 },
@@ -180,10 +183,6 @@ class TrainingBatches:
         keys = [(self.seed, 1, step, row) for row in self.chosen.rows]
         blocks = [self.corpus[i] for i in self.chosen[step]]
         return make_batch(blocks, self.pause_rate, self.corpus.tokenizer, keys)
-
-    def n_tokens(self, n_steps: int) -> int:
-        """Tokens of the first steps, in all processes."""
-        return n_steps * self.chosen.batch_size * self.corpus.block_size
 
 
 def evenly(n: int, total: int) -> list[int]:

@@ -10,8 +10,8 @@ padded (but to a multiple of data.ROW_MULTIPLE on a GPU), and attention costs wh
 length, filled by best fit, would leave the last ones half empty: a step of 16 examples is only a few of them.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from nanopause import tasks
 from nanopause.config import Config
 from nanopause.data import Batch, Shuffled, evenly
 from nanopause.errors import UserError
-from nanopause.pauses import IGNORE, append, prepend, targets_of
+from nanopause.pauses import IGNORE, after_words, append, insert_before, lowest_likelihood, prepend, targets_of
 from nanopause.tasks import Example
 from nanopause.tokenizer import Tokenizer
 
@@ -70,23 +70,28 @@ def encode(
     pauses: int = 0,
     pause_position: Position = "append",
     cut: Literal["left", "right"] = "left",
+    inside: "TargetPauses | None" = None,
 ) -> Pair | None:
-    """An example as at most block_size tokens; None where the target leaves no room for a token of the prefix. Prefix
-    and target are tokenized apart."""
+    """An example as at most block_size tokens, less the pauses that its target is going to get; None where the target
+    leaves no room for a token of the prefix. Prefix and target are tokenized apart."""
     prefix, target = tokenizer.encode(example.prefix), [*tokenizer.encode(example.target), tokenizer.eot_id]
+    if inside:
+        block_size -= inside.n * len(inside.places(target))
     before, n_cut = with_pauses(prefix, tokenizer, block_size - len(target), pauses, pause_position, cut)
     if n_cut == len(prefix) or len(before) + len(target) > block_size:
         return None
     return Pair(np.array(before + target, dtype=np.int64), len(before), n_cut)
 
 
-def load_pairs(config: Config, split: str, tokenizer: Tokenizer) -> tuple[list[Pair], str]:
+def load_pairs(
+    config: Config, split: str, tokenizer: Tokenizer, inside: "TargetPauses | None" = None
+) -> tuple[list[Pair], str]:
     """The pairs of a split of config.task, and a sentence that says where they come from and what of them is cut.
 
     Raises UserError: no such task or data, a bad row, or no pair that fits."""
     limit = config.limit if split == "train" else None
     examples, said = tasks.load(tasks.get_task(config.task), split, config.data_dir or None, limit)
-    settings = config.block_size, config.pauses, config.pause_position, config.cut
+    settings = config.block_size, config.prefix_pauses, config.pause_position, config.cut, inside
     pairs = [pair for example in examples if (pair := encode(example, tokenizer, *settings))]
     if not pairs:
         raise UserError(f"no target of {config.task}'s {split} split, {config.pauses} pauses and a prefix fit into "
@@ -96,6 +101,19 @@ def load_pairs(config: Config, split: str, tokenizer: Tokenizer) -> tuple[list[P
     if n_dropped := len(examples) - len(pairs):
         said += f"; {n_dropped:,} examples are left out, whose target alone is too long"
     return pairs, said
+
+
+def described(config: Config) -> str:
+    """What an example of a run looks like."""
+    each = f"{config.consecutive} pause{'s' * (config.consecutive > 1)}"
+    about = {
+        "appd": f"prefix, {config.pauses} pauses (pause_position {config.pause_position}), target",
+        "sft": "prefix, target",
+        "dit": f"prefix, target with {each} before each of its {config.pauses} least likely tokens",
+        "ran": f"prefix, target with {each} before each of {config.pauses} random tokens",
+        "aaw": f"prefix, target with {each} after every word",
+    }[config.placement]
+    return f"{about}; attention {config.attention}, trainable {config.trainable}"
 
 
 def pack(pairs: Sequence[Pair], pause_id: int, attention: Literal["causal", "prefix"]) -> Batch:
@@ -115,27 +133,82 @@ def pack(pairs: Sequence[Pair], pause_id: int, attention: Literal["causal", "pre
         n_live=int((targets != IGNORE).sum()),
         n_pauses=int((inputs == pause_id).sum()),
         ends=tuple(ends.tolist()),
+        lives=tuple(len(pair.tokens) - pair.n_prefix for pair in pairs),
         layout={name: torch.from_numpy(x)[None] for name, x in layout.items()},
     )
 
 
+class TargetPauses:
+    """Pauses inside of targets [Kim et al. 2025]: config.placement dit, ran or aaw."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        self.placement, self.m, self.n = config.placement, config.pauses, config.consecutive
+        self.seed, self.tokenizer = config.seed, tokenizer
+        self.fill = tokenizer.pause_id if config.pause_loss else IGNORE
+
+    def places(self, target: Sequence[int], key: tuple[int, ...] = (0,)) -> np.ndarray:
+        """Where in a target with its end of text there are pauses, int64; key: of ran's chance. As many as of dit."""
+        if self.placement == "aaw":
+            return np.array(after_words([self.tokenizer.decode_bytes([i]) for i in target[:-1]]), dtype=np.int64)
+        return np.random.default_rng(key).permutation(len(target))[: self.m]
+
+    def placed(self, batch: Batch, pairs: Sequence[Pair], keys: list[tuple[int, ...]]) -> Batch:
+        """A packed batch with the pauses of ran and aaw, whose places do not depend on the model."""
+        places = [self.places(pair.tokens[pair.n_prefix :].tolist(), key) for pair, key in zip(pairs, keys)]
+        starts = [0, *batch.ends[:-1]]
+        chosen = torch.zeros_like(batch.inputs, dtype=torch.bool)
+        for start, pair, place in zip(starts, pairs, places):
+            chosen[0, start + pair.n_prefix - 1 + place] = True
+        return self.insert(batch, chosen, [len(place) for place in places])
+
+    @torch.no_grad()
+    def chosen_by(self, model: Callable, batch: Batch, micro_batch_size: int) -> Batch:
+        """A packed batch with dit's pauses: before the targets that the model, as it is, finds least likely. Their
+        number is known before the model is asked, so nobody waits for a device."""
+        losses = [
+            model(part.inputs, part.targets, reduction="none", **part.layout)[: part.ends[-1]]
+            for part in batch.split(micro_batch_size)
+        ]
+        log_likelihoods = torch.where(batch.targets == IGNORE, torch.inf, -torch.cat(losses))
+        chosen = lowest_likelihood(log_likelihoods, self.m, batch.layout["lo"])
+        return self.insert(batch, chosen, np.minimum(self.m, batch.lives))
+
+    def insert(self, batch: Batch, chosen: torch.Tensor, counts: Sequence[int]) -> Batch:
+        """A packed batch with pauses before the chosen targets, bool [1, T], of which every document has its count."""
+        inputs, targets, place, row = insert_before(
+            batch.inputs[0], batch.targets[0], chosen[0], self.n, self.tokenizer.pause_id, int(sum(counts)), self.fill
+        )
+        here = torch.arange(len(row), device=row.device)
+        lo, hi = (batch.layout[name][0, row] for name in ("lo", "hi"))
+        # An interval begins and ends with the same rows as before; a pause reads what the row before it does, and
+        # what is between them and itself.
+        lo, hi = place[lo], torch.maximum(here, place[hi - 1]) + 1
+        layout = {"positions": here - lo, "lo": lo.int(), "hi": hi.int()}
+        n_new = self.n * np.asarray(counts)
+        return replace(
+            batch, inputs=inputs[None], targets=targets[None], n_pauses=batch.n_pauses + int(n_new.sum()),
+            n_live=batch.n_live + int(n_new.sum()) * (self.fill != IGNORE),
+            ends=tuple((batch.ends + np.cumsum(n_new)).tolist()), layout={k: x[None] for k, x in layout.items()},
+        )  # fmt: skip
+
+
 class TaskBatches:
-    """`batches[step]` is this rank's share of a step's batch of batch_size pairs, chosen as Shuffled says, packed."""
+    """`batches[step]` is this rank's share of a step's batch of batch_size pairs, chosen as Shuffled says, packed, with
+    pauses in their targets where `inside` puts them before the model has seen them."""
 
     def __init__(
-        self, pairs: Sequence[Pair], batch_size: int, pause_id: int, attention: str, seed: int, rank: int, n_ranks: int
-    ):
-        self.pairs, self.pause_id, self.attention = pairs, pause_id, attention
-        self.chosen = Shuffled(len(pairs), batch_size, seed, rank, n_ranks)
+        self, pairs: Sequence[Pair], batch_size: int, pause_id: int, attention: str, seed: int, rank: int, n_ranks: int,
+        inside: TargetPauses | None = None,
+    ):  # fmt: skip
+        self.pairs, self.pause_id, self.attention, self.inside = pairs, pause_id, attention, inside
+        self.seed, self.chosen = seed, Shuffled(len(pairs), batch_size, seed, rank, n_ranks)
 
     def __getitem__(self, step: int) -> Batch:
-        return pack([self.pairs[i] for i in self.chosen[step]], self.pause_id, self.attention)
-
-    def n_tokens(self, n_steps: int) -> int:
-        """Tokens of the first steps, in all processes."""
-        lengths = np.array([len(pair.tokens) - 1 for pair in self.pairs])
-        epoch, rest = divmod(n_steps * self.chosen.batch_size, len(lengths))
-        return int(epoch * lengths.sum() + lengths[self.chosen.order(epoch)[:rest]].sum())
+        pairs = [self.pairs[i] for i in self.chosen[step]]
+        batch = pack(pairs, self.pause_id, self.attention)
+        if self.inside is None or self.inside.placement == "dit":
+            return batch
+        return self.inside.placed(batch, pairs, [(self.seed, 1, step, row) for row in self.chosen.rows])
 
 
 def task_validation_batches(

@@ -1,6 +1,8 @@
 """Where pauses go: pure functions on arrays of token ids. A pause is one id outside the text vocabulary."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 IGNORE = -100  # the target of a position that has no loss
 
@@ -42,3 +44,51 @@ def targets_of(tokens: np.ndarray, pause_id: int) -> np.ndarray:
     targets[..., :-1] = tokens[..., 1:]
     targets[targets == pause_id] = IGNORE
     return targets
+
+
+# Finetuning's pauses inside of the target. A row of inputs and targets is a token and the one after it.
+
+
+def lowest_likelihood(log_likelihoods: Tensor, m: int, document: Tensor | None = None) -> Tensor:
+    """The m least likely targets of every document, or all where there are fewer [Kim et al. 2025, section 3].
+
+    log_likelihoods: of each row's target, float [B, T], +inf where it is none to choose. document: integers [B, T],
+    equal in rows of one document; None: each of the B is one. Of equals the earlier are chosen.
+    Returns bool [B, T], on the device and without waiting for it.
+    """
+    if document is None:
+        document = torch.arange(len(log_likelihoods), device=log_likelihoods.device)[:, None]
+    values, document = log_likelihoods.flatten(), document.expand_as(log_likelihoods).flatten()
+    order = values.argsort(stable=True)
+    order = order[document[order].argsort(stable=True)]  # document by document, each from its lowest
+    of = document[order]
+    rank = torch.arange(len(of), device=of.device) - torch.searchsorted(of, of)
+    chosen = torch.zeros_like(values, dtype=torch.bool).scatter(0, order, rank < m)
+    return (chosen & (values < torch.inf)).view_as(log_likelihoods)
+
+
+def after_words(pieces: list[bytes]) -> list[int]:
+    """The places before which a word has ended, the end of the text among them [Kim et al. 2025, AAW].
+
+    pieces: the bytes of each token of a text. White space belongs to the word after it.
+    """
+    begins = [not piece[:1].strip() for piece in pieces[1:]] + [True]
+    return [i for i, (piece, begin) in enumerate(zip(pieces, begins), 1) if begin and piece[-1:].strip()]
+
+
+def insert_before(
+    inputs: Tensor, targets: Tensor, chosen: Tensor, n: int, pause_id: int, total: int, fill: int = IGNORE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """n pauses before every chosen target, which is then predicted at the last of them.
+
+    inputs, targets: int64 [N]. chosen: bool [N], by row of the target. total: how many are chosen, as the host must
+    know the length of what it gets without asking the device. fill: the target where a pause follows.
+    Returns inputs and targets, int64 [N + n·total]; the rows' new places, int64 [N]; and of every new place the row
+    that it is or, being a pause, follows, int64 [N + n·total].
+    """
+    before = chosen.cumsum(0) - chosen.long()
+    place = torch.arange(len(inputs), device=inputs.device) + n * before
+    longer = inputs.new_full((len(inputs) + n * total,), pause_id)
+    row = torch.zeros_like(longer).scatter(0, place, torch.ones_like(place)).cumsum(0) - 1
+    last = place + n * chosen
+    return longer.scatter(0, place, inputs), torch.full_like(longer, fill).scatter(0, last, targets), place, row
