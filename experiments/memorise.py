@@ -5,7 +5,7 @@ decoding and scoring agree.
     python experiments/memorise.py --data_dir=tasks --tasks=gsm8k,squad
 
 For every task, 0 and 10 pauses, causal and prefix attention: train.py on the first 32 examples of the training split,
-evaluate.py on the same ones. What is less than 100 % ends in exit code 1.
+evaluate.py on the same ones. Less than all ends in exit code 1.
 """
 
 import json
@@ -43,8 +43,9 @@ class Settings:
     """cpu, cuda, …; auto takes a GPU where there is one."""
 
 
-def share_said(settings: Settings, task: str, pauses: int, attention: str) -> float:
-    """The share of the examples that a model trained on them says right, by the task's first metric, 0 to 1."""
+def said(settings: Settings, task: str, pauses: int, attention: str) -> tuple[int, float]:
+    """How many of the examples a model trained on them says word for word, and the task's first metric, 0 to 1, which
+    of CoQA is below 1 where people disagree."""
     out = Path(settings.out_dir, f"{task}-{pauses}-{attention}").resolve()
     shutil.rmtree(out, ignore_errors=True)
     where = [f"--out_dir={out}", f"--data_dir={settings.data_dir and Path(settings.data_dir).resolve()}",
@@ -58,8 +59,9 @@ def share_said(settings: Settings, task: str, pauses: int, attention: str) -> fl
         if ended.returncode:
             raise UserError(f"{command[0]} of {out.name} failed: {ended.stderr.strip().splitlines()[-1]}")
     (row,) = json.loads((out / "evaluation" / "results.json").read_text())["results"]
+    lines = [json.loads(line) for line in (out / "evaluation" / "examples.jsonl").read_text().splitlines()]
     metric = next(iter(row["metrics"]))
-    return row["metrics"][metric]["value"]
+    return sum(line["answer"] == line["references"][0] for line in lines), row["metrics"][metric]["value"]
 
 
 def main() -> None:
@@ -67,11 +69,11 @@ def main() -> None:
     names = [get_task(name).name for name in words(settings.tasks)]
     rows = []
     for task, pauses, attention in product(names, (0, 10), ("causal", "prefix")):
-        share = share_said(settings, task, pauses, attention)
-        rows.append({"task": task, "pauses": pauses, "attention": attention, "share": share})
-        print(f"{task:10} {pauses:3} pauses  {attention:6}  {share:.0%} of {N}", flush=True)
+        n, metric = said(settings, task, pauses, attention)
+        rows.append({"task": task, "pauses": pauses, "attention": attention, "said": n, "metric": metric})
+        print(f"{task:10} {pauses:3} pauses  {attention:6}  {n} of {N}, metric {metric:.1%}", flush=True)
         Path(settings.out_dir, "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    if missed := [row for row in rows if row["share"] < 1]:
+    if missed := [row for row in rows if row["said"] < N]:
         raise UserError(f"{len(missed)} of {len(rows)} are not learned by heart: raise --max_steps")
 
 

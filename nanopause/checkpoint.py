@@ -99,9 +99,9 @@ def _damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if sha256(folder / name) != state["sha256"][name]:
                 return f"{name} does not have its sha256"
-        keys = [set(state[part]) == {field.name for field in fields(kind)} for part, kind in PARTS.items()]
+        keys = [set(state[part]) <= {field.name for field in fields(kind)} for part, kind in PARTS.items()]
         if not isinstance(state["step"], int) or not all(keys):
-            return "checkpoint.json is of another version"
+            return "checkpoint.json is of a later version"
     except FileNotFoundError:
         return "checkpoint.json is missing"
     except (ValueError, KeyError, TypeError):
@@ -127,8 +127,10 @@ def find(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def read_state(folder: Path) -> dict:
-    """checkpoint.json: step, config, the model's own, versions."""
-    return json.loads((folder / "checkpoint.json").read_text())
+    """checkpoint.json: step, config, the model's own, versions. What an earlier version lacks has its default."""
+    state = json.loads((folder / "checkpoint.json").read_text())
+    defaults = {part: asdict(kind()) | state[part] for part, kind in PARTS.items()}
+    return {"tokens": 0, "knows_pauses": state["config"]["pause_rate"] > 0} | state | defaults
 
 
 def restore(

@@ -80,7 +80,7 @@ def test_restore_gives_the_bits_back_and_takes_the_configs_rates(tmp_path, state
     config = Config(n_layer=1, n_embd=16, n_head=2, learning_rate=0.5)
     model = GPT(config.gpt(258))
     optimizers, said = make_optimizers(model, config), []
-    assert checkpoint.restore(folder, model, optimizers, config, said.append) == 5
+    assert checkpoint.restore(folder, model, optimizers, config, said.append)["step"] == 5
     assert said == ["resume: learning_rate was 0.03 and is 0.5 from here on"]
     for name, tensor in state[0].state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
@@ -94,8 +94,14 @@ def test_restore_gives_the_bits_back_and_takes_the_configs_rates(tmp_path, state
 
 
 def test_of_another_version(tmp_path, state):
+    """What is new since then has its default; what is not known yet is refused."""
     folder = save(tmp_path, 1, state)
     text = json.loads((folder / "checkpoint.json").read_text())
+    del text["config"]["focal"], text["tokens"]
+    (folder / "checkpoint.json").write_text(json.dumps(text))
+    assert checkpoint.find(tmp_path, warn=pytest.fail) == folder
+    read = checkpoint.read_state(folder)
+    assert (read["config"]["focal"], read["tokens"], read["config"]["n_embd"]) == (0.0, 0, 16)
     text["config"]["n_legs"] = 4
     (folder / "checkpoint.json").write_text(json.dumps(text))
     with pytest.raises(UserError, match="no checkpoint in .* is intact"):
