@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 import torch
 from conftest import ROOT
 from safetensors.numpy import load_file
@@ -20,9 +23,10 @@ from nanopause.finetune import TaskBatches, encode, load_pairs, pack, task_valid
 from nanopause.model import GPT, GPTConfig
 from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
-from nanopause.tasks import Example, get_task
+from nanopause.tasks import TASKS, Example, get_task
 from nanopause.tokenizer import load_tokenizer
 
+REAL = Path(os.environ.get("NANOPAUSE_DATA", ROOT.parent / "shared/data")) / "tasks"
 BYTES = load_tokenizer("bytes")
 P, E = BYTES.pause_id, BYTES.eot_id
 CPU = torch.device("cpu")
@@ -414,6 +418,25 @@ def test_bad_data_is_one_sentence(train, tmp_path, line, args, text):
     ended = finetune(train, tmp_path / "run", f"--data_dir={tmp_path}", *args, check=False)
     sentence(ended, text)
     assert not (tmp_path / "run").exists()
+
+
+NINE = [name for name in TASKS if name not in ("aqua", "mbpp")]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}; NANOPAUSE_DATA names another folder")
+@pytest.mark.parametrize("task", NINE)
+def test_every_task_on_its_real_files(train, task, tmp_path):
+    """A few steps, the checkpoint of the lowest loss, answers, figures."""
+    args = (f"--task={task}", f"--data_dir={REAL}", "--limit=64", "--pauses=10", "--attention=prefix")
+    train(tmp_path / "run", *SMALL, *args, "--block_size=512", "--max_steps=4", "--eval_interval=2")
+    args = (f"--tasks={task}", f"--data_dir={REAL}", "--limit=3", "--pauses=0,10", f"--results={tmp_path / 'results'}")
+    ended = scripts.run("evaluate.py", f"--out_dir={tmp_path / 'run' / 'best'}", *args)
+    assert ended.returncode == 0, ended.stderr
+    results = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+    assert [(row["task"], row["pauses"], row["n"]) for row in results] == [(task, 0, 3), (task, 10, 3)]
+    for row in results:
+        assert all(0 <= figure["value"] <= 1 for figure in row["metrics"].values())
+        assert row["flops_per_example"] > 0 and row["seconds_per_example"] > 0
 
 
 # It learns
