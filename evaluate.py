@@ -21,6 +21,7 @@ import torch
 
 import kernels
 from nanopause import checkpoint, cli, errors, hub, sandbox
+from nanopause.config import Config
 from nanopause.distributed import Processes
 from nanopause.engine import Engine
 from nanopause.errors import UserError
@@ -35,6 +36,7 @@ from nanopause.evaluation import (
     plot,
     read_rows,
     said,
+    summaries,
     summary,
     table,
     timed,
@@ -102,14 +104,16 @@ def main() -> None:
         errors.check("limit", settings.limit, 1, 2**62)
 
     # The model, and everything that is to be answered, before anything is.
-    device = Processes(settings.device).device
+    processes = Processes(settings.device)
+    if processes.count > 1:
+        raise UserError(f"evaluate.py is one process, not {processes.count}: start it without torchrun, or once a task "
+                        f"and GPU")  # fmt: skip
+    device = processes.device
     model, tokenizer, state = hub.load(settings.out_dir, device)
-    trained = state.get("config", {})
-    in_prompt = trained.get("pauses", 0) if trained.get("placement") == "appd" else 0
-    counts = counts or [in_prompt]
-    attention = settings.attention or trained.get("attention") or "causal"
-    pause_position = settings.pause_position or trained.get("pause_position") or "append"
-    cut = trained.get("cut") or "left"
+    trained = Config(**state["config"]) if state else Config()
+    counts = counts or [trained.prefix_pauses]
+    attention = settings.attention or trained.attention
+    pause_position, cut = settings.pause_position or trained.pause_position, trained.cut
     weights = fingerprint(model)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
@@ -156,7 +160,7 @@ def main() -> None:
             ticker.say(str(sandbox.protections()))
         if n_before := sum(map(len, done)):
             ticker.say(f"{n_before:,} of {total:,} examples are in {file} already")
-        engine, n_done, results, shown = None, sum(map(len, done)), [], time.perf_counter()
+        engine, n_done, shown = None, sum(map(len, done)), time.perf_counter()
         if any(cell.max_new_tokens for cell in cells):
             length = max(cell.max_length() for cell in cells if cell.max_new_tokens)
             engine = Engine(model, tokenizer, settings.batch_size, length)
@@ -171,22 +175,23 @@ def main() -> None:
                 logged = time.perf_counter() - shown > SAY_EVERY
                 shown = time.perf_counter() if logged else shown
                 ticker.step(n_done, f"{name}: {len(rows):,} of {len(cell.examples):,}", logged)
-            first = next(r for c, r in zip(cells, done) if c.task is cell.task)
-            results.append(summary(cell, rows, None if first is rows else first))
-            text = "; ".join(f"{metric} {said(figure)}" for metric, figure in results[-1]["metrics"].items())
-            if results[-1]["n_cut"]:
-                text += f"; {results[-1]['n_cut']:,} of {len(rows):,} prompts cut from the {cut} to fit"
+            figures = summary(rows)
+            text = "; ".join(f"{metric} {said(figure)}" for metric, figure in figures["metrics"].items())
+            if figures["n_cut"]:
+                text += f"; {figures['n_cut']:,} of {len(rows):,} prompts cut from the {cut} to fit"
+            if figures["n_unfinished"]:
+                text += f"; {figures['n_unfinished']:,} answers ended by their {figures['max_new_tokens']} tokens"
             ticker.say(f"{name}: {text}")
 
     # lm-evaluation-harness, whose tasks are done as a whole
-    file = folder / "harness.jsonl"
-    kept = {(row["task"], row["pauses"]): row["results"] for row in read_rows(file)} if of_harness else {}
+    results, file = summaries(read_rows(file)), folder / "harness.jsonl"
+    kept = {(row["task"], row["pauses"]): row["results"] for row in read_rows(file)}
     for name in of_harness:
         for lm in harnesses:
             if (name, lm.pauses) not in kept:
                 kept[name, lm.pauses] = harness_results(lm, name, manager, settings.limit)
                 add_row(file, {"task": name, "pauses": lm.pauses, "results": kept[name, lm.pauses]})
-            results += kept[name, lm.pauses]
+    results += [row for key in sorted(kept) for row in kept[key]]
 
     # Table, JSON, figure
     order = list(dict.fromkeys((row["by"], row["task"]) for row in results))
@@ -200,7 +205,7 @@ def main() -> None:
     note = f"difference: to the fewest pauses, example by example; ms an example at batch size {settings.batch_size}"
     ticker.say(f"{note}, {device_name}, {same['dtype']}; ± is a standard error")
     written = "examples.jsonl, results.json"
-    if len(counts) > 1:
+    if len({row["pauses"] for row in results}) > 1:
         step = f", step {state['step']:,}" if state else ""
         plot(results, folder / "pauses.png", f"{Path(settings.out_dir).name}{step}")
         written += ", pauses.png"

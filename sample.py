@@ -24,6 +24,7 @@ import tyro
 
 import kernels
 from nanopause import cli, errors, hub
+from nanopause.config import Config
 from nanopause.distributed import Processes
 from nanopause.engine import Engine, Generation, Token
 from nanopause.errors import UserError
@@ -56,8 +57,8 @@ class Settings:
     """Text that is repeated n_filler times after the prompt: the baseline of pauses that nobody trained."""
     n_filler: int = 0
     """How often the filler stands after the prompt."""
-    pauses: int = 0
-    """Pauses, wherever they go."""
+    pauses: int | None = None
+    """Pauses, wherever they go. None: after the prompt, as many as prompts had in finetuning."""
     pause_when: Literal["after_prompt", "below_confidence", "on_request"] = "after_prompt"
     """After the prompt; before tokens that are less likely than the threshold; or where the model says <|pause|>."""
     threshold: float = 0.5
@@ -66,8 +67,8 @@ class Settings:
     """Pauses that a text may have, unless after_prompt."""
     stop_when_useless: bool = False
     """Turn pauses off once it is clear that they change nothing of what the model says."""
-    attention: Literal["causal", "prefix"] = "causal"
-    """prefix: prompt and pauses read each other both ways, for models that were finetuned so."""
+    attention: Literal["causal", "prefix"] | None = None
+    """prefix: prompt and pauses read each other both ways. None: as the run was finetuned, else causal."""
     max_new_tokens: int = 200
     """Tokens to write at most, a prompt."""
     temperature: float = 0.8
@@ -94,7 +95,7 @@ class Settings:
 
 def policy_of(settings: Settings) -> Policy:
     """What --pauses, --pause_when and --stop_when_useless say."""
-    n, budget = settings.pauses, settings.pause_budget
+    n, budget = settings.pauses or 0, settings.pause_budget
     if n == 0 and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
         raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=5, say")
     if settings.pause_when == "after_prompt":
@@ -218,13 +219,16 @@ def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> 
 
 def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python sample.py", __doc__)
-    policy = policy_of(settings)
     errors.check("batch_size", settings.batch_size, 1, 2**20)
     errors.check("n_filler", settings.n_filler, 0, 2**20)
     if settings.trace:
         Path(settings.trace).touch()  # fails now rather than when all is said
     device = Processes(settings.device).device
-    model, tokenizer, _ = hub.load(settings.out_dir, device)
+    model, tokenizer, state = hub.load(settings.out_dir, device)
+    trained = Config(**state["config"]) if state else Config()
+    settings.attention = settings.attention or trained.attention
+    settings.pauses = trained.prefix_pauses if settings.pauses is None else settings.pauses
+    policy = policy_of(settings)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark

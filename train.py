@@ -129,6 +129,8 @@ def main():
             model, tokenizer, state = hub.load(config.init_from, device)
         else:
             model, tokenizer = None, load_tokenizer(config.tokenizer)
+            if config.block_size == 0:
+                raise UserError(f"block_size=0 is all that a model reads, and {out_dir} has none yet: add --init_from")
         if model:
             config = config.shaped(model.config, tokenizer)
 
@@ -272,7 +274,7 @@ def main():
                 log.log(row)
             if logged:
                 seconds = tokens_since = flops_since = 0.0
-            if processes.is_main and n_bad == 0 and (done % config.checkpoint_interval == 0 or last or best):
+            if processes.is_main and (best or (n_bad == 0 and (done % config.checkpoint_interval == 0 or last))):
                 save(best)
 
         if done < config.max_steps:

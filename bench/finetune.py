@@ -36,9 +36,10 @@ class Problem:
         self.model = GPT(GPTConfig(vocab_size=vocab_size, block_size=BLOCK_SIZE, **size, **GPT2)).to(device, dtype)
         self.pause_id, self.device = pause_id, device
         self.batches = [pairs[i : i + shape["batch"]] for i in range(0, shape["pairs"], shape["batch"])]
-        lengths = [len(pair.tokens) - 1 for batch in self.batches for pair in batch]
-        self.n_tokens = sum(lengths)
-        self.flops = sum(flops.training_flops(self.model.config, n) for n in lengths)
+        chosen = [pair for batch in self.batches for pair in batch]
+        self.n_tokens = sum(len(pair.tokens) - 1 for pair in chosen)
+        self.flops = sum(flops.training_flops(self.model.config, len(pair.tokens) - 1,
+                                              n_live=len(pair.tokens) - pair.n_prefix) for pair in chosen)  # fmt: skip
 
     def packed(self, pairs: list[Pair]) -> Batch:
         batch = pack(pairs, self.pause_id, "causal").to(self.device)

@@ -208,7 +208,7 @@ def checked(settings: Settings) -> list[Job]:
         if not (source := getattr(settings, key)):
             raise UserError(f"no --{key}: name the folder of a run, or whatever else init_from of train.py takes")
         try:
-            model, _, state = hub.load(source)
+            model, tokenizer, state = hub.load(source)
         except UserError as error:
             raise UserError(f"--{key}: {error}") from None
         if state and state["knows_pauses"] != (pretraining == "Pause"):
@@ -216,7 +216,7 @@ def checked(settings: Settings) -> list[Job]:
         weights[key] = fingerprint(model)
         for job in jobs[: len(tasks) * len(variants)]:
             if job.variant.pretraining == pretraining:
-                load_config(job.train_arguments()).shaped(model.config)
+                load_config(job.train_arguments()).shaped(model.config, tokenizer)
     same = {key: getattr(settings, key) for key in ("size", "train", "data_dir")}
     claim(Path(settings.out_dir), weights | same, "out_dir")
     return jobs

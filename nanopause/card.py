@@ -61,7 +61,7 @@ def card(source: str, folder: Path, model: GPT, tokenizer: Tokenizer, state: dic
         }
         if config["task"]:
             rows |= {
-                "trained on": f"{config['task']}, {config['batch_size']} pairs a step, {config['attention']} attention",
+                "trained on": f"{config['task']}, {config['batch_size']} pairs a step",
                 "an example": described(Config(**config)),
             }
             del rows["pauses in training"]

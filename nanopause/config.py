@@ -140,7 +140,7 @@ class Config(GPTConfig):
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
                 raise UserError(f"{key}={value} must be " + (f"{low} to {high}" if high < BIG else f"at least {low}"))
-        if self.block_size == 0 and not self.init_from:
+        if self.block_size == 0 and not (self.init_from or self.resume):
             raise UserError("block_size=0 is all that the model of init_from reads: name one with --init_from")
         if self.pauses and not self.task:
             raise UserError(f"pauses={self.pauses} stand between the prefix and the target of a task: add "
@@ -148,6 +148,8 @@ class Config(GPTConfig):
         if (self.pause_loss or self.consecutive > 1) and self.placement in ("appd", "sft"):
             raise UserError(f"pause_loss and consecutive are of pauses in a target, and placement={self.placement} has "
                             f"none: use --placement=dit, ran or aaw")  # fmt: skip
+        if self.trainable == "pause" and not self.pausing:
+            raise UserError("trainable=pause and no pause: nothing would learn; add --pauses=10, say")
         if self.focal and not self.task:
             raise UserError(f"focal={self.focal} is for finetuning: add --task=gsm8k, say")
         if self.pause_rate and self.task:

@@ -24,7 +24,7 @@ import torch
 from nanopause.engine import Engine, Token
 from nanopause.errors import UserError, needs
 from nanopause.files import replace_file
-from nanopause.finetune import Position, with_pauses
+from nanopause.finetune import Position, continuation, with_pauses
 from nanopause.flops import forward_flops
 from nanopause.model import GPT, GPTConfig
 from nanopause.scoring import score
@@ -195,9 +195,8 @@ class Cell:
         """Prompt and choice are cut into tokens as one text, as lm-evaluation-harness does it."""
         pairs, owners, reads = [], [], {i: [] for i in todo}
         for i in todo:
-            n_prefix = len(self.tokenizer.encode(self.examples[i].prefix))
             for choice in self.examples[i].choices:
-                scored = self.tokenizer.encode(self.examples[i].prefix + choice)[n_prefix:]
+                scored = continuation(self.tokenizer, self.examples[i].prefix, choice)
                 prompt, n_cut = self.prompt(self.examples[i].prefix, self.room + 1 - len(scored))
                 if len(prompt) + len(scored) > self.room + 1 or len(prompt) == self.pauses or not scored:
                     raise UserError(
@@ -218,7 +217,8 @@ class Cell:
                 yield Answer(i, values[i], None, n_read - self.pauses, n_cut, 0, flops)
 
     def warm_up(self, todo: list[int], engine: Engine | None) -> None:
-        """Answer a few examples for nothing, so that what happens once, such as capturing graphs, is not timed."""
+        """Answer a few examples for nothing, so that what happens at first is not timed. On a GPU a step of a size that
+        none of them has is captured while it is."""
         few = todo[: self.batch_size if self.model.head.weight.device.type == "cuda" else 1]
         if self.max_new_tokens == 0:
             return [_ for _ in self._chosen(few)] and None
@@ -229,7 +229,8 @@ class Cell:
         """The line of an example in examples.jsonl."""
         example, generated = self.examples[answer.index], isinstance(answer.said, str)
         said = self.task.read(answer.said) if generated else answer.said
-        row = {"task": self.task.name, "index": answer.index, "pauses": self.pauses, "prompt": example.prefix}
+        row = {"task": self.task.name, "index": answer.index, "pauses": self.pauses, "prompt": example.prefix,
+               "example": digest(example)}  # fmt: skip
         if generated:
             row |= {"output": answer.said, "answer": said, "references": list(example.references), "end": answer.end}
         else:
@@ -238,7 +239,12 @@ class Cell:
                     "label": example.label, "references": list(example.references)}  # fmt: skip
         return row | {
             "scores": self.task.score(said, example),
-            "tokens": {"prompt": answer.n_prompt, "cut": answer.n_cut, "generated": answer.n_generated},
+            "tokens": {
+                "prompt": answer.n_prompt,
+                "cut": answer.n_cut,
+                "generated": answer.n_generated,
+                "limit": self.max_new_tokens,
+            },
             "flops": answer.flops,
             "seconds": seconds,
         }
@@ -247,10 +253,15 @@ class Cell:
         """Those of this cell, by index. Raises UserError where they are of other examples."""
         mine = {row["index"]: row for row in rows if (row["task"], row["pauses"]) == (self.task.name, self.pauses)}
         for i, row in mine.items():
-            if i >= len(self.examples) or row["prompt"] != self.examples[i].prefix:
+            if i >= len(self.examples) or row["example"] != digest(self.examples[i]):
                 raise UserError(f"{file} has an example {i} of {self.task.name} that is not in this data: choose "
                                 f"another --results")  # fmt: skip
         return mine
+
+
+def digest(example: Example) -> str:
+    """What tells an example from any other, references and choices included."""
+    return hashlib.sha256(repr(example).encode()).hexdigest()[:16]
 
 
 def new_tokens(task: Task, examples: list[Example], tokenizer: Tokenizer) -> int:
@@ -295,19 +306,34 @@ def mean(values: list[float]) -> dict:
     return {"value": value, "stderr": None if variance is None else math.sqrt(variance / n)}
 
 
-def summary(cell: Cell, rows: dict[int, dict], first: dict[int, dict] | None = None) -> dict:
+def summaries(rows: Iterable[dict]) -> list[dict]:
+    """A line of the table for every task and number of pauses that has all of the task's examples; the fewest pauses
+    first, from which the others' difference is taken."""
+    cells: dict[str, dict[int, dict[int, dict]]] = {}
+    for row in rows:
+        cells.setdefault(row["task"], {}).setdefault(row["pauses"], {})[row["index"]] = row
+    made = []
+    for by_pauses in cells.values():
+        n = max(map(len, by_pauses.values()))
+        whole = [by_pauses[pauses] for pauses in sorted(by_pauses) if len(by_pauses[pauses]) == n]
+        made += [summary(rows, whole[0] if rows is not whole[0] else None) for rows in whole]
+    return made
+
+
+def summary(rows: dict[int, dict], first: dict[int, dict] | None = None) -> dict:
     """A line of the table. first: the rows with the fewest pauses, from which the primary metric's difference is taken
     example by example."""
     some, n = list(rows.values()), len(rows)
-    primary = next(iter(cell.task.metrics))
+    names = list(some[0]["scores"])
+    primary = names[0]
     made = {
-        "task": cell.task.name,
+        "task": some[0]["task"],
         "by": "nanopause",
-        "pauses": cell.pauses,
+        "pauses": some[0]["pauses"],
         "n": n,
-        "metrics": {name: mean([row["scores"][name] for row in some]) for name in cell.task.metrics},
+        "metrics": {name: mean([row["scores"][name] for row in some]) for name in names},
         "n_cut": sum(row["tokens"]["cut"] > 0 for row in some),
-        "max_new_tokens": cell.max_new_tokens,
+        "max_new_tokens": some[0]["tokens"]["limit"],
         "n_unfinished": sum(row.get("end") in ("length", "context") for row in some),
         "prompt_tokens": sum(row["tokens"]["prompt"] for row in some) / n,
         "generated_tokens": sum(row["tokens"]["generated"] for row in some) / n,
@@ -442,7 +468,8 @@ def _try_to_load(manager, name: str) -> None:
 
 
 def harness_results(lm, name: str, manager, limit: int | None) -> list[dict]:
-    """The results of a task of the harness, or of a group and its tasks, with the harness's own standard errors.
+    """The results of a task of the harness, or of a group and its tasks, with the harness's own standard errors. They
+    are kept by the task's name: after a change of its YAML or data delete harness.jsonl.
 
     lm: a nanopause.harness.Harness. Its time is that of everything, the same for all of a group's rows."""
     from lm_eval import simple_evaluate

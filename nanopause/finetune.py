@@ -40,12 +40,18 @@ def with_pauses(
     """A prefix and its pauses as at most `room` tokens, and how many tokens of the prefix are cut.
 
     A prefix that is too long loses its first tokens, or with cut="right" its last; the beginning of text that some
-    tokenizers have, and the pauses, stay. The pauses go after the whole prefix, or before all of it.
+    tokenizers have stays in front, and the pauses stay after the prefix, or before it.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     room = max(0, room - len(bos) - pauses)
     kept = prefix[max(0, len(prefix) - room) :] if cut == "left" else prefix[:room]
-    return PLACES[pause_position](bos + kept, pauses, tokenizer.pause_id), len(prefix) - len(kept)
+    return bos + PLACES[pause_position](kept, pauses, tokenizer.pause_id), len(prefix) - len(kept)
+
+
+def continuation(tokenizer: Tokenizer, prefix: str, text: str) -> list[int]:
+    """The tokens of a text after a prefix: those that the joined text has more, as in lm-evaluation-harness. Alone it
+    may have others, as some tokenizers begin every text with a space."""
+    return tokenizer.encode(prefix + text)[len(tokenizer.encode(prefix)) :]
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,9 @@ def encode(
     inside: "TargetPauses | None" = None,
 ) -> Pair | None:
     """An example as at most block_size tokens, less the pauses that its target is going to get; None where the target
-    leaves no room for a token of the prefix. Prefix and target are tokenized apart."""
-    prefix, target = tokenizer.encode(example.prefix), [*tokenizer.encode(example.target), tokenizer.eot_id]
+    leaves no room for a token of the prefix."""
+    prefix = tokenizer.encode(example.prefix)
+    target = [*continuation(tokenizer, example.prefix, example.target), tokenizer.eot_id]
     if inside:
         block_size -= inside.n * len(inside.places(target))
     before, n_cut = with_pauses(prefix, tokenizer, block_size - len(target), pauses, pause_position, cut)

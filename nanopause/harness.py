@@ -26,7 +26,7 @@ from nanopause.engine import Engine
 from nanopause.errors import UserError, check
 from nanopause.model import GPT
 from nanopause.pauses import append
-from nanopause.scoring import Pair, score
+from nanopause.scoring import Scored, score
 from nanopause.tokenizer import Tokenizer
 
 
@@ -199,7 +199,7 @@ class Harness(TemplateLM):
             print(f"warning: {n} of {total} contexts were cut from the left to fit max_length={self.max_length} with "
                   f"{self.pauses} pauses", file=sys.stderr)  # fmt: skip
 
-    def _score(self, pairs: list[Pair], attention: str, disable_tqdm: bool) -> Iterator[tuple[int, float, bool]]:
+    def _score(self, pairs: list[Scored], attention: str, disable_tqdm: bool) -> Iterator[tuple[int, float, bool]]:
         """What `score` says of the pairs."""
         answers = score(self.model, pairs, attention, self.batch_size)
         yield from tqdm(answers, total=len(pairs), desc="loglikelihood", disable=disable_tqdm)

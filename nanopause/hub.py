@@ -410,6 +410,9 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         raise UserError(f"{folder} is not empty: choose another folder")
     hub = needs("huggingface_hub", "hub")
     model, tokenizer, state = load(checkpoint, dtype=None)
+    if state and state["config"]["attention"] == "prefix":
+        print(f"warning: {checkpoint} was finetuned with attention=prefix, which transformers does not have: its "
+              f"export reads prompts causally; finetune with --attention=causal for it", file=sys.stderr)  # fmt: skip
     config, ends = transformers_config(model.config), tokenizer.end_ids
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0],
            "pad_token_id": tokenizer.eot_id}  # fmt: skip

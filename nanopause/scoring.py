@@ -8,12 +8,12 @@ import torch
 from nanopause.model import GPT
 
 CHUNK_ELEMENTS = 1 << 24  # logits in memory at once: in float32 64 MiB
-Pair = tuple[list[int], list[int]]  # tokens of a context and of what follows it
+Scored = tuple[list[int], list[int]]  # tokens of a context and of what follows it
 
 
 @torch.inference_mode()
 def score(
-    model: GPT, pairs: Sequence[Pair], attention: str = "causal", batch_size: int = 8
+    model: GPT, pairs: Sequence[Scored], attention: str = "causal", batch_size: int = 8
 ) -> Iterator[tuple[int, float, bool]]:
     """(i, log p of the i-th pair's second part in nats, whether it is the likeliest token by token), the longest first.
 

@@ -24,6 +24,7 @@ from nanopause.model import GPT, GPTConfig
 from nanopause.tasks import TASKS, Example, load
 from nanopause.tokenizer import load_tokenizer
 from tests.conftest import ROOT
+from tests.test_train import TORCHRUN
 
 BYTES = load_tokenizer("bytes")
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=96"]
@@ -121,6 +122,33 @@ def test_a_sweep(run, run_folder, tmp_path):
     run(tmp_path, "--tasks=webq", "--pauses=1")
     added = (tmp_path / "examples.jsonl").read_bytes()
     assert added.startswith(before) and len(added.splitlines()) == 50
+    grown = {
+        (row["task"], row["pauses"]): row for row in json.loads((tmp_path / "results.json").read_text())["results"]
+    }
+    assert {key: grown[key] for key in results} == results and grown["webq", 1]["difference"]["value"] <= 0
+    assert list(grown) == [("webq", m) for m in (0, 1, 3, 10)] + [("piqa", m) for m in (0, 3, 10)]
+
+
+def test_answers_to_other_examples_are_not_kept(run, run_folder, tmp_path):
+    """The same questions with other answers."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "piqa_val.jsonl", CHOICES)
+    arguments = ["--tasks=piqa", "--pauses=0", f"--data_dir={data}"]
+    run(tmp_path / "results", *arguments)
+    write(data / "piqa_val.jsonl", [{**row, "label": 1 - row["label"]} for row in CHOICES])
+    with pytest.raises(UserError, match="has an example . of piqa that is not in this data"):
+        run(tmp_path / "results", *arguments)
+
+
+def test_answers_that_are_cut_are_told(run, tmp_path):
+    assert "answers ended by their" in run(tmp_path, "--tasks=webq", "--pauses=40")
+
+
+def test_one_process(run_folder, tmp_path):
+    command = [*TORCHRUN, "evaluate.py", f"--out_dir={run_folder / 'run'}", "--tasks=webq", "--device=cpu"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode and "evaluate.py is one process, not 2: start it without torchrun" in ended.stderr
 
 
 def test_a_batch_answers_as_one_by_one(model, run_folder):
@@ -158,7 +186,9 @@ def test_what_is_read_is_what_was_finetuned(model, tokenizer, position, cut):
         assert cell.prompt(example.prefix, cell.room) == (trained.prompt, trained.n_cut)
         assert (trained.n_cut > 0) == (example is examples[1])
     pauses = 7 * [BYTES.pause_id]
-    assert (trained.prompt[:7] if position == "prepend" else trained.prompt[-7:]) == pauses
+    n_bos = tokenizer.bos_id is not None
+    assert trained.prompt[n_bos:][:7] == pauses if position == "prepend" else trained.prompt[-7:] == pauses
+    assert trained.prompt[0] == BYTES.eot_id or not n_bos
 
     choices = TASKS["piqa"].examples({**CHOICES[0], "goal": "why " * 40})
     cell = Cell(model, tokenizer, TASKS["piqa"], choices, 7, "prefix", 4, position, cut)

@@ -87,18 +87,11 @@ def test_coqa_leaves_one_reference_out():
     [
         ("so 3 + 4 = 7\n#### 7", "7"),
         ("#### 1,234,567", "1234567"),
-        ("#### $1,000.50.", "1000.5"),
-        ("####72", "72"),
-        ("#### 72.0", "72"),
         ("#### -5", "-5"),
-        ("#### −5", "-5"),
-        ("#### -$5", "-5"),
-        ("#### $ -5", "-5"),
-        ("#### +5%", "5"),
-        ("#### .5", "0.5"),
+        ("#### -1,000.50", "-1000.50"),
+        ("#### .5", ".5"),
         ("#### 18 dollars", "18"),
         ("#### 3, then", "3"),
-        ("#### 007", "7"),
         ("#### 1 #### 2", "1"),
     ],
 )
@@ -108,9 +101,11 @@ def test_the_number_after_the_marks(text, value):
 
 
 def test_no_number_is_wrong():
-    for text in ("72", "### 72", "#### seventy", "####", ""):
+    for text in ("72", "### 72", "#### seventy", "####", "", "####72", "#### $72", "####\n72", "#### +72", "#### −72"):
         assert number(text) is None and same_number(text, ("#### 72",)) == 0
     assert same_number("no", ("no",)) == 0
+    for text in ("#### 72.0", "#### 72.", "#### 072"):  # digit by digit, as the task's own script has it
+        assert same_number(text, ("#### 72",)) == 0
 
 
 def test_rouge1():

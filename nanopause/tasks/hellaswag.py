@@ -7,8 +7,8 @@ from nanopause.tasks.task import BadRow, Example, Row, Task, chosen, index, text
 
 
 def clean(raw: str) -> str:
-    """Without WikiHow's marks: `[title]` ends a sentence, others go."""
-    return re.sub(" +", " ", re.sub(r"\[.*?\]", "", raw.replace(" [title]", ". "))).strip()
+    """Without WikiHow's marks: `[title]` ends a sentence, others go, and leave their space where they stood first."""
+    return re.sub(r"\[.*?\]", "", raw.replace(" [title]", ". ")).replace("  ", " ")
 
 
 def examples(row: Row) -> list[Example]:
@@ -18,9 +18,9 @@ def examples(row: Row) -> list[Example]:
     else:
         context = text(row, "ctx")
     context, *endings = map(clean, [context, *texts(row, "endings")])
-    if not (context and all(endings)):
+    if not (context.strip() and all(map(str.strip, endings))):
         raise BadRow("the context or an ending is nothing but marks")
-    return chosen(context, endings, index(row, "label", len(endings)))
+    return chosen(context.rstrip(), endings, index(row, "label", len(endings)))
 
 
 HELLASWAG = Task(

@@ -2,9 +2,9 @@
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from fractions import Fraction
 from functools import cache
 from math import comb
@@ -13,7 +13,7 @@ from nanopause import sandbox
 from nanopause.errors import UserError
 
 TextMetric = Callable[[str, tuple[str, ...]], float]
-NUMBER = re.compile(r"####\s*([-+−]?)\s*\$?\s*([-+−]?)\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -24,8 +24,14 @@ def normalise(text: str) -> str:
 
 
 def exact_match(answer: str, references: tuple[str, ...]) -> float:
-    """1 if a normalised reference equals the normalised answer: SQuAD, Natural Questions, WebQuestions."""
+    """1 if a normalised reference equals the normalised answer: SQuAD, WebQuestions."""
     return float(normalise(answer) in {normalise(reference) for reference in references})
+
+
+def composed_exact_match(answer: str, references: tuple[str, ...]) -> float:
+    """exact_match of texts in Unicode's form NFD: Natural Questions, open [Lee et al. 2019]."""
+    answer, *some = (unicodedata.normalize("NFD", text) for text in (answer, *references))
+    return exact_match(answer, tuple(some))
 
 
 def _overlap(answer: str, reference: str) -> float:
@@ -62,18 +68,14 @@ def coqa_exact_match(answer: str, references: tuple[str, ...]) -> float:
     return _leave_one_out(exact_match, answer, references)
 
 
-def number(text: str) -> Decimal | None:
-    """The number after the first `####` [Cobbe et al. 2021], without commas and dollar sign; None: there is none."""
+def number(text: str) -> str | None:
+    """What stands after the first `#### ` of digits, points and commas, without the commas; None: nothing does."""
     found = NUMBER.search(text)
-    if not found:
-        return None
-    before, after, digits = found.groups()
-    value = Decimal(digits.replace(",", ""))
-    return -value if before + after in ("-", "−") else value
+    return found[1].replace(",", "") if found else None
 
 
 def same_number(answer: str, references: tuple[str, ...]) -> float:
-    """GSM8K's accuracy: 1 if the answer ends in the number of a reference, 72 and 72.0 being one number."""
+    """GSM8K's accuracy: 1 if the answer has the number of a reference, digit by digit [Cobbe et al. 2021]."""
     value = number(answer)
     return float(value is not None and value in [number(reference) for reference in references])
 
@@ -109,7 +111,8 @@ def choice(log_likelihoods: Sequence[float], choices: tuple[str, ...], label: in
 
 def choice_per_character(log_likelihoods: Sequence[float], choices: tuple[str, ...], label: int) -> float:
     """1 if the right choice is the likeliest per character: `acc_norm` of lm-evaluation-harness."""
-    return choice([value / len(text.strip()) for value, text in zip(log_likelihoods, choices)], choices, label)
+    # The space that joins a choice to the prefix does not count.
+    return choice([value / len(text[1:]) for value, text in zip(log_likelihoods, choices)], choices, label)
 
 
 def same_letter(answer: str, references: tuple[str, ...]) -> float:

@@ -2,7 +2,7 @@
 
 import re
 
-from nanopause.tasks.metrics import exact_match
+from nanopause.tasks.metrics import composed_exact_match
 from nanopause.tasks.task import Example, Row, Task, answered, text, texts
 
 
@@ -24,6 +24,6 @@ NQ = Task(
     stem="nq_open",
     splits={"train": "train", "test": "validation"},
     examples=examples,
-    metrics={"exact_match": exact_match},
+    metrics={"exact_match": composed_exact_match},
     max_new_tokens=32,
 )

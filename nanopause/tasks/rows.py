@@ -80,20 +80,22 @@ def _part(task: Task, split: str, sources: set[str]) -> tuple[str, float, float]
         pool, start = "test", TEST_SHARE
     else:
         pool, start = "train", 0.0
-    border = start if "validation" in task.splits else start + (1 - start) * VALIDATION_SHARE
+    border = start if "validation" in sources else start + (1 - start) * VALIDATION_SHARE
     if split == "train":
         return pool, border, 1
     if split == "test":
         return "test", 0, start or 1
-    return ("validation", 0, 1) if "validation" in task.splits else (pool, start, border)
+    return ("validation", 0, 1) if "validation" in sources else (pool, start, border)
 
 
 def _files(task: Task, folder: Path) -> dict[str, Path]:
-    """The file of each split that the folder has; the same one for all, where the task's rows say their split."""
+    """The file of each split that the folder has, also of one that the hub has not; the same for all where the task's
+    rows say their split."""
     if not folder.is_dir():
         raise UserError(f"data_dir {folder} is not a folder")
     files = {}
-    for split, name in task.splits.items():
+    others = set(SPLITS) - set(task.splits) - set(task.splits.values())
+    for split, name in (task.splits | {split: split for split in others}).items():
         stem, ending = re.escape(task.stem or task.name), r"\.jsonl(\.gz|\.xz|\.zst)?"
         pattern = rf"{stem}[-_]({NAMES[name]})(?![a-z]).*{ending}"
         if task.split_of:
