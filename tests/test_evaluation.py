@@ -91,7 +91,8 @@ def test_a_sweep(run, run_folder, tmp_path):
     prompt = "Question: 11?\nAnswer:"
     assert first["prompt"] == prompt and first["output"] == " the Nile" and first["answer"] == "the Nile"
     assert first["references"] == ["the Nile"] and first["scores"] == {"exact_match": 1.0} and first["end"] == "eot"
-    assert first["tokens"] == {"prompt": len(prompt), "cut": 0, "generated": len(" the Nile") + 1}
+    assert first["tokens"] == {"prompt": len(prompt), "cut": 0, "generated": len(" the Nile") + 1,
+                               "limit": 48}  # fmt: skip
     assert first["seconds"] > 0
 
     written = json.loads((tmp_path / "results.json").read_text())
@@ -141,8 +142,9 @@ def test_answers_to_other_examples_are_not_kept(run, run_folder, tmp_path):
         run(tmp_path / "results", *arguments)
 
 
-def test_answers_that_are_cut_are_told(run, tmp_path):
-    assert "answers ended by their" in run(tmp_path, "--tasks=webq", "--pauses=40")
+def test_answers_that_are_cut_are_told(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "new_tokens", lambda *_: 2)
+    assert "; 8 answers ended by their 2 tokens" in run(tmp_path, "--tasks=webq", "--pauses=0")
 
 
 def test_one_process(run_folder, tmp_path):
