@@ -95,7 +95,7 @@ def launch(case: dict) -> None:
         x, weight = torch.zeros(256, case["C"], dtype=dtype), torch.zeros(128, case["C"], dtype=dtype)
         targets, live = torch.zeros(256, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
         loss._linear_cross_entropy._init_fn(x, weight, targets, -100)
-        loss._backward._init_fn(torch.ones(()), x, weight, targets, torch.zeros(256), targets, live)
+        loss._backward._init_fn(torch.ones(()), None, x, weight, targets, torch.zeros(256), targets, live)
         return
     T, S = (case["rows"], 1024) if case["operation"] == "decode" else (256, 256)
     q, k = (torch.zeros(2, n, h, case["D"], dtype=dtype) for n, h in ((T, 4), (S, case.get("G", 4))))

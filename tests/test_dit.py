@@ -209,6 +209,8 @@ def test_two_forwards_and_one_backward_a_step(monkeypatch, data_dir, tmp_path, c
     monkeypatch.setattr(GPT, "forward", counted_forward)
     monkeypatch.setattr(torch.Tensor, "backward", counted_backward)
     monkeypatch.setattr(train, "evaluate", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # nor anything else of this process
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     for placement, forwards in (("dit", 2), ("ran", 1)):
         counts.update(forward=0, backward=0)
         args = [*TINY, *SMALL, "--task=gsm8k", f"--data_dir={data_dir}", f"--placement={placement}", "--pauses=3",
