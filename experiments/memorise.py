@@ -25,7 +25,7 @@ from nanopause.evaluation import words  # noqa: E402
 from nanopause.tasks import get_task  # noqa: E402
 
 N = 32
-MODEL = ["--tokenizer=gpt2", "--n_layer=2", "--n_embd=64", "--n_head=4", "--block_size=512"]
+MODEL = ["--tokenizer=gpt2", "--n_layer=2", "--n_embd=64", "--n_head=4", "--block_size=1024"]
 TRAINING = [f"--limit={N}", f"--batch_size={N}", "--warmup_steps=5", "--eval_blocks=1"]
 
 
