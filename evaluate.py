@@ -3,6 +3,9 @@
 Tasks of nanopause, from the hub or from a folder of JSON lines:
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k,squad --pauses=0,10,50
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k --data_dir=tasks --limit=200
+Pauses where the model is unsure, 0 for none, turned off once they are seen to change nothing; programs, sampled:
+    python evaluate.py --out_dir=out/dit --tasks=gsm8k --pauses=0,5 --pause_when=below_confidence --stop_when_useless
+    python evaluate.py --out_dir=out/dit --tasks=mbpp --allow_code_execution --samples=10 --temperature=0.8
 Any task of lm-evaluation-harness (pip install -e '.[harness]'), its own or local ones:
     python evaluate.py --out_dir=out/pause --harness=hellaswag,arc_easy --pauses=0,10
     python evaluate.py --out_dir=out/pause --harness=mine --harness_path=my_tasks
@@ -27,6 +30,7 @@ from nanopause.engine import Engine
 from nanopause.errors import UserError
 from nanopause.evaluation import (
     Cell,
+    Decoding,
     add_row,
     claim,
     fingerprint,
@@ -44,6 +48,7 @@ from nanopause.evaluation import (
     words,
     write_json,
 )
+from nanopause.policy import PauseOptions, StopWhenUseless
 from nanopause.progress import Ticker
 from nanopause.tasks import get_task, load
 
@@ -51,7 +56,7 @@ SAY_EVERY = 30.0  # seconds, where there is no terminal
 
 
 @dataclass
-class Settings:
+class Settings(PauseOptions):
     out_dir: str = "out/pause"
     """Folder of a run, whose newest intact checkpoint is read, or out_dir/best in it, which has the lowest validation
     loss; or a transformers folder, a GGUF file or a hub id."""
@@ -64,9 +69,20 @@ class Settings:
     harness_path: str = ""
     """Folder of YAML files with tasks that the harness does not have."""
     pauses: str = ""
-    """Numbers of pauses in every prompt, with commas. Empty: as many as prompts had in finetuning."""
+    """Numbers of pauses in every prompt, or wherever pause_when has them, with commas. Empty: as many as prompts had in
+    finetuning."""
     pause_position: Literal["append", "prepend"] | None = None
     """Pauses after the prompt or before it. None: as the run was finetuned, else after it."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probabilities reach this."""
+    samples: int = 1
+    """Texts an example, whose scores are averaged."""
+    pass_at: str = ""
+    """Every k of pass@k, with commas, where answers are programs. Empty: 1 and samples."""
+    seed: int = 1337
+    """Of the sampling; sample j of example i has seed + i · samples + j."""
     data_dir: str = ""
     """Folder of files like gsm8k_test.jsonl for --tasks. Empty: the hub."""
     split: Literal["test", "validation", "train"] = "test"
@@ -86,6 +102,20 @@ class Settings:
     the name of what is no run."""
 
 
+def decoding_of(settings: Settings) -> Decoding:
+    """What --samples, --temperature and the like say. Raises UserError."""
+    n, ks = settings.samples, numbers("pass_at", settings.pass_at)
+    errors.check("samples", n, 1, 10_000)
+    errors.check("temperature", settings.temperature, 0, 1e6)
+    errors.check("top_p", settings.top_p, 0, 1)
+    errors.check("seed", settings.seed, 0, 2**40)
+    if n > 1 and settings.temperature == 0:
+        raise UserError(f"--samples={n} would all be the same, greedy text: add --temperature=0.8, say")
+    for k in ks:
+        errors.check("pass_at", k, 1, n)
+    return Decoding(n, settings.temperature, settings.top_p, settings.seed, tuple(ks or sorted({1, n})))
+
+
 def results_folder(settings: Settings) -> Path:
     path = Path(settings.out_dir)
     run, named = checkpoint.run_of(path) or (Path("out", path.stem), None)
@@ -96,12 +126,18 @@ def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python evaluate.py", __doc__)
     tasks = [get_task(name).permitted(settings.allow_code_execution) for name in words(settings.tasks)]
     of_harness = words(settings.harness)
-    counts = numbers("pauses", settings.pauses)
+    counts, decoding = numbers("pauses", settings.pauses), decoding_of(settings)
+    by_policy = settings.pause_when != "after_prompt" or settings.stop_when_useless
     if not tasks and not of_harness:
         raise UserError("nothing to evaluate: name tasks by --tasks=gsm8k,squad or --harness=hellaswag")
     errors.check("batch_size", settings.batch_size, 1, 2**20)
     if settings.limit is not None:
         errors.check("limit", settings.limit, 1, 2**62)
+    if by_policy and (of_harness or settings.pause_position):
+        raise UserError("--pause_when and --stop_when_useless are for generated answers, whose prompts they leave as "
+                        "they are: leave out --harness and --pause_position")  # fmt: skip
+    if settings.pass_at and not any(task.executes_code for task in tasks):
+        raise UserError("--pass_at is for answers that are programs: add --tasks=mbpp, or leave it out")
 
     # The model, and everything that is to be answered, before anything is.
     processes = Processes(settings.device)
@@ -122,8 +158,8 @@ def main() -> None:
         examples, source = load(task, settings.split, settings.data_dir or None, settings.limit)
         sources.append(source)
         for pauses in counts:
-            placing = pause_position, cut
-            cells.append(Cell(model, tokenizer, task, examples, pauses, attention, settings.batch_size, *placing))
+            asked = settings.batch_size, pause_position, cut, settings.policy(pauses) if by_policy else None, decoding
+            cells.append(Cell(model, tokenizer, task, examples, pauses, attention, *asked))
     if of_harness:
         if pause_position == "prepend":
             raise UserError("tasks of lm-evaluation-harness take pauses after the prompt: use --pause_position=append")
@@ -143,6 +179,8 @@ def main() -> None:
         "pause_position": pause_position,
         "cut": cut,
         "batch_size": settings.batch_size,
+        "policy": {key: getattr(settings, key) for key in PauseOptions.__dataclass_fields__} if by_policy else None,
+        "decoding": decoding._asdict() if decoding.temperature else None,
         "dtype": str(model.head.weight.dtype).removeprefix("torch."),
         "device": device_name,
     }
@@ -177,10 +215,14 @@ def main() -> None:
                 ticker.step(n_done, f"{name}: {len(rows):,} of {len(cell.examples):,}", logged)
             figures = summary(rows)
             text = "; ".join(f"{metric} {said(figure)}" for metric, figure in figures["metrics"].items())
+            if by_policy:
+                text += f"; {figures['pauses_per_example']:.3g} pauses an example"
             if figures["n_cut"]:
                 text += f"; {figures['n_cut']:,} of {len(rows):,} prompts cut from the {cut} to fit"
             if figures["n_unfinished"]:
                 text += f"; {figures['n_unfinished']:,} answers ended by their {figures['max_new_tokens']} tokens"
+            if isinstance(cell.policy, StopWhenUseless) and todo:
+                text += f"; {cell.policy.report()}"
             ticker.say(f"{name}: {text}")
 
     # lm-evaluation-harness, whose tasks are done as a whole

@@ -28,7 +28,7 @@ from nanopause.config import Config
 from nanopause.distributed import Processes
 from nanopause.engine import Engine, Generation, Token
 from nanopause.errors import UserError
-from nanopause.policy import AfterPrompt, BelowConfidence, OnRequest, Policy, StopWhenUseless
+from nanopause.policy import PauseOptions, Policy, StopWhenUseless
 from nanopause.tokenizer import Tokenizer
 from nanopause.trace import page
 
@@ -44,7 +44,7 @@ CONVERSATION = 4096  # tokens of its longest prompt that a conversation has room
 
 
 @dataclass
-class Settings:
+class Settings(PauseOptions):
     out_dir: str = "out/pause"
     """Folder of a run, whose newest intact checkpoint is read; or a transformers folder, a GGUF file or a hub id."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -59,14 +59,6 @@ class Settings:
     """How often the filler stands after the prompt."""
     pauses: int | None = None
     """Pauses, wherever they go. None: after the prompt, as many as prompts had in finetuning."""
-    pause_when: Literal["after_prompt", "below_confidence", "on_request"] = "after_prompt"
-    """After the prompt; before tokens that are less likely than the threshold; or where the model says <|pause|>."""
-    threshold: float = 0.5
-    """Of below_confidence: the highest probability of a token from which on there is no pause."""
-    pause_budget: int = 100
-    """Pauses that a text may have, unless after_prompt."""
-    stop_when_useless: bool = False
-    """Turn pauses off once it is clear that they change nothing of what the model says."""
     attention: Literal["causal", "prefix"] | None = None
     """prefix: prompt and pauses read each other both ways. None: as the run was finetuned, else causal."""
     max_new_tokens: int = 200
@@ -91,20 +83,6 @@ class Settings:
     """cpu, cuda, …; auto takes a GPU where there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of weights and cache; auto is bfloat16 on a GPU."""
-
-
-def policy_of(settings: Settings) -> Policy:
-    """What --pauses, --pause_when and --stop_when_useless say."""
-    n, budget = settings.pauses or 0, settings.pause_budget
-    if n == 0 and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
-        raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=5, say")
-    if settings.pause_when == "after_prompt":
-        policy = AfterPrompt(n)
-    elif settings.pause_when == "below_confidence":
-        policy = BelowConfidence(settings.threshold, n, budget)
-    else:
-        policy = OnRequest(n, budget)
-    return StopWhenUseless(policy) if settings.stop_when_useless else policy
 
 
 def read_prompts(settings: Settings) -> Iterator[list[str]]:
@@ -228,7 +206,9 @@ def main() -> None:
     trained = Config(**state["config"]) if state else Config()
     settings.attention = settings.attention or trained.attention
     settings.pauses = trained.prefix_pauses if settings.pauses is None else settings.pauses
-    policy = policy_of(settings)
+    if not settings.pauses and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
+        raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=5, say")
+    policy = settings.policy(settings.pauses)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark

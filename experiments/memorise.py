@@ -61,7 +61,7 @@ def said(settings: Settings, task: str, pauses: int, attention: str) -> tuple[in
     (row,) = json.loads((out / "evaluation" / "results.json").read_text())["results"]
     lines = [json.loads(line) for line in (out / "evaluation" / "examples.jsonl").read_text().splitlines()]
     metric = next(iter(row["metrics"]))
-    return sum(line["answer"] == line["references"][0] for line in lines), row["metrics"][metric]["value"]
+    return sum(line["answers"] == line["references"][:1] for line in lines), row["metrics"][metric]["value"]
 
 
 def main() -> None:

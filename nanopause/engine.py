@@ -322,7 +322,7 @@ class Engine:
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 1337,
+        seed: int | Sequence[int] = 1337,
         attention: Literal["causal", "prefix"] = "causal",
         until: Sequence[str] = (),
         trace: bool = False,
@@ -331,10 +331,11 @@ class Engine:
         no room.
 
         prompts: texts, which begin as the tokenizer has it, or token ids; an empty one starts after an end of text.
-        pauses: that many after every prompt, or a policy. seed: prompt i draws with seed + i, and gets the same text in
-        any batch, but for roundings, and for StopWhenUseless, which measures all. attention: "prefix" lets a prompt and
-        its pauses read each other in both directions; pauses that may be taken back are then left to the tokens after
-        it. until: texts, of which the first ends what holds it, and stays in it. trace: keep the likeliest ids.
+        pauses: that many after every prompt, or a policy. seed: prompt i draws with seed + i, or with seed[i], and gets
+        the same text in any batch, but for roundings, and for StopWhenUseless, which measures all. attention: "prefix"
+        lets a prompt and its pauses read each other in both directions; pauses that may be taken back are then left to
+        the tokens after it. until: texts, of which the first ends what holds it, and stays in it. trace: keep the
+        likeliest ids.
 
         Raises UserError, before the first token, where a number is out of its range or a prompt and its pauses are
         longer than max_length.
@@ -344,7 +345,6 @@ class Engine:
         check("temperature", temperature, 0, 1e6)
         check("top_k", top_k, 0, 2**31)
         check("top_p", top_p, 0, 1)
-        check("seed", seed, 0, 2**62)
         if attention not in ("causal", "prefix"):
             raise UserError(f"attention={attention!r} is neither 'causal' nor 'prefix'")
         if attention == "prefix" and policy.at_prompt and not (policy.certain or policy.per_token):
@@ -354,6 +354,11 @@ class Engine:
             raise UserError("generation takes a list of prompts, not one")
         if isinstance(until, str):
             raise UserError("until takes a list of texts, not one")
+        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one a prompt")
+        for each in seeds:
+            check("seed", each, 0, 2**62)
         n_certain, waiting = policy.at_prompt if policy.certain else 0, deque()
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str):
@@ -369,7 +374,7 @@ class Engine:
                 )
             if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
                 raise UserError(f"prompt {i} has a token id that is not 0 to {self.model.config.vocab_size - 1}")
-            waiting.append(_Sequence(i, ids, seed + i))
+            waiting.append(_Sequence(i, ids, seeds[i]))
         settings = policy, Sampling(temperature, top_k, top_p), trace
         stops = [text.encode() for text in until]
         return self._stream(waiting, settings, max_new_tokens, attention == "prefix", stops)

@@ -1,17 +1,18 @@
 """A checkpoint's answers to tasks with M pauses in every prompt, their scores, and what they cost.
 
-    generated answers    greedy, through the engine: a prompt and its pauses are one pass
+    generated answers    through the engine, greedy unless asked to sample: a prompt and its pauses are one pass
     choices              the likelihood of each after prompt and pauses: a pass a choice
 
 examples.jsonl has an object an example, written as it ends, so that what broke off goes on; settings.json has what all
 of them were made with.
 """
 
+import copy
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
 from importlib import metadata
@@ -27,8 +28,10 @@ from nanopause.files import replace_file
 from nanopause.finetune import Position, continuation, with_pauses
 from nanopause.flops import forward_flops
 from nanopause.model import GPT, GPTConfig
+from nanopause.policy import Policy
 from nanopause.scoring import score
 from nanopause.tasks import Example, Task
+from nanopause.tasks.metrics import pass_at_k
 from nanopause.tasks.task import first_line
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
@@ -106,25 +109,39 @@ def add_row(file: Path, row: dict) -> None:
 # Answers
 
 
+class Decoding(NamedTuple):
+    """How answers are generated. samples: texts an example, each with a seed of its own; temperature 0 is greedy.
+    pass_at: the k of pass@k, 1 to samples, of answers that are programs."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 1337
+    pass_at: tuple[int, ...] = (1,)
+
+
 class Answer(NamedTuple):
-    """What a model made of an example. said: the text it wrote, or every choice's log-likelihood in nats."""
+    """What a model made of an example. said: the texts that it wrote, one a sample, or every choice's log-likelihood in
+    nats. Numbers of tokens and FLOPs are those of all samples."""
 
     index: int
-    said: str | list[float]
-    end: str | None  # why the text ended, see engine.Token
+    said: tuple[str, ...] | list[float]
+    ends: tuple[str, ...]  # why the texts ended, see engine.Token
     n_prompt: int  # tokens that were read, without pauses; of a choice the longest prompt
     n_cut: int  # tokens that were cut from its left
     n_generated: int
+    n_pauses: int  # in the prompts and in the texts; of a choice its prompt's
     flops: int
 
 
 class Cell:
     """One task with one number of pauses: how its examples are read, answered and scored.
 
-    A prompt is cut as in finetuning, to what the model reads less the pauses and the answer. An answer may take
-    max_new_tokens, but no more than half of what the model reads.
+    pauses: tokens of every prompt, or with a policy pauses wherever it has any. A prompt is cut as in finetuning, to
+    what the model reads less its pauses and the answer. An answer may take max_new_tokens, but no more than half of
+    what the model reads.
 
-    Raises UserError where the pauses leave no room.
+    Raises UserError where the pauses leave no room, or a policy or samples are asked for and nothing is generated.
     """
 
     def __init__(
@@ -138,10 +155,16 @@ class Cell:
         batch_size: int = 8,
         pause_position: Position = "append",
         cut: Literal["left", "right"] = "left",
+        policy: Policy | None = None,
+        decoding: Decoding = Decoding(),  # noqa: B008, which cannot change
     ):
         self.model, self.tokenizer, self.task, self.examples = model, tokenizer, task, examples
         self.pauses, self.attention, self.batch_size = pauses, attention, batch_size
-        self.placing = pauses, pause_position, cut
+        self.policy, self.decoding, self.in_prompt = policy, decoding, 0 if policy else pauses
+        self.placing = self.in_prompt, pause_position, cut
+        if not task.max_new_tokens and (policy or decoding.samples > 1):
+            raise UserError(f"{task.name} is scored by likelihood, and nothing is generated: leave out --pause_when, "
+                            f"--stop_when_useless and --samples")  # fmt: skip
         self.max_new_tokens = min(new_tokens(task, examples, tokenizer), model.config.block_size // 2)
         self.room = model.config.block_size - self.max_new_tokens
         if self.room - pauses - (tokenizer.bos_id is not None) < 1:
@@ -156,40 +179,54 @@ class Cell:
 
     def max_length(self) -> int:
         """Tokens that an engine has to hold, at most."""
-        return max(len(self.prompt(example.prefix, self.room)[0]) for example in self.examples) + self.max_new_tokens
+        longest = max(len(self.prompt(example.prefix, self.room)[0]) for example in self.examples)
+        pauses = self.policy.budget if self.policy else 0
+        return min(longest + self.max_new_tokens + pauses, self.model.config.block_size)
 
     def answers(self, todo: list[int], engine: Engine | None) -> Iterator[Answer]:
         """The examples of these indices, as they end. engine: where the task's answers are generated."""
         return self._generated(todo, engine) if self.max_new_tokens else self._chosen(todo)
 
     def _generated(self, todo: list[int], engine: Engine) -> Iterator[Answer]:
-        prompts, n_cut = zip(*(self.prompt(self.examples[i].prefix, self.room) for i in todo))
+        prompts = {i: self.prompt(self.examples[i].prefix, self.room) for i in todo}
+        written: dict[int, dict[int, list[Token]]] = {i: {} for i in todo}
+        which = [(i, sample) for i in todo for sample in range(self.decoding.samples)]
+        for until in [["\n"], []] if self.task.read is first_line else [[]]:
+            again = []
+            for (i, sample), tokens in self._ended(which, prompts, engine, until):
+                if tokens[-1].end == "until" and not self._text(tokens).strip():
+                    again.append((i, sample))  # the answer is the first line that is not blank
+                    continue
+                written[i][sample] = tokens
+                if len(written[i]) == self.decoding.samples:
+                    yield self._answer(i, [tokens for _, tokens in sorted(written.pop(i).items())], *prompts[i])
+            which = again
 
-        def ended(which: list[int], until: list[str]) -> Iterator[tuple[int, list[Token]]]:
-            made = [[] for _ in which]
-            for token in engine.stream(
-                [prompts[i] for i in which], temperature=0, max_new_tokens=self.max_new_tokens,
-                attention=self.attention, until=until,
-            ):  # fmt: skip
-                made[token.sequence].append(token)
-                if token.end:
-                    yield which[token.sequence], made[token.sequence]
-
-        one_line, again = self.task.read is first_line, []
-        for i, tokens in ended(list(range(len(todo))), ["\n"] if one_line else []):
-            if tokens[-1].end == "until" and not self._text(tokens).strip():
-                again.append(i)  # the answer is the first line that is not blank
-            else:
-                yield self._answer(todo[i], tokens, len(prompts[i]), n_cut[i])
-        for i, tokens in ended(again, []):
-            yield self._answer(todo[i], tokens, len(prompts[i]), n_cut[i])
+    def _ended(
+        self, which: list[tuple[int, int]], prompts: dict, engine: Engine, until: list[str]
+    ) -> Iterator[tuple[tuple[int, int], list[Token]]]:
+        """Samples of examples, and their tokens, as they end."""
+        made, (n, temperature, top_p, seed, _) = [[] for _ in which], self.decoding
+        for token in engine.stream(
+            [prompts[i][0] for i, _ in which], self.policy or 0, temperature=temperature, top_p=top_p,
+            seed=[seed + i * n + sample for i, sample in which], max_new_tokens=self.max_new_tokens,
+            attention=self.attention, until=until,
+        ):  # fmt: skip
+            made[token.sequence].append(token)
+            if token.end:
+                yield which[token.sequence], made[token.sequence]
 
     def _text(self, tokens: list[Token]) -> str:
         return self.tokenizer.decode([token.id for token in tokens if token.end != "eot"])
 
-    def _answer(self, index: int, tokens: list[Token], n_read: int, n_cut: int) -> Answer:
-        flops = generation_flops(self.model.config, n_read, len(tokens))
-        return Answer(index, self._text(tokens), tokens[-1].end, n_read - self.pauses, n_cut, len(tokens), flops)
+    def _answer(self, index: int, samples: list[list[Token]], prompt: list[int], n_cut: int) -> Answer:
+        pauses = [[token.pauses for token in tokens] for tokens in samples]
+        return Answer(
+            index, tuple(map(self._text, samples)), tuple(tokens[-1].end for tokens in samples),
+            len(prompt) - self.in_prompt, n_cut, sum(map(len, samples)),
+            len(samples) * self.in_prompt + sum(map(sum, pauses)),
+            sum(generation_flops(self.model.config, len(prompt), each) for each in pauses),
+        )  # fmt: skip
 
     def _chosen(self, todo: list[int]) -> Iterator[Answer]:
         """Prompt and choice are cut into tokens as one text, as lm-evaluation-harness does it."""
@@ -214,7 +251,7 @@ class Cell:
             if not left[i]:
                 flops = sum(choice_flops(self.model.config, n, m) for n, m, _ in reads[i])
                 n_read, _, n_cut = map(max, zip(*reads[i]))
-                yield Answer(i, values[i], None, n_read - self.pauses, n_cut, 0, flops)
+                yield Answer(i, values[i], (), n_read - self.pauses, n_cut, 0, self.pauses, flops)
 
     def warm_up(self, todo: list[int], engine: Engine | None) -> None:
         """Answer a few examples for nothing, so that what happens at first is not timed. On a GPU a step of a size that
@@ -223,31 +260,43 @@ class Cell:
         if self.max_new_tokens == 0:
             return [_ for _ in self._chosen(few)] and None
         prompts = [self.prompt(self.examples[i].prefix, self.room)[0] for i in few]
-        engine.generate(prompts, temperature=0, max_new_tokens=2, attention=self.attention)
+        engine.generate(prompts, copy.deepcopy(self.policy) or 0, temperature=self.decoding.temperature,
+                        top_p=self.decoding.top_p, max_new_tokens=2, attention=self.attention)  # fmt: skip
 
     def row(self, answer: Answer, seconds: float) -> dict:
         """The line of an example in examples.jsonl."""
-        example, generated = self.examples[answer.index], isinstance(answer.said, str)
-        said = self.task.read(answer.said) if generated else answer.said
+        example = self.examples[answer.index]
         row = {"task": self.task.name, "index": answer.index, "pauses": self.pauses, "prompt": example.prefix,
                "example": digest(example)}  # fmt: skip
-        if generated:
-            row |= {"output": answer.said, "answer": said, "references": list(example.references), "end": answer.end}
+        if self.max_new_tokens:
+            read = [self.task.read(text) for text in answer.said]
+            scores = self._scores([self.task.score(one, example) for one in read])
+            row |= {"outputs": list(answer.said), "answers": read, "references": list(example.references),
+                    "ends": list(answer.ends)}  # fmt: skip
         else:
+            said, scores = answer.said, self.task.score(answer.said, example)
             best = max(range(len(said)), key=said.__getitem__)
             row |= {"choices": list(example.choices), "log_likelihoods": said, "answer": example.choices[best],
                     "label": example.label, "references": list(example.references)}  # fmt: skip
         return row | {
-            "scores": self.task.score(said, example),
+            "scores": scores,
             "tokens": {
                 "prompt": answer.n_prompt,
                 "cut": answer.n_cut,
                 "generated": answer.n_generated,
+                "pauses": answer.n_pauses,
                 "limit": self.max_new_tokens,
             },
             "flops": answer.flops,
             "seconds": seconds,
         }
+
+    def _scores(self, of_samples: list[dict[str, float]]) -> dict[str, float]:
+        """The samples' means, and of programs pass@k."""
+        if self.task.executes_code:
+            n_passed = round(sum(scores["pass@1"] for scores in of_samples))
+            return {f"pass@{k}": pass_at_k(len(of_samples), n_passed, k) for k in self.decoding.pass_at}
+        return {name: math.fsum(s[name] for s in of_samples) / len(of_samples) for name in of_samples[0]}
 
     def rows_of(self, rows: Iterable[dict], file: Path) -> dict[int, dict]:
         """Those of this cell, by index. Raises UserError where they are of other examples."""
@@ -285,10 +334,16 @@ def timed(answers: Iterable[Answer]) -> Iterator[tuple[Answer, float]]:
 # What it costs
 
 
-def generation_flops(config: GPTConfig, n_read: int, n_generated: int) -> int:
-    """FLOPs of a pass over n_read tokens, prompt and pauses, and one over every generated token but the last."""
-    steps = (forward_flops(config, 1, context=n_read + i) for i in range(n_generated - 1))
-    return forward_flops(config, n_read, n_live=1) + sum(steps)
+def generation_flops(config: GPTConfig, n_read: int, pauses: Sequence[int]) -> int:
+    """FLOPs of a pass over n_read tokens, prompt and its pauses, and one over every generated token but the last.
+
+    pauses: of a policy, before each generated token, in the pass of the token before it. Those that a policy took back
+    are not counted."""
+    flops, context, n_new = 0, 0, n_read
+    for n in pauses:
+        flops += forward_flops(config, n_new + n, context=context, n_live=2 if n else 1)
+        context, n_new = context + n_new + n, 1
+    return flops
 
 
 def choice_flops(config: GPTConfig, n_read: int, n_scored: int) -> int:
@@ -334,9 +389,10 @@ def summary(rows: dict[int, dict], first: dict[int, dict] | None = None) -> dict
         "metrics": {name: mean([row["scores"][name] for row in some]) for name in names},
         "n_cut": sum(row["tokens"]["cut"] > 0 for row in some),
         "max_new_tokens": some[0]["tokens"]["limit"],
-        "n_unfinished": sum(row.get("end") in ("length", "context") for row in some),
+        "n_unfinished": sum(end in ("length", "context") for row in some for end in row.get("ends", ())),
         "prompt_tokens": sum(row["tokens"]["prompt"] for row in some) / n,
         "generated_tokens": sum(row["tokens"]["generated"] for row in some) / n,
+        "pauses_per_example": sum(row["tokens"]["pauses"] for row in some) / n,
         "flops_per_example": sum(row["flops"] for row in some) / n,
         "seconds_per_example": sum(row["seconds"] for row in some) / n,
     }
@@ -359,19 +415,20 @@ def panel_name(row: dict) -> str:
 
 
 def table(results: list[dict]):
-    """The results as rich shows them."""
+    """The results as rich shows them. in all: pauses that an example's texts had, where those are not in the prompt."""
     from rich.table import Table
 
-    made = Table()
-    for name in ("task", "pauses", "metrics", "difference", "n", "GFLOPs", "ms"):
+    made, before = Table(), None
+    in_all = any(row.get("pauses_per_example", row["pauses"]) != row["pauses"] for row in results)
+    for name in ("task", "pauses", *["in all"] * in_all, "metrics", "difference", "n", "GFLOPs", "ms"):
         made.add_column(name, justify="left" if name in ("task", "metrics") else "right")
-    before = None
     for row in results:
         if before not in (None, (row["task"], row["by"])):
             made.add_section()
         before = row["task"], row["by"]
         made.add_row(
             panel_name(row), str(row["pauses"]),
+            *[f"{row['pauses_per_example']:.3g}" if "pauses_per_example" in row else "–"] * in_all,
             "\n".join(f"{name} {said(figure)}" for name, figure in row["metrics"].items()),
             said(row.get("difference"), sign="+"), f"{row['n']:,}",
             f"{row['flops_per_example'] / 1e9:.3g}" if "flops_per_example" in row else "–",

@@ -6,6 +6,7 @@ taken back. All of it happens on the device, for all sequences of a batch at onc
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -155,3 +156,29 @@ class StopWhenUseless(Policy):
         state = "turned off" if self.is_off() else "left on"
         return (f"pausing {state} after {int(self.sums[0])} times: it changed the log-probability of what was said by "
                 f"{mean:.4f} ± {bound:.4f} nats; below {self.min_change:g} it is useless")  # fmt: skip
+
+
+@dataclass
+class PauseOptions:
+    """What a script lets its user choose."""
+
+    pause_when: Literal["after_prompt", "below_confidence", "on_request"] = "after_prompt"
+    """After the prompt; before tokens that are less likely than the threshold; or where the model says <|pause|>."""
+    threshold: float = 0.5
+    """Of below_confidence: the highest probability of a token from which on there is no pause."""
+    pause_budget: int = 100
+    """Pauses that a text may have, unless after_prompt."""
+    stop_when_useless: bool = False
+    """Turn pauses off once it is clear that they change nothing of what the model says."""
+
+    def policy(self, pauses: int) -> Policy:
+        """The policy of `pauses` pauses wherever there are any."""
+        if pauses == 0:
+            return Never()
+        if self.pause_when == "after_prompt":
+            policy = AfterPrompt(pauses)
+        elif self.pause_when == "below_confidence":
+            policy = BelowConfidence(self.threshold, pauses, self.pause_budget)
+        else:
+            policy = OnRequest(pauses, self.pause_budget)
+        return StopWhenUseless(policy) if self.stop_when_useless else policy

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,20 @@ from nanopause import checkpoint, evaluation
 from nanopause.config import load_config
 from nanopause.engine import Engine
 from nanopause.errors import UserError
-from nanopause.evaluation import Cell, add_row, choice_flops, claim, generation_flops, mean, new_tokens, read_rows
+from nanopause.evaluation import (
+    Cell,
+    Decoding,
+    add_row,
+    choice_flops,
+    claim,
+    generation_flops,
+    mean,
+    new_tokens,
+    read_rows,
+)
 from nanopause.finetune import encode, pack
 from nanopause.model import GPT, GPTConfig
+from nanopause.policy import BelowConfidence
 from nanopause.tasks import TASKS, Example, load
 from nanopause.tokenizer import load_tokenizer
 from tests.conftest import ROOT
@@ -89,9 +101,9 @@ def test_a_sweep(run, run_folder, tmp_path):
     )
     first = next(row for row in rows if (row["task"], row["pauses"], row["index"]) == ("webq", 0, 1))
     prompt = "Question: 11?\nAnswer:"
-    assert first["prompt"] == prompt and first["output"] == " the Nile" and first["answer"] == "the Nile"
-    assert first["references"] == ["the Nile"] and first["scores"] == {"exact_match": 1.0} and first["end"] == "eot"
-    assert first["tokens"] == {"prompt": len(prompt), "cut": 0, "generated": len(" the Nile") + 1,
+    assert first["prompt"] == prompt and first["outputs"] == [" the Nile"] and first["answers"] == ["the Nile"]
+    assert first["references"] == ["the Nile"] and first["scores"] == {"exact_match": 1.0} and first["ends"] == ["eot"]
+    assert first["tokens"] == {"prompt": len(prompt), "cut": 0, "generated": len(" the Nile") + 1, "pauses": 0,
                                "limit": 48}  # fmt: skip
     assert first["seconds"] > 0
 
@@ -245,7 +257,7 @@ def test_a_killed_run_goes_on(run, run_folder, tmp_path):
 
     def answers(folder):
         rows = read_rows(folder / "examples.jsonl")
-        return sorted((row["pauses"], row["index"], row["output"]) for row in rows)
+        return sorted((row["pauses"], row["index"], row["outputs"]) for row in rows)
 
     assert answers(broken) == answers(whole) and len(answers(whole)) == 120
 
@@ -316,15 +328,101 @@ def test_the_first_line_that_is_not_blank(tmp_path):
     examples = TASKS["webq"].examples({"question": "q", "answers": ["ok"]})
     cell = Cell(model, BYTES, TASKS["webq"], examples, 0)
     (answer,) = cell.answers([0], Engine(model, BYTES, 1, 64))
-    assert answer.said.startswith("\n\nok\n") and cell.row(answer, 0.0)["scores"] == {"exact_match": 1.0}
+    assert answer.said[0].startswith("\n\nok\n") and cell.row(answer, 0.0)["scores"] == {"exact_match": 1.0}
+
+
+def test_pauses_where_a_policy_has_them(run, model, tmp_path):
+    """As the engine says it; with no pause, as without a policy."""
+    said = run(tmp_path, "--tasks=webq", "--pauses=0,2", "--pause_when=below_confidence", "--threshold=1",
+               "--pause_budget=9", "--stop_when_useless")  # fmt: skip
+    rows = {(row["pauses"], row["index"]): row for row in read_rows(tmp_path / "examples.jsonl")}
+    prompts = [rows[0, i]["prompt"] for i in range(8)]
+    for pauses, policy in ((0, 0), (2, BelowConfidence(1.0, 2, 9))):
+        engine = Engine(model, BYTES, 8, 96)
+        made = engine.generate(prompts, policy, temperature=0, max_new_tokens=48, until=["\n"])
+        for i, one in enumerate(made):
+            assert rows[pauses, i]["outputs"] == [one.text], (pauses, i)
+            assert rows[pauses, i]["tokens"]["pauses"] == one.pauses == (0 if pauses == 0 else 8)
+            flops = generation_flops(model.config, len(prompts[i]), [token.pauses for token in one.tokens])
+            assert rows[pauses, i]["flops"] == flops
+    assert "exact_match 1.0000 ± 0.0000; 0 pauses an example" in said and "; 8 pauses an example; pausing " in said
+    assert "in all" in said
+    with pytest.raises(UserError, match="has results with policy="):
+        run(tmp_path, "--tasks=webq", "--pauses=0", "--pause_when=below_confidence", "--threshold=0.5")
+    run(tmp_path / "never", "--tasks=webq", "--pauses=2", "--pause_when=below_confidence", "--threshold=0")
+    unsure = {row["index"]: row for row in read_rows(tmp_path / "never" / "examples.jsonl")}
+    assert all(unsure[i]["outputs"] == rows[0, i]["outputs"] and not unsure[i]["tokens"]["pauses"] for i in range(8))
+
+
+def test_several_samples(run, model, run_folder, tmp_path):
+    """Their scores' means, and the same texts whoever shares the batch."""
+    arguments = ["--tasks=webq", "--pauses=3", "--samples=4", "--temperature=1.5"]
+    run(tmp_path / "a", *arguments)
+    rows = {row["index"]: row for row in read_rows(tmp_path / "a" / "examples.jsonl")}
+    assert all(len(row["outputs"]) == len(row["answers"]) == len(row["ends"]) == 4 for row in rows.values())
+    assert len({output for row in rows.values() for output in row["outputs"]}) > 16
+    for i, row in rows.items():
+        assert row["scores"]["exact_match"] == sum(a == ANSWERS[i] for a in row["answers"]) / 4
+        assert row["tokens"]["pauses"] == 12
+    lines = (tmp_path / "a" / "examples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a" / "examples.jsonl").write_text("".join(lines[:3]))
+    run(tmp_path / "a", *arguments)
+    again = {row["index"]: row for row in read_rows(tmp_path / "a" / "examples.jsonl")}
+    assert all(again[i]["outputs"] == rows[i]["outputs"] for i in range(8))
+    run(tmp_path / "b", *arguments, "--seed=1")
+    assert read_rows(tmp_path / "b" / "examples.jsonl")[0]["outputs"] not in [row["outputs"] for row in rows.values()]
+
+
+def test_pass_at_k(model):
+    """Two of three programs pass, in the sandbox."""
+    row = {"task_id": 11, "text": "Add.", "code": "def f(a, b):\n    return a + b", "test_setup_code": "",
+           "test_list": ["assert f(1, 2) == 3", "assert f(0, -1) == -1"]}  # fmt: skip
+    programs = ["\ndef f(a, b):\n    return b + a", "def f(a, b): return 3", "\nf = lambda *x: sum(x)[DONE] why"]
+    task = TASKS["mbpp"].permitted(True)
+    decoding = Decoding(3, 0.8, pass_at=(1, 2, 3))
+    cell = Cell(model, BYTES, task, task.examples(row), 0, decoding=decoding)
+    answer = evaluation.Answer(
+        0, (*programs[:2], programs[2].replace("sum(x)", "sum(x[:1])")), 3 * ("eot",), 9, 0, 9, 0, 9
+    )
+    assert cell.row(answer, 0.0)["scores"] == {
+        "pass@1": pytest.approx(1 / 3),
+        "pass@2": pytest.approx(2 / 3),
+        "pass@3": 1,
+    }
+    answer = answer._replace(said=tuple(programs))
+    assert cell.row(answer, 0.0)["scores"] == {"pass@1": pytest.approx(2 / 3), "pass@2": 1, "pass@3": 1}
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--samples=3"], "--samples=3 would all be the same, greedy text: add --temperature=0.8, say"),
+        (["--samples=0"], "samples=0 must be 1 to 10000"),
+        (["--samples=2", "--temperature=1", "--pass_at=3"], "pass_at=3 must be 1 to 2"),
+        (["--pass_at=1"], "--pass_at is for answers that are programs"),
+        (["--top_p=2"], "top_p=2.0 must be 0 to 1"),
+        (["--tasks=piqa", "--stop_when_useless"], "piqa is scored by likelihood, and nothing is generated"),
+        (["--tasks=piqa", "--samples=2", "--temperature=1"], "piqa is scored by likelihood, and nothing is generated"),
+        (["--harness=arc_easy", "--pause_when=on_request"], "are for generated answers"),
+        (["--pause_position=prepend", "--pause_when=below_confidence"], "leave out --harness and --pause_position"),
+        (["--pause_when=below_confidence", "--threshold=2"], "threshold=2.0 must be 0 to 1"),
+    ],
+)
+def test_what_cannot_be_asked_for(run, tmp_path, arguments, reason):
+    with pytest.raises(UserError, match=re.escape(reason)):
+        run(tmp_path / "results", "--tasks=webq", "--pauses=2", *arguments)
+    assert not (tmp_path / "results").exists()
 
 
 def test_flops_by_hand():
     config = GPTConfig(vocab_size=10, block_size=32, n_layer=1, n_head=1, n_embd=2, n_mlp=8, mlp="gelu")
     # A token: 2·2·(2 + 2)·2 projections, 2·2·8·2 MLP, 4·1·2 a key it reads; a row of logits 2·2·10.
     token, key, logits = 32 + 64, 8, 40
-    assert generation_flops(config, 5, 1) == 5 * (token + 5 * key) + logits
-    assert generation_flops(config, 5, 3) == generation_flops(config, 5, 1) + 2 * (token + logits) + (6 + 7) * key
+    assert generation_flops(config, 5, [0]) == 5 * (token + 5 * key) + logits
+    assert generation_flops(config, 5, 3 * [0]) == generation_flops(config, 5, [0]) + 2 * (token + logits) + 13 * key
+    # 4 pauses behind the prompt, 2 behind the first token: two rows of logits then, and 4 more keys later
+    paused = generation_flops(config, 5, [4, 2, 0]) - generation_flops(config, 9, [0]) - logits
+    assert paused == 3 * (token + 12 * key) + 2 * logits + (token + logits + 13 * key)
     assert choice_flops(config, 5, 3) == 7 * (token + 7 * key) + 3 * logits
 
 
