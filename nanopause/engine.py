@@ -236,8 +236,11 @@ class Engine:
         return self._settle(who, without, behind, kept)
 
     def _logprobs(self, logits: Tensor, n_ids: int) -> Tensor:
-        """Of the first n_ids alone, float32 [n, n_ids]: pauses and padded ids are no text."""
-        return logits[:, :n_ids].float().log_softmax(-1)
+        """Of the first n_ids alone, float32 [n, V], −∞ for others: pauses and padded ids are no text. Overwrites the
+        others' logits: a copy without them takes as long as the rest."""
+        logits = logits.float()
+        logits[:, n_ids:] = -torch.inf
+        return logits.log_softmax(-1)
 
     def _sample(self, logprobs: Tensor, seed: Tensor, place: Tensor) -> Tensor:
         noise = gumbel(seed, place, logprobs.shape[-1]) if self.sampling.temperature else None

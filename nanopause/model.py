@@ -130,9 +130,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            rows = torch.arange(len(x), device=x.device)[:, None]
             for stored, new in zip(cache, (k, v)):
-                stored[rows, slots] = new.to(stored.dtype)
+                stored[slots] = new.to(stored.dtype)
             k, v = cache.to(q.dtype)
         y = kernels.attention(q, k, v, lo, hi)
         return self.out(rearrange(y, "b t h d -> b t (h d)"))
@@ -141,7 +140,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.activation = config.mlp
+        self.activation = config.mlp  # None where nanopause.packed has made it part of `up`
         # SwiGLU's gate and value are one product.
         self.up = nn.Linear(config.n_embd, config.n_mlp * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
         self.down = nn.Linear(config.n_mlp, config.n_embd, bias=config.bias)
@@ -152,7 +151,7 @@ class MLP(nn.Module):
             x = F.gelu(x, approximate="tanh")
         elif self.activation == "relu2":
             x = F.relu(x).square()
-        else:
+        elif self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         return self.down(x)
@@ -215,6 +214,8 @@ class GPT(nn.Module):
             if tokens.shape[1] > self.config.block_size:
                 raise UserError(f"{tokens.shape[1]} tokens are more than block_size={self.config.block_size}")
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        if cache is not None:
+            slots = torch.arange(len(tokens), device=tokens.device)[:, None], slots
         x, rope = self.token_embedding(tokens), None
         if self.config.position == "learned":
             x = x + self.position_embedding(positions)

@@ -20,17 +20,19 @@ def test_products_are_the_linear_layers(rows, bias):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_packed_model_follows_the_parameters_it_shares(tied, monkeypatch):
+@pytest.mark.parametrize("tied, mlp", [(True, "gelu"), (False, "gelu"), (True, "swiglu"), (True, "relu2")])
+def test_a_packed_model_follows_the_parameters_it_shares(tied, mlp, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr("nanopause.packed.MIN_ELEMENTS", 32 * 64)  # all but what follows attention
-    model = GPT(GPTConfig(vocab_size=70, n_embd=32, n_head=2, n_layer=2, tied=tied, zero_init=False)).eval()
+    config = GPTConfig(vocab_size=70, n_embd=32, n_head=2, n_layer=2, tied=tied, mlp=mlp, zero_init=False)
+    model = GPT(config).eval()
     copy, tokens = packed(model), torch.randint(70, (2, 5))
     assert [id(p) for p in copy.parameters()] == [id(p) for p in model.parameters()]
     assert sum(isinstance(module, PackedLinear) for module in copy.modules()) == 3 * 2 + 1
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     before = copy(tokens)
     torch.testing.assert_close(before, model(tokens), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(copy(tokens[:1, :2]), before[:1, :2], rtol=1e-5, atol=1e-5)  # too few rows for blocks
     model.load_state_dict({name: 2 * weight for name, weight in model.state_dict().items()})
     assert not torch.allclose(copy(tokens), before, atol=1e-2)
     torch.testing.assert_close(copy(tokens), model(tokens), rtol=1e-5, atol=1e-5)
