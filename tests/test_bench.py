@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import kernels
-from bench import attention, generate, harness, loss, pause_cost
+from bench import attention, generate, harness, loss, pause_cost, report
 from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
+from nanopause.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu"), torch.float32
@@ -361,7 +362,6 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
         if m := row["shape"]["pauses"]:
             assert row["ratio"] == 1 + m and row["added_ms_per_pause"] == 1000
             assert row["flops_per_pause"] == row["flops_per_pause_counted"] > 0
-    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_all_generators_say_the_same(monkeypatch, tmp_path):
@@ -373,3 +373,59 @@ def test_all_generators_say_the_same(monkeypatch, tmp_path):
     result = json.loads(file.read_text())
     assert [row["name"] for row in result["rows"]] == ["ours", *(rival.name for rival in generate.RIVALS)]
     assert not result["missing"] and not any(row["error"] for row in result["rows"])
+
+
+# The report
+
+
+def a_result(**changes):
+    def row(name, p50_ms, ratio, T=8):
+        return {"what": "step", "shape": {"model": "small", "T": T}, "name": name, "p50_ms": p50_ms, "ratio": ratio,
+                "tokens_per_second": 1e3 * T / p50_ms}  # fmt: skip
+
+    rows = [row(OURS, 4, 1), row("theirs", 6, 1.5), row(OURS, 10, 1, T=16), row("theirs", 8, 0.8, T=16)]
+    missing = [{"name": "absent", "what": None, "shape": {"T": 8}, "reason": "not here"},
+               {"name": "all", "what": None, "shape": {"T": 32}, "reason": "no time was left"}]  # fmt: skip
+    return {"device": "A chip", "threads": 2, "dtype": "float32", "torch": "2", "command": "python -m bench data",
+            "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789", "dirty": False, "rows": rows,
+            "missing": missing} | changes  # fmt: skip
+
+
+def test_the_readme_says_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    results = report.load(harness.RESULTS)
+    assert report.text(readme, results) == readme, "run: python -m bench report"
+    for bench, devices in results.items():
+        assert f"<!-- bench: {bench} -->" in readme
+        for device in devices:
+            for suffix in report.PAGES[bench].figures:
+                assert (harness.RESULTS / device / f"{bench}{suffix}.svg").exists(), "run: python -m bench report"
+
+
+def test_a_place_is_filled_for_every_device():
+    readme = "before\n<!-- bench: data -->\nstale\n<!-- end -->\n<!-- bench: loss -->\nstale\n<!-- end -->\nafter\n"
+    results = {"data": {"a-chip": a_result(), "b-chip": a_result(device="B chip", dirty=True)}}
+    said = report.text(readme, results)
+    assert said.startswith("before\n<!-- bench: data -->\nA chip, 2 threads, float32, torch 2 (`python -m bench data`")
+    assert "commit 0123456):" in said and "\nB chip, 2 threads" in said and "commit 0123456 with changes):" in said
+    assert said.endswith("<!-- end -->\n<!-- bench: loss -->\n<!-- end -->\nafter\n") and "stale" not in said
+    assert report.text(said, results) == said
+    lines = said.splitlines()
+    assert "| T 8 | 2000 | 1333 (1.50) |" in lines
+    assert "| T 16 | 1600 | **2000 (0.80)** |" in lines  # where we lose
+    assert lines[lines.index("| T 16 | 1600 | **2000 (0.80)** |") + 2] == (
+        "Bold, 1 of 2: faster than ours (theirs). Missing: absent. Not measured, for want of time: T 32."
+    )
+
+
+@pytest.mark.parametrize(
+    "readme, why",
+    [
+        ("<!-- bench: spead -->\n<!-- end -->\n", "the bench 'spead'"),
+        ("<!-- bench: data -->\n", "without `<!-- end -->`"),
+        ("<!-- bench: data -->\n<!-- bench: loss -->\n<!-- end -->\n", "without `<!-- end -->`"),
+    ],
+)
+def test_a_wrong_place_is_one_sentence(readme, why):
+    with pytest.raises(UserError, match=why):
+        report.text(readme, {})
