@@ -205,7 +205,7 @@ def train_table(result: Result) -> str:
 
 def loss_table(result: Result) -> str:
     times = beside(result, result["rows"], "milliseconds", lambda row: row["p50_ms"])
-    rows = [row for row in result["rows"] if row["extra_bytes"] is not None and row["what"] != "forward"]
+    rows = [row for row in result["rows"] if row["what"] == "forward+backward"]
     if not rows:
         return times
     keys, common = varying(rows)
@@ -379,9 +379,8 @@ def loss_figure(result: Result) -> Figure:
         N, C, V, masked = (row["shape"][key] for key in ("N", "C", "V", "masked"))
         if masked == 0:
             add(f"time, C {C}, V {V:,}", "rows N", "ms", row, (N, row["p50_ms"]))
-            if row["extra_bytes"] is not None:
-                point = (N, max(row["extra_bytes"], 1) / 2**20)
-                add(f"memory, C {C}, V {V:,}", "rows N", "MiB beyond the gradients", row, point)
+            point = (N, max(row["extra_bytes"], 1) / 2**20)
+            add(f"memory, C {C}, V {V:,}", "rows N", "MiB beyond the gradients", row, point)
     partly = {(row["shape"]["N"], row["shape"]["C"], row["shape"]["V"]) for row in both if row["shape"]["masked"]}
     for row in both:
         N, C, V, masked = (row["shape"][key] for key in ("N", "C", "V", "masked"))
@@ -396,10 +395,10 @@ def growth_figure(result: Result) -> Figure:
     rows = [row for row in result["rows"] if row["what"].startswith("growth")]
     titles = {"T": "tokens a sequence", "batch": "sequences a batch", "parameters": "parameters, millions"}
     for y, of in (("thousand tokens/s", lambda row: row["tokens_per_second"] / 1e3),
-                  ("GiB beside what it keeps", lambda row: (row["peak_extra_bytes"] or 0) / 2**30)):  # fmt: skip
+                  ("GiB beyond what stays", lambda row: row["peak_extra_bytes"] / 2**30)):  # fmt: skip
         for key, x in titles.items():
             its = [row for row in rows if row["what"] == f"growth with {key}"]
-            if its and all(of(row) for row in its):
+            if its:
                 common = words({k: v for k, v in varying(its)[1].items() if k not in ("model", "parameters")})
                 points = [
                     (row["parameters"] / 1e6 if key == "parameters" else row["shape"][key], of(row)) for row in its
