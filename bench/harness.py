@@ -4,13 +4,16 @@ A *candidate* is a call without arguments that returns its tensors by name. All 
 named "ours", and is measured like the others. A *shape* is a dictionary of names to numbers or words.
 """
 
+import importlib.util
 import json
+import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -24,11 +27,14 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
+from nanopause.errors import UserError
 from nanopause.files import replace_file
 from nanopause.flops import peak_flops
+from nanopause.hub import their_tensors, transformers_config
+from nanopause.model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -57,6 +63,42 @@ RIVALS_TOLERANCE = {dtype: 4 * tolerance for dtype, tolerance in TOLERANCE.items
 
 # GPT-2's block, for models with random weights.
 GPT2 = dict(position="learned", norm="layer", qk_norm=False, mlp="gelu", tied=True, bias=True, zero_init=False)
+
+# Rivals that several benches have
+
+
+def transformers_gpt2(model: GPT) -> nn.Module:
+    """transformers' GPT2LMHeadModel with the weights of ours, in their dtype and on their device."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    options = dict(bos_token_id=None, eos_token_id=None, attn_implementation="sdpa")
+    theirs = GPT2LMHeadModel(GPT2Config(**transformers_config(model.config), **options))
+    theirs.loss_type = "ForCausalLM"  # which it takes anyway, with a warning
+    theirs.load_state_dict(their_tensors(model), strict=False)  # the head is the embedding
+    return theirs.to(model.head.weight)
+
+
+def nanogpt(path: str, model: GPT) -> nn.Module:
+    """The GPT of model.py in a checkout of nanoGPT, with the weights of ours, in their dtype and on their device.
+
+    Raises UserError where there is no such file."""
+    file = Path(path, "model.py")
+    if not path or not file.exists():
+        raise UserError(f"{file if path else 'no checkout'}: give --nanogpt=PATH to one of karpathy/nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "bias")
+    with redirect_stdout(None):  # it tells how many parameters it has
+        theirs = module.GPT(module.GPTConfig(**{name: getattr(model.config, name) for name in names}, dropout=0.0))
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers has these the other way round
+    tensors = {name: x.T if name.endswith(turned) else x for name, x in their_tensors(model).items()}
+    theirs.load_state_dict(tensors, strict=False)  # the head is the embedding
+    for module in theirs.modules():
+        if isinstance(module, nn.GELU):  # it has the exact one, which is 4e-4 off GPT-2's in a gradient
+            module.approximate = "tanh"
+    return theirs.to(model.head.weight)
+
 
 # Comparing
 
@@ -150,16 +192,28 @@ def race(calls: dict[str, Candidate], sample: Sample, seconds: float) -> dict[st
     return samples
 
 
-def peak_extra_bytes(call: Candidate, device: torch.device) -> int | None:
-    """The most memory that was allocated during a call above what was before it, its results included; CUDA only."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def peak_extra_bytes(call: Candidate, device: torch.device) -> int:
+    """The most memory that was allocated during a call above what was before it, its results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # On a CPU the profiler hears of all that PyTorch's allocator gives this thread and takes back.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells when it starts and stops
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    held = peak = 0
+    events = list(reversed(profile.profiler.kineto_results.experimental_event_tree()))
+    while events:
+        event = events.pop()
+        events.extend(reversed(event.children))
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            held += event.extra_fields.alloc_size
+            peak = max(peak, held)
+    return peak
 
 
 # Results

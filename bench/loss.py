@@ -146,14 +146,13 @@ def main(quick: bool = False) -> None:
         },
         hidden=("C", "V"),
     )
-    if bench.device.type == "cuda":
-        memory = lambda row: f"{number(row['extra_bytes'] / 2**20)} {number(row['percent_of_logits'])}%"  # noqa: E731
-        bench.show(
-            lambda row: f"{title(row)}: memory beyond the results, MiB, and beside the logits in {bench.dtype}",
-            memory,
-            first={"ours": memory},
-            hidden=("C", "V"),
-        )
+    memory = lambda row: f"{number(row['extra_bytes'] / 2**20)} {number(row['percent_of_logits'])}%"  # noqa: E731
+    bench.show(
+        lambda row: f"{title(row)}: memory beyond the results, MiB, and beside the logits in {bench.dtype}",
+        memory,
+        first={"ours": memory},
+        hidden=("C", "V"),
+    )
     for ratio in ratios:
         line = ", ".join(f"{name} {value:.2f}" for name, value in ratio["ratios"].items())
         print(f"{ratio['what']} with half of the rows masked, over none: {line}")
@@ -176,10 +175,9 @@ def measure(bench: Bench, shape: Shape) -> None:
     for what, work in {"forward": flops, "forward+backward": 3 * flops}.items():
         calls = {name: racer[what] for name, racer in racers.items()}
         for row in bench.compete(what, shape, calls, expected, flops=work):
-            peak = row["peak_extra_bytes"]
             row["logits_bytes"] = logits
-            row["extra_bytes"] = None if peak is None else peak - row["result_bytes"]
-            row["percent_of_logits"] = None if peak is None else 100 * row["extra_bytes"] / logits
+            row["extra_bytes"] = row["peak_extra_bytes"] - row["result_bytes"]
+            row["percent_of_logits"] = 100 * row["extra_bytes"] / logits
 
 
 def half_masked(bench: Bench, shape: Shape) -> list[dict]:

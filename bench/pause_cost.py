@@ -7,12 +7,8 @@ Each is the engine's one operation (nanopause.engine.Engine.append) on a cache t
 sequences, of GPT-2 124M with random weights; for a prefix the prompt is `context` tokens, and the cache is empty.
 """
 
-from pathlib import Path
-
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import GPT2, OURS, RIVALS_TOLERANCE, Bench, Shape, check, number, race
@@ -121,45 +117,12 @@ def measure(bench: Bench, shape: Shape) -> None:
     )
 
 
-def plot(bench_rows: list[dict], file: Path, title: str) -> None:
-    """Time of a step with pauses over that without, a panel a batch size."""
-    rows = [row for row in bench_rows if row["what"] == "step" and row["name"] != WITHOUT]
-    batches = sorted({row["shape"]["batch"] for row in rows})
-    size = (1.5 + 3.3 * len(batches), 3.9)
-    figure, all_axes = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    contexts = sorted({row["shape"]["context"] for row in rows})
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.8, len(contexts)))
-    for axes, batch in zip(all_axes[0], batches):
-        for context, colour, marker in zip(contexts, colours, "osD^"):
-            for name, style in ((SEQUENTIAL, "--"), (OURS, "-")):
-                points = [(row["shape"]["pauses"], row["ratio"]) for row in rows if row["name"] == name
-                          and row["shape"]["batch"] == batch and row["shape"]["context"] == context]  # fmt: skip
-                label = f"{'in one pass' if name == OURS else 'one by one'}, context {context}"
-                face = colour if name == OURS else "white"
-                if points:
-                    axes.plot(*zip(*points), style, color=colour, marker=marker, markersize=4, mfc=face, label=label)
-        axes.set(title=f"batch {batch}", xlabel="pauses", xscale="log", yscale="log")
-        axes.set_xticks(PAUSES, PAUSES)
-        axes.minorticks_off()
-        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if tick <= 1.2 * max(row["ratio"] for row in rows)]
-        axes.set_yticks(ticks, ticks)
-        axes.grid(alpha=0.3)
-    all_axes[0][0].set_ylabel("time of a step, times that without pauses")
-    handles = {text: handle for axes in all_axes[0] for handle, text in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    for suffix in ("png", "svg"):
-        figure.savefig(file.with_suffix(f".{suffix}"), dpi=150)
-    plt.close(figure)
-
-
 def main(quick: bool = False) -> None:
-    """FLOPs and latency per added pause, and a figure.
+    """FLOPs and latency per added pause.
 
     Args:
         quick: A small model and two shapes, in less than two minutes.
     """
-    matplotlib.use("Agg")
     bench = Bench("pause_cost", quick)
     bench.versions[SEQUENTIAL] = torch.__version__
     for shape in shapes(quick):
@@ -186,5 +149,4 @@ def main(quick: bool = False) -> None:
         hidden=("batch", "context"),
     )  # fmt: skip
     bench.rows = rows
-    model = "a small model" if quick else "GPT-2 124M"
-    plot(rows, bench.finish(), f"A token and its pauses: {model} on {bench.header['device']}")
+    bench.finish(model="a small model" if quick else "GPT-2 124M")

@@ -11,8 +11,12 @@ import pytest
 import torch
 
 import kernels
-from bench import attention, generate, harness, loss, pause_cost
+from bench import attention, generate, harness, loss, pause_cost, report, train
 from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
+from nanopause.errors import UserError
+from nanopause.flops import training_flops
+from nanopause.model import GPTConfig
+from nanopause.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu"), torch.float32
@@ -196,9 +200,9 @@ ROW = set(
 )
 
 
-def result_of(bench, module, name):
+def result_of(bench, module, name, **options):
     """The JSON that a module's main writes, with what every result has checked."""
-    module.main(quick=True)
+    module.main(quick=True, **options)
     (file,) = harness.RESULTS.rglob(f"{name}.quick.json")
     result = json.loads(file.read_text())
     assert HEADER <= result.keys() and result["bench"] == name and result["quick"] is True
@@ -296,10 +300,7 @@ def test_loss_bench(bench, monkeypatch, capsys):
         row = rows["full logits"]
         assert row["tflops"] * row["p50_ms"] * 1e9 == pytest.approx(products * 2 * 32 * 16 * 40)
         assert row["logits_bytes"] == 64 * 40 * bench.dtype.itemsize
-        if bench.device.type == "cpu":
-            assert row["peak_extra_bytes"] is row["extra_bytes"] is row["percent_of_logits"] is None
-        else:
-            assert row["extra_bytes"] >= row["logits_bytes"]
+        assert row["extra_bytes"] >= 0.9 * row["logits_bytes"]
     assert {lack["what"] for lack in result["missing"]} == {"forward", "forward+backward"}
     assert [ratio["what"] for ratio in result["half_masked"]] == ["forward", "forward+backward"]
     assert all(ratio["ratios"].keys() == {OURS, "full logits"} for ratio in result["half_masked"])
@@ -361,7 +362,6 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
         if m := row["shape"]["pauses"]:
             assert row["ratio"] == 1 + m and row["added_ms_per_pause"] == 1000
             assert row["flops_per_pause"] == row["flops_per_pause_counted"] > 0
-    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_all_generators_say_the_same(monkeypatch, tmp_path):
@@ -373,3 +373,179 @@ def test_all_generators_say_the_same(monkeypatch, tmp_path):
     result = json.loads(file.read_text())
     assert [row["name"] for row in result["rows"]] == ["ours", *(rival.name for rival in generate.RIVALS)]
     assert not result["missing"] and not any(row["error"] for row in result["rows"])
+
+
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.c_attn, self.c_proj = nn.Linear(c.n_embd, 3 * c.n_embd), nn.Linear(c.n_embd, c.n_embd)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2) for y in self.c_attn(x).chunk(3, dim=2))
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c_fc, self.gelu = nn.Linear(c.n_embd, 4 * c.n_embd), nn.GELU()
+        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = nn.LayerNorm(c.n_embd), Attention(c), nn.LayerNorm(c.n_embd), MLP(c)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+class GPT(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        wte, wpe = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.block_size, c.n_embd)
+        blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.transformer = nn.ModuleDict(dict(wte=wte, wpe=wpe, h=blocks, ln_f=nn.LayerNorm(c.n_embd)))
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        wte.weight = self.lm_head.weight
+
+    def forward(self, idx, targets):
+        parts = self.transformer
+        x = parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1]))
+        for block in parts.h:
+            x = block(x)
+        logits = self.lm_head(parts.ln_f(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+"""
+
+
+@pytest.mark.parametrize("fault", ["", "no last norm"])
+def test_train_bench(bench, monkeypatch, tmp_path, fault):
+    """Beside a stand-in with nanoGPT's names: right, or wrong and so not timed."""
+    checkout = tmp_path / "nanoGPT"
+    checkout.mkdir()
+    (checkout / "model.py").write_text(
+        NANOGPT.replace("self.lm_head(parts.ln_f(x))", "self.lm_head(x)") if fault else NANOGPT
+    )
+    shape = {"model": "tiny", "batch": 2, "T": 16, "pause_rate": 0.1}
+    monkeypatch.setitem(train.MODELS, "tiny", [*train.GPT2, "--n_layer=2", "--n_head=2", "--n_embd=16"])
+    shapes = [("step", shape), ("step", shape | {"model": "default"}), ("growth with T", shape | {"T": 32})]
+    monkeypatch.setattr(train, "shapes", lambda *_: shapes)
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    prepare(
+        "pydocs",
+        [""],
+        lambda _: [f"{i} " + 99 * "word " for i in range(9)],
+        tmp_path,
+        "bytes",
+        val_fraction=0.3,
+        workers=1,
+    )
+    result = result_of(bench, train, "train", nanogpt=str(checkout))
+    rivals = {"transformers"} | ({"nanoGPT"} if not fault else set())
+    assert of(result, "step", model="tiny").keys() == {OURS} | rivals
+    assert of(result, "step", model="default").keys() == of(result, "growth with T").keys() == {OURS}
+    for row in result["rows"]:
+        assert row["tokens_per_second"] * row["p50_ms"] == pytest.approx(1e3 * 2 * row["shape"]["T"])
+        assert row["peak_extra_bytes"] > 4 * row["parameters"] * (row["name"] == OURS)  # gradients at least
+    row = of(result, "step", model="tiny")[OURS]
+    model = GPTConfig(vocab_size=258, block_size=16, n_layer=2, n_head=2, n_embd=16, **harness.GPT2)
+    assert row["tflops"] * row["p50_ms"] * 1e9 == pytest.approx(training_flops(model, 16, batch_size=2), rel=0.05)
+    missing = {lack["name"]: lack["reason"] for lack in result["missing"]}
+    if fault:
+        assert missing["nanoGPT"].startswith("Wrong: ")
+
+
+def test_a_checkout_that_is_not_there_is_missing(bench):
+    for path, why in (("", "no checkout: give --nanogpt=PATH"), ("/nowhere", "/nowhere/model.py: give --nanogpt=PATH")):
+        rivals = [Rival("nanoGPT", "torch", lambda problem, path=path: harness.nanogpt(path, None))]
+        assert not bench.functions(rivals, None, SHAPE) and why in bench.missing[-1]["reason"]
+
+
+def test_memory_is_what_a_call_holds_at_its_peak():
+    """Two tensors of a megabyte at a time, of three."""
+
+    def call():
+        a, b = torch.zeros(1 << 18), torch.zeros(1 << 18)
+        a = torch.zeros(1 << 16)
+        return {"out": a, "b": b}
+
+    assert (2 << 20) <= harness.peak_extra_bytes(call, CPU[0]) < (2 << 20) + (1 << 19)
+
+
+# The report
+
+
+def a_result(**changes):
+    def row(name, p50_ms, ratio, T=8):
+        return {"what": "step", "shape": {"model": "small", "T": T}, "name": name, "p50_ms": p50_ms, "ratio": ratio,
+                "tokens_per_second": 1e3 * T / p50_ms}  # fmt: skip
+
+    rows = [row(OURS, 4, 1), row("theirs", 6, 1.5), row(OURS, 10, 1, T=16), row("theirs", 8, 0.8, T=16)]
+    missing = [{"name": "absent", "what": None, "shape": {"T": 8}, "reason": "not here"},
+               {"name": "all", "what": None, "shape": {"T": 32}, "reason": "no time was left"}]  # fmt: skip
+    return {"device": "A chip", "threads": 2, "dtype": "float32", "torch": "2", "command": "python -m bench data",
+            "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789", "dirty": False, "rows": rows,
+            "missing": missing} | changes  # fmt: skip
+
+
+def test_the_readme_says_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    results = report.load(harness.RESULTS)
+    assert report.text(readme, results) == readme, "run: python -m bench report"
+    for bench, devices in results.items():
+        assert f"<!-- bench: {bench} -->" in readme
+        for device in devices:
+            for suffix in report.PAGES[bench].figures:
+                assert (harness.RESULTS / device / f"{bench}{suffix}.svg").exists(), "run: python -m bench report"
+
+
+def test_a_place_is_filled_for_every_device():
+    readme = "before\n<!-- bench: data -->\nstale\n<!-- end -->\n<!-- bench: loss -->\nstale\n<!-- end -->\nafter\n"
+    results = {"data": {"a-chip": a_result(), "b-chip": a_result(device="B chip", dirty=True)}}
+    said = report.text(readme, results)
+    assert said.startswith("before\n<!-- bench: data -->\nA chip, 2 threads, float32, torch 2 (`python -m bench data`")
+    assert "commit 0123456):" in said and "\nB chip, 2 threads" in said and "commit 0123456 with changes):" in said
+    assert said.endswith("<!-- end -->\n<!-- bench: loss -->\n<!-- end -->\nafter\n") and "stale" not in said
+    assert report.text(said, results) == said
+    lines = said.splitlines()
+    assert "| T 8 | 2000 | 1333 (1.50) |" in lines
+    assert "| T 16 | 1600 | **2000 (0.80)** |" in lines  # where we lose
+    assert lines[lines.index("| T 16 | 1600 | **2000 (0.80)** |") + 2] == (
+        "Bold, 1 of 2: faster than ours (theirs). Missing: absent. Not measured, for want of time: T 32."
+    )
+
+
+@pytest.mark.parametrize(
+    "readme, why",
+    [
+        ("<!-- bench: spead -->\n<!-- end -->\n", "the bench 'spead'"),
+        ("<!-- bench: data -->\n", "without `<!-- end -->`"),
+        ("<!-- bench: data -->\n<!-- bench: loss -->\n<!-- end -->\n", "without `<!-- end -->`"),
+    ],
+)
+def test_a_wrong_place_is_one_sentence(readme, why):
+    with pytest.raises(UserError, match=why):
+        report.text(readme, {})

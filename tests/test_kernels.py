@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from bench.harness import peak_extra_bytes
 from kernels import attention, linear_cross_entropy, plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -446,18 +447,9 @@ def test_flops_of_the_plain_loss_are_those_of_its_products(grad):
 
 def peak_bytes(function):
     """Most bytes allocated at a time while function runs, over those before and those it returns."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        result = function()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.experimental_event_tree():
-        stack = [event]
-        while stack:
-            event = stack.pop()
-            stack.extend(reversed(event.children))
-            if event.tag == torch._C._profiler._EventType.Allocation:
-                held += event.extra_fields.alloc_size
-                peak = max(peak, held)
-    return peak - sum(x.numel() * x.element_size() for x in result)
+    results = []
+    peak = peak_extra_bytes(lambda: results.extend(function()), torch.device("cpu"))
+    return peak - sum(x.nbytes for x in results)
 
 
 def test_memory_of_the_loss():

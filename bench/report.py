@@ -1,0 +1,469 @@
+"""The figures and README's tables, from the JSON in bench/results/<device>/.
+
+README.md has a place for each bench, from `<!-- bench: NAME -->` to `<!-- end -->`: what stands between is written
+here, a part for every device that the bench has run on. Figures lie beside the JSON, as PNG and SVG. Quick results are
+left out of both.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from bench.harness import DASH, OURS, RESULTS, ROOT, Row, number
+from nanopause.errors import UserError
+
+PLACE = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+LONG = 12  # lines of a table that README shows without being asked
+
+Result = dict
+Results = dict[str, dict[str, Result]]  # by bench, then by device's folder
+
+
+def load(folder: Path) -> Results:
+    results: Results = {}
+    for file in sorted(folder.glob("*/*.json")):
+        result = json.loads(file.read_text())
+        if file.stem in PAGES and "device" in result:
+            results.setdefault(file.stem, {})[file.parent.name] = result
+    return results
+
+
+def text(readme: str, results: Results) -> str:
+    """README with its places filled; one stays empty where its bench has not run. Raises UserError for a place that no
+    bench has, or that does not end."""
+    names = re.findall(r"<!-- bench: (\S+) -->", readme)
+    for name in names:
+        if name not in PAGES:
+            raise UserError(f"README.md has a place for the bench {name!r}: it can have one for {', '.join(PAGES)}")
+    if len(PLACE.findall(readme)) != len(names) or any("<!-- bench:" in place[2] for place in PLACE.findall(readme)):
+        raise UserError("README.md has a place `<!-- bench: NAME -->` without `<!-- end -->`: close it")
+
+    def filled(place: re.Match) -> str:
+        parts = [part(place[2], device, result) for device, result in results.get(place[2], {}).items()]
+        return place[1] + "\n\n".join(parts) + "\n" * bool(parts) + place[4]
+
+    return PLACE.sub(filled, readme)
+
+
+def part(bench: str, device: str, result: Result) -> str:
+    """What README says of a bench on a device."""
+    threads = f", {result['threads']} threads" if result["threads"] else ""
+    commit = f"commit {result['commit'][:7]}{' with changes' * bool(result['dirty'])}" if result["commit"] else ""
+    lines = [
+        f"{result['device']}{threads}, {result['dtype']}, torch {result['torch']} "
+        f"(`{result['command']}`, {result['date'][:10]}{', ' * bool(commit)}{commit}):"
+    ]
+    page = PAGES[bench]
+    for suffix, (about, _) in page.figures.items():
+        lines += ["", f"![{about}](bench/results/{device}/{bench}{suffix}.png)"]
+    return "\n".join([*lines, "", page.table(result)])
+
+
+# Tables
+
+
+def words(shape: dict) -> str:
+    return ", ".join(value if isinstance(value, str) else f"{key} {value:g}" for key, value in shape.items())
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if len(lines) <= LONG:
+        return table
+    return f"<details><summary>{len(lines)} lines</summary>\n\n{table}\n\n</details>"
+
+
+def varying(rows: list[Row]) -> tuple[list[str], dict]:
+    """The keys by which shapes differ, and what all shapes have in common."""
+    keys = list(dict.fromkeys(key for row in rows for key in row["shape"]))
+    common = {key: rows[0]["shape"].get(key) for key in keys if len({row["shape"].get(key) for row in rows}) == 1}
+    if len({str(row["shape"]) for row in rows}) == 1:
+        common = {}
+    return [key for key in keys if key not in common], common
+
+
+def named(row: Row, rows: list[Row], keys: list[str]) -> str:
+    """What sets a row's pass and shape apart from those of other rows."""
+    what = row["what"] if len({row["what"] for row in rows}) > 1 else ""
+    return ", ".join(filter(None, (what, words({key: row["shape"][key] for key in keys if key in row["shape"]}))))
+
+
+def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], float | None]) -> str:
+    """A line for each pass and shape: `value` of ours, and of every rival with how many times longer it takes; then
+    what is behind a number: where rivals are faster, and who is missing."""
+    if not rows:
+        return "Nothing could be measured."
+    keys, common = varying(rows)
+    names = [OURS, *dict.fromkeys(row["name"] for row in rows if row["name"] != OURS)]
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = number(value(row))
+        if row["name"] != OURS:
+            cell += f" ({row['ratio']:.2f})"
+            cell = f"**{cell}**" if row["ratio"] < 1 else cell
+        cells.setdefault(named(row, rows, keys), {})[row["name"]] = cell
+    head = unit + "; in brackets, how many times longer a rival takes" * (len(names) > 1)
+    head += f"; {words(common)}" if common else ""
+    lines = [[line, *(row.get(name, DASH) for name in names)] for line, row in cells.items()]
+    return markdown([head, *names], lines) + "\n\n" + behind(result, rows)
+
+
+def behind(result: Result, rows: list[Row]) -> str:
+    rivals = [row for row in rows if row["name"] != OURS]
+    lost = [row for row in rivals if row["ratio"] < 1]
+    said = []
+    if lost:
+        who = ", ".join(dict.fromkeys(row["name"] for row in lost))
+        said.append(f"Bold, {len(lost)} of {len(rivals)}: faster than ours ({who}).")
+    elif rivals:
+        said.append("No rival is faster.")
+    there = {row["name"] for row in result["rows"]}
+    absent = dict.fromkeys(lack["name"] for lack in result["missing"] if lack["name"] not in (there | {"all"}))
+    if absent:
+        said.append(f"Missing: {', '.join(absent)}.")
+    return " ".join([*said, *late(result)])
+
+
+def late(result: Result) -> list[str]:
+    """A sentence about the shapes that there was no time for, if any."""
+    shapes = [words(lack["shape"]) for lack in result["missing"] if lack["name"] == "all" and lack["shape"]]
+    more = f" and {len(shapes) - 3} more shapes" * (len(shapes) > 3)
+    return [f"Not measured, for want of time: {'; '.join(shapes[:3])}{more}."] if shapes else []
+
+
+def peak(row: Row) -> str:
+    return DASH if row.get("percent_of_peak") is None else f"{row['percent_of_peak']:.0f} %"
+
+
+def pause_cost_table(result: Result) -> str:
+    """Times that of the pass without pauses, for the contexts of 1024 tokens, or of what there is."""
+    rows = [row for row in result["rows"] if row["name"] != "without"]
+    contexts = {row["shape"]["context"] for row in rows}
+    rows = [row for row in rows if row["shape"]["context"] == (1024 if 1024 in contexts else min(contexts))]
+    shown = [{row["shape"]["pauses"] for row in rows if row["what"] == what and row["name"] == OURS}
+             for what in {row["what"] for row in rows}]  # fmt: skip
+    pauses = sorted(set.intersection(*shown))
+    cells: dict[tuple, dict[int, str]] = {}
+    for row in rows:
+        shape = row["shape"]
+        where = shape["batch"], shape["context"], row["what"]
+        cells.setdefault((*where, row["name"]), {})[shape["pauses"]] = f"{row['ratio']:.2f}"
+        if row["name"] == OURS and row["what"] != "decode":
+            cells.setdefault((*where, FLOPS), {})[shape["pauses"]] = f"{row['flops_ratio']:.2f}"
+    lines = {f"{about}; batch {batch}, context {context}": cells[batch, context, what, name]
+             for batch, context in dict.fromkeys(key[:2] for key in cells)
+             for (what, name), about in PAUSE_LINES.items() if (batch, context, what, name) in cells}  # fmt: skip
+    head = ["time, times that of the same without pauses", *(f"{m} pause{'s' * (m > 1)}" for m in pauses)]
+    table = markdown(head, [[line, *(at.get(m, DASH) for m in pauses)] for line, at in lines.items()])
+    return "\n\n".join([table, *late(result)])
+
+
+FLOPS = "FLOPs"
+PAUSE_LINES = {
+    ("step", OURS): "a token and its pauses in one pass",
+    ("step", FLOPS): "FLOPs of a token and its pauses",
+    ("step", "sequential"): "a token, then its pauses one by one",
+    ("step", "chain of thought"): "a token, and as many more of a chain of thought",
+    ("prefix", OURS): "a prompt and its pauses in one pass",
+    ("prefix", FLOPS): "FLOPs of a prompt and its pauses",
+    ("prefix", "sequential"): "a prompt, then its pauses one by one",
+    ("prefix", "more layers"): "the prompt alone, of more layers for the same FLOPs",
+    ("prefix", "more heads"): "the prompt alone, of more heads for the same FLOPs",
+    ("decode", OURS): "a later token, after the pauses",
+    ("decode", "more layers"): "a later token of more layers",
+    ("decode", "more heads"): "a later token of more heads",
+}
+
+
+def tokens_table(result: Result) -> str:
+    return beside(result, result["rows"], "tokens per second", lambda row: row["tokens_per_second"])
+
+
+def generate_rows(result: Result) -> list[Row]:
+    whole = [row | {"what": "with prompts"} for row in result["rows"]]
+    after = [row | {"what": "after prompts", "ratio": row["ratio_after_prompt"],
+                    "tokens_per_second": row["tokens_per_second_after_prompt"]} for row in result["rows"]]  # fmt: skip
+    return whole + after
+
+
+def train_table(result: Result) -> str:
+    rows = [row for row in result["rows"] if row["what"] == "step"]
+    shares = [f"{words(row['shape'])}: {peak(row)}" for row in rows if row["name"] == OURS]
+    table = beside(result, rows, "tokens per second of training", lambda row: row["tokens_per_second"])
+    source = result["peak_flops_source"]
+    return f"{table} MFU ({number(result['peak_flops'] / 1e12)} TFLOP/s, {source}): {'; '.join(shares)}."
+
+
+def loss_table(result: Result) -> str:
+    times = beside(result, result["rows"], "milliseconds", lambda row: row["p50_ms"])
+    rows = [row for row in result["rows"] if row["what"] == "forward+backward"]
+    if not rows:
+        return times
+    keys, common = varying(rows)
+    names, lines = list(dict.fromkeys(row["name"] for row in rows)), {}
+    for row in rows:
+        memory = f"{number(row['extra_bytes'] / 2**20)} ({number(row['percent_of_logits'])} %)"
+        lines.setdefault(words({key: row["shape"][key] for key in keys}), {})[row["name"]] = memory
+    head = "MiB of memory beyond the gradients (share of the logits)" + (f"; {words(common)}" if common else "")
+    return (
+        times + "\n\n" + markdown([head, *names], [[s, *(at.get(n, DASH) for n in names)] for s, at in lines.items()])
+    )
+
+
+# Figures
+
+
+class Panel(NamedTuple):
+    """series: points (x, y) by name."""
+
+    title: str
+    x: str
+    y: str
+    series: dict[str, list[tuple[float, float]]]
+
+
+def looks(names: Iterable[str]) -> dict[str, dict]:
+    """A name's colour, whose lightness shows in grey too, its marker, and the hatch of its bar. Ours is the darkest."""
+    names = sorted(dict.fromkeys(names), key=lambda name: name != OURS)
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, max(2, len(names))))
+    hatches = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
+    return {name: {"color": colour, "marker": "osD^vPX*<>"[i % 10], "hatch": hatches[i % 8]}
+            for i, (name, colour) in enumerate(zip(names, colours))}  # fmt: skip
+
+
+def curves(panels: list[Panel], title: str, columns: int = 3) -> Figure:
+    """A panel each, both axes logarithmic, x marked where there are points."""
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1 + 3.4 * columns, 0.9 + 2.7 * lines), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    look = looks(name for panel in panels for name in panel.series)
+    for ax, panel in zip(axes.flat, panels):
+        for name, points in panel.series.items():
+            colour, marker = look[name]["color"], look[name]["marker"]
+            ax.plot(*zip(*sorted(points)), color=colour, marker=marker, markersize=5, label=name,
+                    linestyle="-" if name == OURS else "--", markeredgecolor="black", markeredgewidth=0.4)  # fmt: skip
+        xs = sorted({x for points in panel.series.values() for x, _ in points})
+        ys = [y for points in panel.series.values() for _, y in points]
+        # A share can be 0, and other sizes double.
+        if xs[0] > 0:
+            ax.set_xscale("log")
+        ax.set_xticks(xs, [short(x) for x in xs], rotation=0 if len(xs) <= 5 else 40)
+        ax.set_yscale("log")
+        # Within two decades 1, 2 and 5 are marked too.
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(ys) < 100 * min(ys) else (1,)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_minor_locator(plt.NullLocator())
+        ax.set_ylim(min(ys) / 1.5, max(ys) * 1.5)
+        ax.set_title(panel.title, fontsize=9)
+        ax.set_xlabel(panel.x, fontsize=9)
+        ax.set_ylabel(panel.y, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    if len(look) > 1:
+        handles = {text: handle for ax in figure.axes for handle, text in zip(*ax.get_legend_handles_labels())}
+        names = [name for name in look if name in handles]
+        figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def short(x: float) -> str:
+    return f"{x / 1024:g}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}"
+
+
+def bars(rows: list[Row], title: str, value: Callable[[Row], float], unit: str, columns: int = 2) -> Figure:
+    """A panel a shape with a bar for each name, and beside it the number."""
+    panels: dict[str, list[Row]] = {}
+    keys, common = varying(rows)
+    for row in rows:
+        panels.setdefault(named(row, rows, keys), []).append(row)
+    columns = min(columns, len(panels))
+    lines = [list(panels.items())[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [0.75 + 0.24 * max(len(rows) for _, rows in line) for line in lines]
+    figure, axes = plt.subplots(len(lines), columns, figsize=(1 + 4.6 * columns, 0.5 + sum(heights)), squeeze=False,
+                                gridspec_kw={"height_ratios": heights}, layout="constrained")  # fmt: skip
+    look = looks(row["name"] for row in rows)
+    for ax, (about, its) in zip(axes.flat, panels.items()):
+        for i, row in enumerate(its):
+            style = look[row["name"]]
+            ax.barh(i, value(row), color=style["color"], hatch=style["hatch"], edgecolor="white", linewidth=0)
+            ax.text(value(row), i, f" {number(value(row))}", va="center", fontsize=8)
+        ax.set_yticks(range(len(its)), [row["name"] for row in its], fontsize=8)
+        ax.set_ylim(len(its) - 0.5, -0.5)
+        ax.set_xlim(0, 1.18 * max(map(value, its)))
+        ax.tick_params(axis="x", labelsize=8)
+        ax.set_title(about, fontsize=9, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    figure.supxlabel(", ".join(filter(None, (unit, words(common)))), fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def device(result: Result) -> str:
+    return f"{result['device']}, {result['dtype']}"
+
+
+def pause_cost_figure(result: Result) -> Figure:
+    """Time of a step with pauses over that without, a panel a batch size."""
+    rows = [row for row in result["rows"] if row["what"] == "step" and row["name"] in (OURS, "sequential")]
+    batches = sorted({row["shape"]["batch"] for row in rows})
+    size = (1.5 + 3.3 * len(batches), 3.9)
+    figure, all_axes = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    contexts = sorted({row["shape"]["context"] for row in rows})
+    pauses = sorted({row["shape"]["pauses"] for row in rows})
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.8, len(contexts)))
+    for axes, batch in zip(all_axes[0], batches):
+        for context, colour, marker in zip(contexts, colours, "osD^"):
+            for name, style in (("sequential", "--"), (OURS, "-")):
+                points = [(row["shape"]["pauses"], row["ratio"]) for row in rows if row["name"] == name
+                          and row["shape"]["batch"] == batch and row["shape"]["context"] == context]  # fmt: skip
+                label = f"{'in one pass' if name == OURS else 'one by one'}, context {context}"
+                face = colour if name == OURS else "white"
+                if points:
+                    axes.plot(*zip(*points), style, color=colour, marker=marker, markersize=4, mfc=face, label=label)
+        axes.set(title=f"batch {batch}", xlabel="pauses", xscale="log", yscale="log")
+        axes.set_xticks(pauses, pauses)
+        axes.minorticks_off()
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if tick <= 1.2 * max(row["ratio"] for row in rows)]
+        axes.set_yticks(ticks, ticks)
+        axes.grid(alpha=0.3)
+    all_axes[0][0].set_ylabel("time of a step, times that without pauses")
+    handles = {text: handle for axes in all_axes[0] for handle, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"A token and its pauses: {result.get('model', 'GPT-2 124M')} on {result['device']}", fontsize=10)
+    return figure
+
+
+def attention_figure(result: Result) -> Figure:
+    """Speed against the queries of a sequence; for decode steps that of reading the cache."""
+    rows = result["rows"]
+    tera = max(row["tflops"] or 0 for row in rows) >= 1
+    panels: dict[tuple, Panel] = {}
+    for row in rows:
+        shape = row["shape"]
+        decode = shape["mask"] == "decode"
+        keys = (f"B {shape['B']}, S {shape['S']}, " if decode else "") + f"H {shape['H']}, D {shape['D']}"
+        title = f"{shape['mask']}, {row['what']}\n{keys}{', G ' + str(shape['G']) if 'G' in shape else ''}"
+        unit = "GB/s of keys and values" if decode else f"{'TFLOP' if tera else 'GFLOP'}/s of visible pairs"
+        speed = row["gbps"] if decode else row["tflops"] * (1 if tera else 1e3)
+        panel = panels.setdefault(title, Panel(title, "queries a sequence", unit, {}))
+        panel.series.setdefault(row["name"], []).append((shape["T"], speed))
+    return curves(list(panels.values()), f"Attention on {device(result)}")
+
+
+def loss_figure(result: Result) -> Figure:
+    """Time and memory against rows, and time against the share of them that is masked."""
+    both = [row for row in result["rows"] if row["what"] == "forward+backward"]
+    panels: dict[str, Panel] = {}
+
+    def add(title: str, x: str, y: str, row: Row, point: tuple[float, float]) -> None:
+        panel = panels.setdefault(title, Panel(title, x, y, {}))
+        panel.series.setdefault(row["name"], []).append(point)
+
+    for row in both:
+        N, C, V, masked = (row["shape"][key] for key in ("N", "C", "V", "masked"))
+        if masked == 0:
+            add(f"time, C {C}, V {V:,}", "rows N", "ms", row, (N, row["p50_ms"]))
+            point = (N, max(row["extra_bytes"], 1) / 2**20)
+            add(f"memory, C {C}, V {V:,}", "rows N", "MiB beyond the gradients", row, point)
+    partly = {(row["shape"]["N"], row["shape"]["C"], row["shape"]["V"]) for row in both if row["shape"]["masked"]}
+    for row in both:
+        N, C, V, masked = (row["shape"][key] for key in ("N", "C", "V", "masked"))
+        if (N, C, V) in partly:
+            add(f"time, N {N:,}, C {C}, V {V:,}", "rows masked, %", "ms", row, (100 * masked, row["p50_ms"]))
+    return curves(list(panels.values()), f"Linear cross-entropy, forward and backward, on {device(result)}")
+
+
+def growth_figure(result: Result) -> Figure:
+    """Speed and memory of a training step against sequence length, batch and model size."""
+    panels = []
+    rows = [row for row in result["rows"] if row["what"].startswith("growth")]
+    titles = {"T": "tokens a sequence", "batch": "sequences a batch", "parameters": "parameters, millions"}
+    for y, of in (("thousand tokens/s", lambda row: row["tokens_per_second"] / 1e3),
+                  ("GiB beyond what stays", lambda row: row["peak_extra_bytes"] / 2**30)):  # fmt: skip
+        for key, x in titles.items():
+            its = [row for row in rows if row["what"] == f"growth with {key}"]
+            if its:
+                common = words({k: v for k, v in varying(its)[1].items() if k not in ("model", "parameters")})
+                points = [
+                    (row["parameters"] / 1e6 if key == "parameters" else row["shape"][key], of(row)) for row in its
+                ]
+                panels.append(Panel(common, x, y, {OURS: [(float(f"{a:.3g}"), b) for a, b in points]}))
+    return curves(panels, f"A step of training on {device(result)}")
+
+
+def speeds(rows: Callable[[Result], list[Row]], title: str) -> Callable[[Result], Figure]:
+    return lambda result: bars(rows(result), f"{title} on {device(result)}", lambda row: row["tokens_per_second"],
+                               "tokens per second")  # fmt: skip
+
+
+class Page(NamedTuple):
+    """table: its Markdown. figures: by what follows the bench's name in their files', what they show and how it is
+    drawn."""
+
+    table: Callable[[Result], str]
+    figures: dict[str, tuple[str, Callable[[Result], Figure]]]
+
+
+PAGES = {
+    "pause_cost": Page(pause_cost_table, {"": (
+        "Time of a step with pauses over that of one without, in one pass and one by one", pause_cost_figure)}),
+    "attention": Page(
+        lambda result: beside(result, result["rows"], "milliseconds", lambda row: row["p50_ms"]),
+        {"": ("Speed of attention against the length of sequences, by implementation", attention_figure)}),
+    "loss": Page(loss_table, {"": ("Time and memory of the loss, by implementation", loss_figure)}),
+    "train": Page(train_table, {
+        "": ("Tokens per second of training, by implementation",
+             speeds(lambda result: [row for row in result["rows"] if row["what"] == "step"], "Training")),
+        "_growth": ("Speed and memory of a training step as it grows", growth_figure)}),
+    "generate": Page(
+        lambda result: beside(result, generate_rows(result), "tokens per second", lambda row: row["tokens_per_second"]),
+        {"": ("Tokens per second of generation, by implementation",
+              speeds(lambda result: generate_rows(result)[: len(result["rows"])], "Generation, prompts included,"))}),
+    "finetune": Page(tokens_table, {"": (
+        "Tokens per second of finetuning, packed and padded", speeds(lambda result: result["rows"], "Finetuning"))}),
+    "data": Page(tokens_table, {"": (
+        "Tokens per second of the loader and of preparing a corpus", speeds(lambda result: result["rows"], "Data"))}),
+}  # fmt: skip
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """The PNG and SVG of every figure, in the folder of their device."""
+    matplotlib.use("Agg")
+    plt.rcParams["svg.hashsalt"] = "nanopause"  # so that the same data makes the same file
+    files = []
+    for bench, devices in results.items():
+        for name, result in devices.items():
+            for suffix, (_, figure_of) in PAGES[bench].figures.items() if result["rows"] else ():
+                figure = figure_of(result)
+                for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                    files.append(folder / name / f"{bench}{suffix}.{kind}")
+                    figure.savefig(files[-1], dpi=150, metadata=metadata)
+                plt.close(figure)
+    return files
+
+
+def main() -> None:
+    """Draw the figures and write README's tables anew."""
+    results = load(RESULTS)
+    readme = ROOT / "README.md"
+    written = text(readme.read_text(), results)
+    for file in draw(results, RESULTS):
+        print(f"written: {file.relative_to(ROOT)}")
+    readme.write_text(written)
+    print("written: README.md")
