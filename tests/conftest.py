@@ -1,6 +1,8 @@
 import os
 import random
+import signal
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +28,7 @@ if find_spec("triton") and not torch.cuda.is_available():
     patched = set()
     interpreter.InterpretedFunction.__call__ = call
 
+from experiments import grid as grids
 from nanopause.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,3 +86,37 @@ def train(tiny_corpus):
         return ended
 
     return run
+
+
+class Forked:
+    """What `start` returns, of a process forked from one that has imported torch."""
+
+    started = []
+
+    def __init__(self, command, log, device, lock):
+        self.process, self.log = scripts.start(*command[1:]), log
+        self.terminate, self.kill, self.wait = self.process.terminate, self.process.kill, self.process.join
+        self.started.append(command)
+
+    def poll(self):
+        if self.process.exitcode is not None and not self.process.stdout.closed:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.process.stdout as output, self.process.stderr as errors, open(self.log, "a") as log:
+                log.write("$ forked\n" + output.read() + errors.read())
+        return self.process.exitcode
+
+
+@pytest.fixture
+def grid(monkeypatch, capsys):
+    """Runs a grid's script here, its jobs forked, and returns what it printed and how many processes it started."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def grid(script, *args):
+        monkeypatch.setattr(grids, "start", Forked)
+        monkeypatch.setattr(sys, "argv", [script.__name__, *args])
+        Forked.started.clear()
+        script.main()
+        return capsys.readouterr().out, len(Forked.started)
+
+    yield grid
+    signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -10,10 +9,13 @@ import time
 
 import pytest
 import scripts
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, Forked
 
 from experiments import four_variants
-from experiments.four_variants import PAPER, Settings, Variant, checked, devices_of, run
+from experiments import grid as grids
+from experiments.four_variants import PAPER, Settings, Variant, checked
+from experiments.grid import devices_of, run
+from nanopause import cli
 from nanopause.errors import UserError
 from nanopause.progress import Ticker
 
@@ -42,40 +44,6 @@ def arguments(ready, tmp_path):
             f"--train={TRAIN}"]  # fmt: skip
 
 
-class Forked:
-    """What `start` returns, of a process forked from one that has imported torch."""
-
-    started = []
-
-    def __init__(self, command, log, device, lock):
-        self.process, self.log = scripts.start(*command[1:]), log
-        self.terminate, self.kill, self.wait = self.process.terminate, self.process.kill, self.process.join
-        self.started.append(command)
-
-    def poll(self):
-        if self.process.exitcode is not None and not self.process.stdout.closed:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.process.stdout as output, self.process.stderr as errors, open(self.log, "a") as log:
-                log.write("$ forked\n" + output.read() + errors.read())
-        return self.process.exitcode
-
-
-@pytest.fixture
-def grid(monkeypatch, capsys):
-    """Runs the script here, its jobs forked, and returns what it printed and how many processes it started."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def grid(*args):
-        monkeypatch.setattr(four_variants, "start", Forked)
-        monkeypatch.setattr(sys, "argv", ["four_variants.py", *args])
-        Forked.started.clear()
-        four_variants.main()
-        return capsys.readouterr().out, len(Forked.started)
-
-    yield grid
-    signal.signal(signal.SIGTERM, before)
-
-
 def test_a_grid(grid, arguments, ready, tmp_path, capsys):
     out = tmp_path / "out"
     arguments += ["--inference_pauses=0,4", "--limit=8", "--eval_batch_size=16"]
@@ -84,7 +52,7 @@ def test_a_grid(grid, arguments, ready, tmp_path, capsys):
 
     # A job fails, and the others do not mind.
     with pytest.raises(UserError, match="1 of 8 jobs failed.*: piqa PausePT_PauseFT2 seed 1: error: .*log.txt"):
-        grid(*arguments)
+        grid(four_variants, *arguments)
     said = capsys.readouterr().out
     assert "8 jobs, 0 of them done already; 1 at a time" in said and "piqa PausePT_PauseFT2 seed 1: failed" in said
     assert said.count(": starts") == 8 and said.count(": done after") == 7 and len(Forked.started) == 15
@@ -92,10 +60,10 @@ def test_a_grid(grid, arguments, ready, tmp_path, capsys):
 
     # It alone is done again, and then nothing is.
     damaged.rmdir()
-    said, n_started = grid(*arguments)
+    said, n_started = grid(four_variants, *arguments)
     assert "8 jobs, 7 of them done already" in said and n_started == 2
     written = (out / "results.json").read_text()
-    said, n_started = grid(*arguments)
+    said, n_started = grid(four_variants, *arguments)
     assert "8 jobs, 8 of them done already" in said and n_started == 0 and (out / "results.json").read_text() == written
 
     # Every value is that of a run, at its own numbers of pauses; means and deviations are of seeds.
@@ -128,7 +96,7 @@ def test_a_grid(grid, arguments, ready, tmp_path, capsys):
     assert lines[3] == "| [G] 1B | 73.3 ± 0.2 | – | 74.1 ± 0.2 | – |"
     assert (out / "variants.png").stat().st_size > 10_000 and (out / "inference.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="has results with train=.*choose another --out_dir"):
-        grid(*arguments, "--train=--max_steps=5")
+        grid(four_variants, *arguments, "--train=--max_steps=5")
 
 
 def test_an_interrupted_grid_goes_on(grid, arguments, tmp_path):
@@ -144,7 +112,7 @@ def test_an_interrupted_grid_goes_on(grid, arguments, tmp_path):
                 break
             time.sleep(0.1)
         with pytest.raises(UserError, match="another grid, or a job that one left behind, works in"):
-            grid(*args)
+            grid(four_variants, *args)
         process.terminate()
         output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 130 and output.endswith("interrupted\n"), output
@@ -152,7 +120,7 @@ def test_an_interrupted_grid_goes_on(grid, arguments, tmp_path):
     assert "stopped by SIGTERM after step" in log.read_text() and not (run_folder.parent / "evaluation_best").exists()
     step = int((run_folder / "latest").read_text()[5:])
 
-    parsed = four_variants.cli.parse(Settings, args, "test")
+    parsed = cli.parse(Settings, args, "test")
     (job, *_), failed = checked(parsed), []
     with Ticker(1, enabled=False) as ticker:
         failed = run([job], [""], ticker, 0)
@@ -161,7 +129,7 @@ def test_an_interrupted_grid_goes_on(grid, arguments, tmp_path):
 
 
 def test_every_gpu_has_one_job_at_a_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(four_variants.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(grids.torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert devices_of(Settings()) == ["4", "6", "7"] and devices_of(Settings(device="cpu")) == [""]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -200,7 +168,7 @@ def test_every_gpu_has_one_job_at_a_time(monkeypatch, tmp_path):
 
     (tmp_path / "log.txt").write_text("$ train.py\nerror: old\n$ train.py\nTraceback\nValueError: new\n")
     monkeypatch.setattr(
-        four_variants, "start", lambda command, log, device, lock: Process(command[0], device, int(command[0].i == 3))
+        grids, "start", lambda command, log, device, lock: Process(command[0], device, int(command[0].i == 3))
     )
     with Ticker(8, enabled=False) as ticker:
         failed = run([Job(i) for i in range(8)], ["0", "1", "2"], ticker, 0)
@@ -231,10 +199,10 @@ def test_every_gpu_has_one_job_at_a_time(monkeypatch, tmp_path):
     ],
 )
 def test_what_cannot_be_is_one_sentence_before_any_job(grid, arguments, ready, tmp_path, change, text, monkeypatch):
-    monkeypatch.setattr(four_variants.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(grids.torch.cuda, "device_count", lambda: 0)
     change = change.format(std=ready / "std", pause=ready / "pause")
     with pytest.raises(UserError) as error:
-        grid(*[arg for arg in arguments if not arg.startswith(change.partition("=")[0] + "=")], change)
+        grid(four_variants, *[arg for arg in arguments if not arg.startswith(change.partition("=")[0] + "=")], change)
     assert text in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
