@@ -206,15 +206,15 @@ def main():
         n_bad, done = 0, start
         seconds = tokens_since = flops_since = 0.0  # since the last line of metrics
         for batch in prefetch(batches, start, config.max_steps, device):
-            begin, scored = time.perf_counter(), 0 * batch.lengths
+            begin, scored, n_scored_live = time.perf_counter(), 0 * batch.lengths, batch.n_live
             if inside and inside.placement == "dit":
                 scored = batch.lengths
                 with autocast:
                     batch = inside.chosen_by(forward, batch, config.micro_batch_size)
             lengths = batch.lengths
-            n_live, n_pauses, n_new, n_pairs, n_scored, n_scored_pairs, stopping = processes.sum(
+            n_live, n_pauses, n_new, n_pairs, n_scored, n_scored_pairs, n_scored_live, stopping = processes.sum(
                 batch.n_live, batch.n_pauses, lengths.sum(), (lengths**2).sum(), scored.sum(), (scored**2).sum(),
-                len(stop),
+                n_scored_live, len(stop),
             )  # fmt: skip
             if stopping:
                 break
@@ -240,7 +240,7 @@ def main():
             if n_scored:  # the pass that finds the least likely targets
                 length = n_scored_pairs / n_scored
                 flops_since += flops.forward_flops(model.config, length, batch_size=n_scored / length,
-                                                   n_live=int(n_live))  # fmt: skip
+                                                   n_live=int(n_scored_live))  # fmt: skip
             rate, mfu = tokens_since / seconds, flops_since / seconds / peak / processes.count
             last = done == config.max_steps
             logged, evaluated = done % config.log_interval == 0 or last, done % config.eval_interval == 0 or last
@@ -288,7 +288,8 @@ def main():
                 [prompt], max_new_tokens=config.block_size, temperature=temperature, seed=config.seed,
                 attention=config.attention,
             )  # fmt: skip
-            shown = [id for id in prompt if id != tokenizer.pause_id] if config.task else []
+            hidden = tokenizer.pause_id, tokenizer.bos_id
+            shown = [id for id in prompt if id not in hidden] if config.task else []
             ticker.say(f"\na sample:\n{tokenizer.decode(shown)}{sample.text}\n\nwritten: {out_dir} (checkpoints, "
                        f"metrics.jsonl, loss.png); try: python sample.py --out_dir={out_dir}")  # fmt: skip
         if processes.is_main:

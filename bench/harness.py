@@ -177,7 +177,8 @@ def _sample_cuda(call: Candidate, n: int, flush: Tensor) -> float:
 def race(calls: dict[str, Candidate], sample: Sample, seconds: float) -> dict[str, list[float]]:
     """Seconds of a call, one sample a round and candidate. In a round each has its turn: A B C, A B C, …
 
-    A sample is as many calls as fill a millisecond, 10 at most; there are 5 to 25 rounds, about `seconds` in all.
+    A sample is as many calls as fill a millisecond, 10 at most; there are 5 to 25 rounds, about `seconds` in all, and
+    three of more than 20 seconds each.
     """
     repeats, round_seconds = {}, 0.0
     for name, call in calls.items():
@@ -186,7 +187,7 @@ def race(calls: dict[str, Candidate], sample: Sample, seconds: float) -> dict[st
         repeats[name] = min(max(round(1e-3 / max(estimate, 1e-6)), 1), 10)
         round_seconds += repeats[name] * estimate
     samples = {name: [] for name in calls}
-    for _ in range(min(max(int(seconds / max(round_seconds, 1e-6)), 5), 25)):
+    for _ in range(min(max(int(seconds / max(round_seconds, 1e-6)), 3 if round_seconds > 20 else 5), 25)):
         for name, call in calls.items():
             samples[name].append(sample(call, repeats[name]))
     return samples
