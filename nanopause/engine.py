@@ -21,6 +21,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import index
+from reprlib import repr as short
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanopause.errors import UserError, check
+from nanopause.errors import UserError, check, check_whole
 from nanopause.model import GPT
 from nanopause.packed import packed
 from nanopause.policy import AfterPrompt, Policy
@@ -148,9 +150,9 @@ class Engine:
     ):
         self.model, self.tokenizer, self.max_batch, self.chunk = packed(model), tokenizer, max_batch, chunk
         self.max_length = model.config.block_size if max_length is None else max_length
-        check("max_batch", max_batch, 1, 2**20)
-        check("chunk", chunk, 1, 2**31)
-        check("max_length", self.max_length, 1, model.config.block_size)
+        check_whole("max_batch", max_batch, 1, 2**20)
+        check_whole("chunk", chunk, 1, 2**31)
+        check_whole("max_length", self.max_length, 1, model.config.block_size)
         self.device = model.head.weight.device
         with torch.inference_mode(False):  # they are written to in and outside of it
             self.cache = model.new_cache(max_batch, self.max_length + 1)
@@ -344,9 +346,9 @@ class Engine:
         longer than max_length.
         """
         policy = pauses if isinstance(pauses, Policy) else AfterPrompt(pauses)
-        check("max_new_tokens", max_new_tokens, 0, 2**31)
+        check_whole("max_new_tokens", max_new_tokens, 0, 2**31)
         check("temperature", temperature, 0, 1e6)
-        check("top_k", top_k, 0, 2**31)
+        check_whole("top_k", top_k, 0, 2**31)
         check("top_p", top_p, 0, 1)
         if attention not in ("causal", "prefix"):
             raise UserError(f"attention={attention!r} is neither 'causal' nor 'prefix'")
@@ -357,18 +359,21 @@ class Engine:
             raise UserError("generation takes a list of prompts, not one")
         if isinstance(until, str):
             raise UserError("until takes a list of texts, not one")
-        seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+        for each in seed if isinstance(seed, Sequence) else [seed]:
+            check_whole("seed", each, 0, 2**62)
+        seeds = seed if isinstance(seed, Sequence) else range(seed, seed + len(prompts))
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one a prompt")
-        for each in seeds:
-            check("seed", each, 0, 2**62)
         n_certain, waiting = policy.at_prompt if policy.certain else 0, deque()
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str):
                 bos_id = self.tokenizer.bos_id
                 ids = [bos_id] * (bos_id is not None) + self.tokenizer.encode(prompt)
             else:
-                ids = list(prompt)
+                try:
+                    ids = [index(id) for id in prompt]
+                except TypeError:
+                    raise UserError(f"prompt {i} is neither a text nor a list of token ids: {short(prompt)}") from None
             ids = ids or [self.tokenizer.begin_id]
             if len(ids) + n_certain > self.max_length:
                 raise UserError(

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from numbers import Integral
 from types import ModuleType
 
 
@@ -15,6 +16,13 @@ def check(name: str, value: float, low: float, high: float) -> None:
     """Raises UserError unless low ≤ value ≤ high."""
     if not low <= value <= high:
         raise UserError(f"{name}={value} must be {low} to {high}")
+
+
+def check_whole(name: str, value: int, low: int, high: int) -> None:
+    """Raises UserError unless it is a whole number, low ≤ value ≤ high."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{name}={value!r} must be a whole number")
+    check(name, value, low, high)
 
 
 def needs(package: str, extra: str) -> ModuleType:

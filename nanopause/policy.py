@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nanopause.errors import check
+from nanopause.errors import check, check_whole
 
 
 class Policy:
@@ -59,7 +59,7 @@ class AfterPrompt(Policy):
     certain = True
 
     def __post_init__(self):
-        check("pauses", self.pauses, 0, 2**31)
+        check_whole("pauses", self.pauses, 0, 2**31)
         self.at_prompt = self.budget = self.pauses
 
 
@@ -73,8 +73,8 @@ class BelowConfidence(Policy):
 
     def __post_init__(self):
         check("threshold", self.threshold, 0, 1)
-        check("pauses", self.pauses, 1, 2**31)
-        check("budget", self.budget, 0, 2**31)
+        check_whole("pauses", self.pauses, 1, 2**31)
+        check_whole("budget", self.budget, 0, 2**31)
         self.at_prompt = self.per_token = self.pauses
 
     def wants(self, logprobs, asks):
@@ -93,8 +93,8 @@ class OnRequest(Policy):
     asks = True
 
     def __post_init__(self):
-        check("pauses", self.pauses, 1, 2**31)
-        check("budget", self.budget, 0, 2**31)
+        check_whole("pauses", self.pauses, 1, 2**31)
+        check_whole("budget", self.budget, 0, 2**31)
         self.at_prompt = self.per_token = self.pauses
 
     def wants(self, logprobs, asks):
@@ -118,7 +118,7 @@ class StopWhenUseless(Policy):
 
     def __post_init__(self):
         check("min_change", self.min_change, 0, 1e6)
-        check("min_count", self.min_count, 2, 2**31)
+        check_whole("min_count", self.min_count, 2, 2**31)
         self.at_prompt, self.per_token = self.policy.at_prompt, self.policy.per_token
         self.budget, self.asks = self.policy.budget, self.policy.asks
         self.sums = torch.zeros(3, dtype=torch.float64)  # of 1, change and change²

@@ -206,6 +206,39 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(chunk):
         assert [[token.id for token in one.tokens] for one in made] == expected
 
 
+@pytest.mark.parametrize("lockstep, chunk, max_batch", [(True, 64, 1), (True, 3, 3), (False, 64, 3), (False, 5, 3)])
+@pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix-LM"])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_logits_of_whole_passes(style, prefix, lockstep, chunk, max_batch):
+    """Of every token, before its pauses and behind them, to 1e-5: prompts whole and in chunks, alone and in a batch."""
+    model, policy = model_of(style, std=0.15, sharpness=1.0), AfterPrompt(6)
+    engine, seen = engine_of(model, lockstep, chunk=chunk, max_batch=max_batch), []
+    receive, settle = engine._receive, engine._settle
+
+    def settling(who, without, behind=None, kept=None):
+        logits = without.clone() if behind is None else torch.where(kept[:, None] > 0, behind, without)
+        return torch.cat((settle(who, without, behind, kept), logits[:, :PAUSE]), 1)  # behind what the host reads
+
+    def receiving(sent, *rest):
+        seen.extend((one.index, sent.rows[row, 6:]) for row, one in sent.sequences.items() if not one.done)
+        return receive(sent._replace(rows=sent.rows[:, :6]), *rest)
+
+    engine._settle, engine._receive = settling, receiving
+    options = dict(temperature=0, max_new_tokens=6, attention="prefix" if prefix else "causal")
+    made = engine.generate(PROMPTS, policy, **options)
+    assert [one.pauses for one in made] == [6] * len(PROMPTS)
+    texts = [(BYTES.encode(prompt) or [EOT]) + [PAUSE] * 6 for prompt in PROMPTS]
+    lengths, counts = list(map(len, texts)), Counter()
+    for i, logits in seen:
+        tokens = texts[i] + made[i].ids[: counts[i]]
+        hi = torch.arange(1, len(tokens) + 1).clamp(min=lengths[i] if prefix else 0)[None].int()
+        with torch.no_grad():
+            truth = model(torch.tensor([tokens]), lo=torch.zeros_like(hi), hi=hi)[0, -1, :PAUSE]
+        torch.testing.assert_close(logits, truth, atol=1e-5, rtol=0)
+        counts[i] += 1
+    assert [counts[i] for i in range(len(PROMPTS))] == [len(one.tokens) for one in made]
+
+
 def test_a_long_prompt_does_not_stop_the_others():
     model = model_of()
     order = [token.sequence for token in engine_of(model, chunk=4).stream(["x", "y" * 40], max_new_tokens=12)]
@@ -297,7 +330,8 @@ def test_a_text_ends_with_the_first_of_the_texts_that_end_it(policy, lockstep):
 
 
 @pytest.mark.parametrize("key, value", [("pauses", -1), ("max_new_tokens", -1), ("temperature", -1.0), ("top_p", 2.0),
-                                        ("temperature", float("nan")), ("top_k", -1), ("seed", 10**20)])  # fmt: skip
+                                        ("temperature", float("nan")), ("top_k", -1), ("seed", 10**20), ("pauses", 2.5),
+                                        ("max_new_tokens", 3.0), ("seed", 0.5), ("pauses", True)])  # fmt: skip
 def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
     with pytest.raises(UserError, match=f"{key}={value}".replace("+", "[+]")):
         engine_of(model_of()).stream(["x"], **{key: value})
@@ -307,6 +341,10 @@ def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
     (lambda: BelowConfidence(1.5, 1), "threshold=1.5 must be 0 to 1"),
     (lambda: BelowConfidence(0.5, 0), "pauses=0 must be 1 to"),
     (lambda: OnRequest(1, budget=-1), "budget=-1 must be 0 to"),
+    (lambda: OnRequest(1, budget=1.5), "budget=1.5 must be a whole number"),
+    (lambda: engine_of(model_of()).stream([[1], [2.5]]), "prompt 1 is neither a text nor a list of token ids: [[]2.5]"),
+    (lambda: engine_of(model_of()).stream([None]), "prompt 0 is neither a text nor a list of token ids: None"),
+    (lambda: engine_of(model_of()).stream(["x", "y"], seed=[1]), "1 seeds for 2 prompts: give one, or one a prompt"),
     (lambda: StopWhenUseless(Never(), min_count=1), "min_count=1 must be 2 to"),
     (lambda: Engine(model_of(), BYTES, max_length=65), "max_length=65 must be 1 to 64"),
     (lambda: engine_of(model_of()).stream(["x"], attention="both"), "attention='both' is neither"),
