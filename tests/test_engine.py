@@ -342,7 +342,7 @@ def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
     (lambda: BelowConfidence(0.5, 0), "pauses=0 must be 1 to"),
     (lambda: OnRequest(1, budget=-1), "budget=-1 must be 0 to"),
     (lambda: OnRequest(1, budget=1.5), "budget=1.5 must be a whole number"),
-    (lambda: engine_of(model_of()).stream([[1], [2.5]]), "prompt 1 is neither a text nor a list of token ids: [[]2.5]"),
+    (lambda: engine_of(model_of()).stream([[1], [2.5]]), "prompt 1 is neither a text nor a list of token ids: .2.5."),
     (lambda: engine_of(model_of()).stream([None]), "prompt 0 is neither a text nor a list of token ids: None"),
     (lambda: engine_of(model_of()).stream(["x", "y"], seed=[1]), "1 seeds for 2 prompts: give one, or one a prompt"),
     (lambda: StopWhenUseless(Never(), min_count=1), "min_count=1 must be 2 to"),
