@@ -5,13 +5,14 @@ import subprocess
 import sys
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import kernels
-from bench import attention, generate, harness, loss, pause_cost, report, train
+from bench import attention, data, generate, harness, loss, pause_cost, report, train
 from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
 from nanopause.errors import UserError
 from nanopause.flops import training_flops
@@ -476,6 +477,33 @@ def test_train_bench(bench, monkeypatch, tmp_path, fault):
     missing = {lack["name"]: lack["reason"] for lack in result["missing"]}
     if fault:
         assert missing["nanoGPT"].startswith("Wrong: ")
+
+
+def test_data_bench(bench, monkeypatch, tmp_path):
+    texts = [f"{i} " + 99 * "word " for i in range(9)]
+    shape = {"model": "default", "batch": 2, "T": 16, "pause_rate": 0.0}
+
+    def a_token_late(reading):
+        places = lambda step: [place + 1 for place in reading.places(step)]  # noqa: E731
+        return data.crops(SimpleNamespace(pause_rate=0, shard=reading.shard, T=reading.T, places=places))
+
+    late = Rival("a token late", "torch", a_token_late)
+    monkeypatch.setattr(train, "shapes", lambda *_: [("step", shape)])
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    monkeypatch.setattr(data, "documents", lambda: iter(texts))
+    monkeypatch.setattr(data, "MODEL_OF", {"bytes": "default"})
+    monkeypatch.setattr(data, "LOADERS", (*data.LOADERS, late))
+    prepare("pydocs", [""], lambda _: texts, tmp_path, "bytes", val_fraction=0.3, workers=1)
+    result = result_of(bench, data, "data")
+    assert of(result, "load", pause_rate=0.0).keys() == {OURS, "crops of a memory map"}
+    assert of(result, "load", pause_rate=0.1).keys() == {OURS}
+    assert of(result, "prepare").keys() == {OURS, "tiktoken alone"}
+    assert all(row["needed"] > 0 and row["error"] == 0 for row in result["rows"])
+    row = of(result, "prepare")[OURS]
+    assert row["tokens_per_second"] * row["p50_ms"] == pytest.approx(1e3 * sum(len(text) + 1 for text in texts))
+    missing = {(lack["name"], lack["shape"]["pause_rate"]): lack["reason"] for lack in result["missing"]}
+    assert missing["a token late", 0.0].startswith("Wrong: ")
+    assert missing["crops of a memory map", 0.1] == "NotImplementedError: it has no pauses"
 
 
 def test_a_checkout_that_is_not_there_is_missing(bench):
