@@ -1,6 +1,7 @@
 import importlib
 import inspect
 import pkgutil
+import subprocess
 import sys
 
 import tyro
@@ -12,18 +13,41 @@ NAMES = sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if
 NAMES.remove("harness")
 
 
+def main_of(name: str):
+    return importlib.import_module(f"bench.{name}").main
+
+
 def main() -> None:
     name, *options = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
         print(f"{bench.__doc__}\nBenches: {', '.join(NAMES)}. `python -m bench NAME --help` has the options of one.")
-        return
-    if name not in (*NAMES, "all"):
+    elif name == "all":
+        run_all(options)
+    elif name in NAMES:
+        tyro.cli(main_of(name), args=options, prog=f"python -m bench {name}", use_underscores=True)
+    else:
         raise UserError(f"{name!r} is not a bench: choose {', '.join(NAMES)}, or all")
-    for each in NAMES if name == "all" else [name]:
-        function = importlib.import_module(f"bench.{each}").main
-        # A module that has no --quick, such as one that draws figures, measures nothing.
-        if name != "all" or "quick" in inspect.signature(function).parameters:
-            tyro.cli(function, args=options, prog=f"python -m bench {each}", use_underscores=True)
 
 
-run(main)
+def run_all(options: list[str]) -> None:
+    """Every bench that measures, which is what has --quick, in a process of its own, with those of the options that it
+    has. Raises UserError at the end if any failed."""
+    # What compiles for GPUs that are not there is of no device, and takes half an hour.
+    keys = {name: set(inspect.signature(main_of(name)).parameters) for name in NAMES if name != "resources"}
+    keys = {name: its for name, its in keys.items() if "quick" in its}
+    of_option = {option: option.lstrip("-").partition("=")[0].replace("-", "_") for option in options}
+    for option, key in of_option.items():
+        if not any(key in its for its in keys.values()):
+            raise UserError(f"{option} is an option of no bench: write --quick, or --key=value as one of them has it")
+    failed = []
+    for name, its in keys.items():
+        mine = [option for option, key in of_option.items() if key in its]
+        print(f"\npython -m bench {' '.join([name, *mine])}", file=sys.stderr, flush=True)
+        if subprocess.run([sys.executable, "-m", "bench", name, *mine]).returncode:
+            failed.append(name)
+    if failed:
+        raise UserError(f"of {len(keys)} benches {len(failed)} failed, as they say above: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    run(main)

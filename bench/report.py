@@ -203,6 +203,13 @@ def train_table(result: Result) -> str:
     return f"{table} MFU ({number(result['peak_flops'] / 1e12)} TFLOP/s, {source}): {'; '.join(shares)}."
 
 
+def data_table(result: Result) -> str:
+    keys, _ = varying(result["rows"])
+    times = [f"{named(row, result['rows'], keys)}: {number(row['tokens_per_second'] / row['needed'])}"
+             for row in result["rows"] if row["name"] == OURS and row["needed"]]  # fmt: skip
+    return tokens_table(result) + f" Ours beside what a training step takes here, times: {'; '.join(times)}."
+
+
 def loss_table(result: Result) -> str:
     times = beside(result, result["rows"], "milliseconds", lambda row: row["p50_ms"])
     rows = [row for row in result["rows"] if row["what"] == "forward+backward"]
@@ -437,7 +444,7 @@ PAGES = {
               speeds(lambda result: generate_rows(result)[: len(result["rows"])], "Generation, prompts included,"))}),
     "finetune": Page(tokens_table, {"": (
         "Tokens per second of finetuning, packed and padded", speeds(lambda result: result["rows"], "Finetuning"))}),
-    "data": Page(tokens_table, {"": (
+    "data": Page(data_table, {"": (
         "Tokens per second of the loader and of preparing a corpus", speeds(lambda result: result["rows"], "Data"))}),
 }  # fmt: skip
 

@@ -237,9 +237,10 @@ def _batches(shards: Shards, read: Read) -> Iterator[tuple[Position, list[str]]]
 
 def _encode(ids: Tokenizer, val_fraction: float, texts: list[str]) -> dict[str, tuple[np.ndarray, int, int]]:
     """What a batch adds to each split: tokens, documents, bytes of UTF-8."""
-    added = {}
-    for split in SPLITS:
-        chosen = [text for text in texts if split_of(text, val_fraction) == split]
+    added, of_split = {}, {split: [] for split in SPLITS}
+    for text in texts:
+        of_split[split_of(text, val_fraction)].append(text)
+    for split, chosen in of_split.items():
         tokens = []
         for text in chosen:
             tokens += [ids.bos_id] * (ids.bos_id is not None) + ids.encode(text) + [ids.eot_id]

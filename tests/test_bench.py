@@ -5,13 +5,15 @@ import subprocess
 import sys
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import kernels
-from bench import attention, generate, harness, loss, pause_cost, report, train
+from bench import attention, compare, data, generate, harness, loss, pause_cost, report, train
+from bench.__main__ import run_all
 from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
 from nanopause.errors import UserError
 from nanopause.flops import training_flops
@@ -187,7 +189,34 @@ def test_an_unknown_bench_is_one_sentence(args):
     assert ended.stderr == f"error: {args[0] if args else ''!r} is not a bench: choose {', '.join(names)}, or all\n"
 
 
-# Both benches, whole
+@pytest.fixture
+def processes(monkeypatch):
+    """The benches that run_all begins, with their options; the loss fails."""
+    began = []
+
+    def run(command, **_):
+        began.append(command[3:])
+        return SimpleNamespace(returncode=1 if command[3] == "loss" else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return began
+
+
+def test_all_goes_on_after_a_failure_and_tells_it(processes):
+    with pytest.raises(UserError, match=r"of 7 benches 1 failed, as they say above: loss$"):
+        run_all(["--quick", "--nanogpt=somewhere"])
+    assert [name for name, *_ in processes] == "attention data finetune generate loss pause_cost train".split()
+    assert all("--quick" in options for options in processes)
+    assert ["train", "--quick", "--nanogpt=somewhere"] in processes and ["loss", "--quick"] in processes
+
+
+def test_all_knows_its_options(processes):
+    with pytest.raises(UserError, match="--quik is an option of no bench"):
+        run_all(["--quik"])
+    assert not processes
+
+
+# The benches, whole
 
 
 HEADER = set(
@@ -478,6 +507,33 @@ def test_train_bench(bench, monkeypatch, tmp_path, fault):
         assert missing["nanoGPT"].startswith("Wrong: ")
 
 
+def test_data_bench(bench, monkeypatch, tmp_path):
+    texts = [f"{i} " + 99 * "word " for i in range(99)]
+    shape = {"model": "default", "batch": 2, "T": 16, "pause_rate": 0.0}
+
+    def a_token_late(reading):
+        places = lambda step: [place + 1 for place in reading.places(step)]  # noqa: E731
+        return data.crops(SimpleNamespace(pause_rate=0, shard=reading.shard, T=reading.T, places=places))
+
+    late = Rival("a token late", "torch", a_token_late)
+    monkeypatch.setattr(train, "shapes", lambda *_: [("step", shape)])
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    monkeypatch.setattr(data, "documents", lambda: iter(texts))
+    monkeypatch.setattr(data, "MODEL_OF", {"bytes": "default"})
+    monkeypatch.setattr(data, "LOADERS", (*data.LOADERS, late))
+    prepare("pydocs", [""], lambda _: texts, tmp_path, "bytes", val_fraction=0.3, workers=1)
+    result = result_of(bench, data, "data")
+    assert of(result, "load", pause_rate=0.0).keys() == {OURS, "crops of a memory map"}
+    assert of(result, "load", pause_rate=0.1).keys() == {OURS}
+    assert of(result, "prepare").keys() == {OURS, "tiktoken alone"}
+    assert all(row["needed"] > 0 and row["error"] == 0 for row in result["rows"])
+    row = of(result, "prepare")[OURS]
+    assert row["tokens_per_second"] * row["p50_ms"] == pytest.approx(1e3 * sum(len(text) + 1 for text in texts[:50]))
+    missing = {(lack["name"], lack["shape"]["pause_rate"]): lack["reason"] for lack in result["missing"]}
+    assert missing["a token late", 0.0].startswith("Wrong: ")
+    assert missing["crops of a memory map", 0.1] == "NotImplementedError: it has no pauses"
+
+
 def test_a_checkout_that_is_not_there_is_missing(bench):
     for path, why in (("", "no checkout: give --nanogpt=PATH"), ("/nowhere", "/nowhere/model.py: give --nanogpt=PATH")):
         rivals = [Rival("nanoGPT", "torch", lambda problem, path=path: harness.nanogpt(path, None))]
@@ -523,10 +579,12 @@ def test_the_readme_says_what_was_measured():
 
 
 def test_a_place_is_filled_for_every_device():
-    readme = "before\n<!-- bench: data -->\nstale\n<!-- end -->\n<!-- bench: loss -->\nstale\n<!-- end -->\nafter\n"
-    results = {"data": {"a-chip": a_result(), "b-chip": a_result(device="B chip", dirty=True)}}
+    readme = "before\n<!-- bench: finetune -->\nstale\n<!-- end -->\n<!-- bench: loss -->\nstale\n<!-- end -->\nafter\n"
+    results = {"finetune": {"a-chip": a_result(), "b-chip": a_result(device="B chip", dirty=True)}}
     said = report.text(readme, results)
-    assert said.startswith("before\n<!-- bench: data -->\nA chip, 2 threads, float32, torch 2 (`python -m bench data`")
+    assert said.startswith(
+        "before\n<!-- bench: finetune -->\nA chip, 2 threads, float32, torch 2 (`python -m bench data`"
+    )
     assert "commit 0123456):" in said and "\nB chip, 2 threads" in said and "commit 0123456 with changes):" in said
     assert said.endswith("<!-- end -->\n<!-- bench: loss -->\n<!-- end -->\nafter\n") and "stale" not in said
     assert report.text(said, results) == said
@@ -549,3 +607,37 @@ def test_a_place_is_filled_for_every_device():
 def test_a_wrong_place_is_one_sentence(readme, why):
     with pytest.raises(UserError, match=why):
         report.text(readme, {})
+
+
+def test_two_results_side_by_side(tmp_path, capsys):
+    for name, factor in (("old", 1), ("new", 2)):
+        (tmp_path / name).mkdir()
+        rows = [row | {"p50_ms": factor * row["p50_ms"]} for row in a_result()["rows"]][factor - 1 :]
+        (tmp_path / name / "data.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "new" / "loss.json").write_text(json.dumps({"rows": rows}))
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    compare.main(old, new)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "step small T=8 theirs 6.00 12.0 2.00".split() in printed
+    assert "step small T=8 ours 4.00 – –".split() in printed  # only the old one has it
+    assert ["only", new, "has", "loss"] in printed
+    # With a second device, devices are told apart.
+    assert compare.by_bench(compare.load(old), compare.load(new))[1].keys() == {"data", "loss"}
+    assert compare.by_bench(compare.load(old), compare.load(str(tmp_path)))[0].keys() == {"old data"}
+
+
+def test_a_commit_has_its_results():
+    if harness._output("git", "rev-parse", "HEAD") is None:
+        pytest.skip("no repository of git")
+    found = compare.load("HEAD")
+    assert found["intel-xeon-processor-2-50ghz", "generate"]
+
+
+def test_what_cannot_be_compared_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="nope is neither a folder nor a commit"):
+        compare.load("nope")
+    with pytest.raises(UserError, match="holds no results"):
+        compare.load(str(tmp_path))
+    (tmp_path / "data.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="data.json of .* is not a result of a bench"):
+        compare.load(str(tmp_path))
