@@ -11,12 +11,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.harness import DASH, GPT2, OURS, Bench, Candidate, Rival, Shape, number
+from bench.harness import DASH, GPT2, OURS, Bench, Candidate, Rival, Shape, number, transformers_gpt2
 from nanopause import flops
 from nanopause.data import ROW_MULTIPLE, Batch
 from nanopause.errors import UserError
 from nanopause.finetune import Pair, encode, pack
-from nanopause.hub import their_tensors, transformers_config
 from nanopause.model import GPT, GPTConfig
 from nanopause.pauses import IGNORE
 from nanopause.tasks import get_task, load
@@ -97,11 +96,7 @@ def padded(problem: Problem, length: int | None = None) -> Candidate:
 
 def transformers(problem: Problem) -> Candidate:
     """Its own model and loss, on rows as long as the longest."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    theirs = GPT2LMHeadModel(GPT2Config(**transformers_config(problem.model.config)))
-    theirs.load_state_dict(their_tensors(problem.model), strict=False)  # the head is the embedding
-    theirs.to(problem.device, problem.model.head.weight.dtype).train()
+    theirs = transformers_gpt2(problem.model).train()
     forward = torch.compile(theirs) if problem.device.type == "cuda" else theirs
     batches = [problem.padded(batch, max(len(pair.tokens) for pair in batch) - 1) for batch in problem.batches]
 

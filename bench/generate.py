@@ -1,11 +1,13 @@
-"""Tokens per second of generation, beside transformers and a loop without a cache, with the same weights.
+"""Tokens per second of generation, beside transformers, nanoGPT and a loop without a cache, with the same weights.
 
-Every prompt is `context` random tokens, and gets `new` more, the likeliest; all must say the same. The loop reads the
-whole text anew for every token, as nanoGPT's generate does; it makes one, and its seconds are of that. What comes after
-the prompts is timed from the first token on.
+Every prompt is `context` random tokens, and gets `new` more, the likeliest; all must say the same. nanoGPT's generate
+and our loop, which is written as it is, read the whole text anew for every token: they make one, and their seconds are
+of that. What comes after the prompts is timed from the first token on; then a step reads all weights, and what is in
+the cache, and the bytes of both over its time are a speed to hold against the memory's own.
 """
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -13,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness import GPT2, OURS, Bench, Rival, Shape, Wrong, first_line, label, number
+from bench.harness import GPT2, OURS, Bench, Rival, Shape, Wrong, first_line, label, nanogpt, number, transformers_gpt2
 from nanopause.engine import Engine
-from nanopause.hub import their_tensors, transformers_config
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import load_tokenizer
 
@@ -65,13 +66,9 @@ def ours(problem: Problem) -> Generate:
 
 
 def transformers(problem: Problem, **options) -> Generate:
-    from transformers import GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
-    theirs = GPT2LMHeadModel(
-        GPT2Config(**transformers_config(problem.model.config), bos_token_id=None, eos_token_id=None)
-    )
-    theirs.load_state_dict(their_tensors(problem.model), strict=False)  # the head is the embedding
-    theirs.to(problem.prompts.device, problem.model.head.weight.dtype).eval()
+    theirs = transformers_gpt2(problem.model).eval()
 
     def generate(n: int) -> tuple[Tensor, float]:
         times = []
@@ -102,12 +99,26 @@ def loop(problem: Problem) -> Generate:
     return generate
 
 
-LOOP = "no cache"
-RIVALS = (
-    Rival("transformers", "transformers", transformers),
-    Rival("transformers, static cache", "transformers", lambda p: transformers(p, cache_implementation="static")),
-    Rival(LOOP, "torch", loop),
-)
+def nanogpt_generate(problem: Problem, path: str) -> Generate:
+    theirs = nanogpt(path, problem.model).eval()
+
+    def generate(n: int) -> tuple[Tensor, float]:
+        made = theirs.generate(problem.prompts, n, top_k=1)  # which is greedy
+        return made[:, problem.prompts.shape[1] :].cpu(), 0.0
+
+    return generate
+
+
+def rivals(path: str) -> tuple[Rival, ...]:
+    return (
+        Rival("transformers", "transformers", transformers),
+        Rival("transformers, static cache", "transformers", partial(transformers, cache_implementation="static")),
+        Rival("nanoGPT", "torch", partial(nanogpt_generate, path=path)),
+        Rival("no cache", "torch", loop),
+    )
+
+
+WITHOUT_CACHE = ("nanoGPT", "no cache")
 
 
 def shapes(device: str, quick: bool) -> list[Shape]:
@@ -119,10 +130,22 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     return [{"model": model, "batch": batch, "context": context, "new": new} for model, batch, context in pairs]
 
 
-def measure(bench: Bench, shape: Shape) -> None:
+def bytes_of_a_step(problem: Problem) -> int:
+    """What a step after the prompts reads, at the mean of their lengths: every matrix once, and keys and values."""
+    config, shape = problem.model.config, problem.shape
+    weights = sum(x.numel() for x in problem.model.parameters() if x.ndim == 2)
+    if config.position == "learned":
+        weights -= config.block_size * config.n_embd  # a row of it is read
+    keys = 2 * config.n_layer * config.n_kv_head * config.head_width
+    return problem.model.head.weight.itemsize * (
+        weights + shape["batch"] * (shape["context"] + shape["new"] // 2) * keys
+    )
+
+
+def measure(bench: Bench, shape: Shape, nanogpt: str) -> None:
     problem = Problem(shape, bench.device, bench.dtype)
-    calls = {OURS: ours(problem)} | bench.functions(RIVALS, problem, shape)
-    n_of = {name: 1 if name == LOOP else shape["new"] for name in calls}
+    calls = {OURS: ours(problem)} | bench.functions(rivals(nanogpt), problem, shape)
+    n_of = {name: 1 if name in WITHOUT_CACHE else shape["new"] for name in calls}
     expected, differ = None, {}
     for name, generate in list(calls.items()):
         try:
@@ -144,39 +167,44 @@ def measure(bench: Bench, shape: Shape) -> None:
             _, first = generate(n_of[name])  # its tokens come to the host: nothing is left to wait for
             end = perf_counter()
             seconds[name].append((end - start) / n_of[name])
-            # A loop without a cache has no other pass than that over all it has.
-            after[name].append(seconds[name][-1] if name == LOOP else (end - first) / (n_of[name] - 1))
+            # Without a cache there is no other pass than that over everything.
+            after[name].append(seconds[name][-1] if name in WITHOUT_CACHE else (end - first) / (n_of[name] - 1))
 
     def ratio(samples: dict[str, list[float]], name: str) -> float:
         return float(np.median(np.divide(samples[name], samples[OURS])))
 
+    peak, read = bench.header["peak_bytes_per_second"], bytes_of_a_step(problem)
     for name in calls:
+        speed = None if name in WITHOUT_CACHE else read / median(after[name])
         p10, p50, p90 = np.percentile(np.multiply(seconds[name], 1e3), (10, 50, 90)).tolist()
         bench.rows.append({
             "what": "generate", "shape": shape, "name": name, "version": bench.versions[name],
             "samples": len(seconds[name]), "p10_ms": p10, "p50_ms": p50, "p90_ms": p90,
             "tokens_per_second": shape["batch"] / median(seconds[name]), "ratio": ratio(seconds, name),
             "tokens_per_second_after_prompt": shape["batch"] / median(after[name]),
-            "ratio_after_prompt": ratio(after, name), "error": differ[name],
+            "ratio_after_prompt": ratio(after, name), "gbps": speed and speed / 1e9,
+            "percent_of_peak": peak and speed and 100 * speed / peak, "error": differ[name],
         })  # fmt: skip
     line = ", ".join(f"{row['name']} {number(row['tokens_per_second'])}" for row in bench.rows if row["shape"] is shape)
     print(f"generate: {label(shape)}, tokens/s: {line}", flush=True)
 
 
-def main(quick: bool = False) -> None:
+def main(quick: bool = False, nanogpt: str = "") -> None:
     """Tokens per second of generation, beside rivals.
 
     Args:
         quick: A small model, one shape.
+        nanogpt: A checkout of github.com/karpathy/nanoGPT. Empty: it is missing.
     """
     bench = Bench("generate", quick)
     for shape in shapes(bench.device.type, quick):
         if bench.begin(shape):
-            measure(bench, shape)
+            measure(bench, shape, nanogpt)
     for what, suffix in (("prompts included", ""), ("after the prompts", "_after_prompt")):
         bench.show(
             lambda row, what=what: f"{what}: tokens per second, and how many times faster ours is",
             lambda row, of=suffix: f"{number(row['tokens_per_second' + of])} {row['ratio' + of]:5.2f}",
             first={"ours": lambda row, of=suffix: number(row["tokens_per_second" + of])},
+            last={"GB/s": lambda rows: number(rows[OURS]["gbps"])} if suffix else None,
         )
     bench.finish()
