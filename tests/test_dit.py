@@ -120,8 +120,9 @@ FAULTS = {  # of the code released with the paper, each in a copy of ours
     "scores unshifted logits": [("part.targets, red", "part.inputs.where(part.targets != IGNORE, IGNORE), red")],
     "takes the likeliest": [("-torch.cat(losses)", "torch.cat(losses)")],
     "row 0's logits for all rows": [
-        ("        chosen = lowest", "        here = batch.layout['positions'][0].clamp(max=batch.ends[0] - 1)\n"
-                                   "        chosen = lowest"),
+        ("        return log_likelihoods, lowest",
+         "        here = batch.layout['positions'][0].clamp(max=batch.ends[0] - 1)\n"
+         "        return log_likelihoods, lowest"),
         ("lowest_likelihood(log_likelihoods,", "lowest_likelihood(log_likelihoods[:, here],"),
     ],
     "a label of -100 indexes a column": [
