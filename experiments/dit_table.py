@@ -43,7 +43,7 @@ METHODS = {  # name in the table and arguments of train.py; None: not finetuned
     "focal": ("SFT, focal loss γ = 2", ("--placement=sft", "--focal=2")),
     "dit_pause_loss": ("DIT, loss on pauses", ("--placement=dit", "--pause_loss")),
 }
-SOURCE = "[D]: Kim et al. 2025, Table 1, no seeds told."
+SOURCE = "[D]: Kim et al. 2025, Table 1, where seeds and deviations are not told."
 _TABLE_1 = """
 Phi-2: 51.63/40.15/14.0 54.20/32.03/0.0 52.38/41.43/10.4 39.04/17.03/5.4 56.33/43.38/17.4
 Phi-3 Mini: 78.84/62.46/32.2 75.43/48.00/17.0 79.45/63.22/29.6 73.84/19.83/22.4 78.62/62.82/32.2
@@ -134,7 +134,7 @@ def dots(axis, some: list[dict], key: str | None = None) -> None:
     axis.set_xticks(range(len(names)), names, fontsize=8, rotation=30, ha="right", rotation_mode="anchor")
     axis.margins(x=0.1)
     if key:
-        axis.set_ylabel("held-out loss (nats a token)")
+        axis.set(title=some[0]["task"], ylabel="held-out loss (nats a token)")
 
 
 def report(jobs: list[Job], failed: dict[str, str], ticker: Ticker) -> None:

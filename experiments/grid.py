@@ -30,7 +30,7 @@ from rich.text import Text
 from nanopause import cli, errors, hub, metrics
 from nanopause.config import load_config
 from nanopause.errors import UserError
-from nanopause.evaluation import fingerprint, versions, words, write_json
+from nanopause.evaluation import fingerprint, panels, versions, words, write_json
 from nanopause.files import replace_file
 from nanopause.progress import Ticker
 from nanopause.tasks import get_task, load
@@ -297,19 +297,11 @@ def said(figures: dict | None, digits: int = 1) -> str:
 
 def plot(found: list[dict], file: Path, title: str, draw: Callable, span: float = 1) -> None:
     """A panel a task, in which draw(axis, its cells) draws, at least `span` high, and one legend."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(cell["task"] for cell in found))
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    size = (max(6, 4.6 * columns), 3.4 * rows + 0.8)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    for axis, task in zip(axes.flat, tasks):
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks):
         some = [cell for cell in found if cell["task"] == task]
         axis.set_title(f"{task}, {some[0]['n']:,} examples", fontsize=10)
         axis.set_ylabel(f"{some[0]['metric'].replace('_', ' ')} (%)")
@@ -318,7 +310,7 @@ def plot(found: list[dict], file: Path, title: str, draw: Callable, span: float 
         draw(axis, some)
         bottom, top = axis.get_ylim()
         axis.set_ylim(bottom, max(top, bottom + span))  # where all values are the same there would be no scale
-    handles = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels())}
+    handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=150)

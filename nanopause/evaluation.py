@@ -437,23 +437,31 @@ def table(results: list[dict]):
     return made
 
 
-def plot(results: list[dict], file: Path, title: str) -> None:
-    """The primary metric against the number of pauses, a panel a task; bars are standard errors."""
+def panels(n: int) -> tuple:
+    """A figure of matplotlib and its n axes, three in a row at most."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {}
-    for row in results:
-        panels.setdefault((row["task"], row["by"]), []).append(row)
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    size = (max(4.8, 3.6 * columns), 3.2 * lines + 0.4)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels) :]:
+    columns = min(3, n)
+    rows = -(-n // columns)
+    size = (max(6, 4.6 * columns), 3.4 * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[n:]:
         axis.set_visible(False)
-    for axis, rows in zip(axes.flat, panels.values()):
+    return figure, axes.flat[:n]
+
+
+def plot(results: list[dict], file: Path, title: str) -> None:
+    """The primary metric against the number of pauses, a panel a task; bars are standard errors."""
+    import matplotlib.pyplot as plt
+
+    of_task = {}
+    for row in results:
+        of_task.setdefault((row["task"], row["by"]), []).append(row)
+    figure, axes = panels(len(of_task))
+    for axis, rows in zip(axes, of_task.values()):
         metric = next(iter(rows[0]["metrics"]))
         figures = [row["metrics"][metric] for row in rows]
         errors = [one["stderr"] or 0 for one in figures]

@@ -169,15 +169,20 @@ class TargetPauses:
         return self.insert(batch, chosen, [len(place) for place in places])
 
     @torch.no_grad()
-    def chosen_by(self, model: Callable, batch: Batch, micro_batch_size: int) -> Batch:
-        """A packed batch with dit's pauses: before the targets that the model, as it is, finds least likely. Their
-        number is known before the model is asked, so nobody waits for a device."""
+    def least_likely(self, model: Callable, batch: Batch, micro_batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a packed batch's targets what the model, as it is, thinks of them: log-likelihoods in nats, float [1, T],
+        +inf where there is no target; and whether they are among the m lowest of their document, bool [1, T]."""
         losses = [
             model(part.inputs, part.targets, reduction="none", **part.layout)[: part.ends[-1]]
             for part in batch.split(micro_batch_size)
         ]
         log_likelihoods = torch.where(batch.targets == IGNORE, torch.inf, -torch.cat(losses))
-        chosen = lowest_likelihood(log_likelihoods, self.m, batch.layout["lo"])
+        return log_likelihoods, lowest_likelihood(log_likelihoods, self.m, batch.layout["lo"])
+
+    def chosen_by(self, model: Callable, batch: Batch, micro_batch_size: int) -> Batch:
+        """A packed batch with dit's pauses, before the least likely targets. Their number is known before the model is
+        asked, so nobody waits for a device."""
+        _, chosen = self.least_likely(model, batch, micro_batch_size)
         return self.insert(batch, chosen, np.minimum(self.m, batch.lives))
 
     def insert(self, batch: Batch, chosen: torch.Tensor, counts: Sequence[int]) -> Batch:

@@ -3,6 +3,7 @@
 import codecs
 import html
 import math
+from itertools import zip_longest
 
 from nanopause.engine import Generation, Token
 from nanopause.tokenizer import Tokenizer
@@ -35,6 +36,12 @@ h1 { font-size: 1.1rem; } h1, .legend, .facts, .tip { font-family: system-ui, sa
 DARKEST = 5.0  # nats of surprise that have the deepest shade
 
 
+def pieces(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    """The text of each token. A character may take several: it stands with the last, and "·" with the others."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return [decoder.decode(tokenizer.decode_bytes([i])) or "·" for i in ids]
+
+
 def _shown(piece: str) -> str:
     """A token's text in a table: what it is made of is visible."""
     return html.escape(piece.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
@@ -65,10 +72,8 @@ def page(title: str, prompts: list[str], generations: list[Generation], tokenize
     """The page, HTML that needs nothing else. generations: of stream or generate with trace=True."""
     parts = []
     for prompt, generation in zip(prompts, generations):
-        decoder, spans = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
-        for token in generation.tokens:  # a character may take several tokens, and stands with the last
-            piece = "" if token.end == "eot" else decoder.decode(tokenizer.decode_bytes([token.id]))
-            spans.append(_token(token, piece or "·" * (token.end != "eot"), tokenizer))
+        said = pieces([token.id for token in generation.tokens if token.end != "eot"], tokenizer)
+        spans = [_token(token, piece, tokenizer) for token, piece in zip_longest(generation.tokens, said, fillvalue="")]
         mean = sum(token.logprob for token in generation.tokens) / max(1, len(generation.tokens))
         facts = f"{len(generation.tokens)} tokens, {generation.pauses} pauses, {-mean:.2f} nats of surprise a token"
         parts.append(f'<p class=facts>{facts}</p><div class=text><span class=prompt>{html.escape(prompt)}</span>'

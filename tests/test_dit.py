@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
-from test_finetune import BYTES, SMALL, E, P, example, finetune, write
-from test_train import TORCHRUN, losses_differ, rows, sentence, weights
+from test_finetune import BYTES, SMALL, E, P, example, finetune, go_back, one_in_two_processes_and_in_parts, write
+from test_train import rows, sentence, weights
 
 import train
 from nanopause import finetune as finetuning
@@ -120,8 +119,9 @@ FAULTS = {  # of the code released with the paper, each in a copy of ours
     "scores unshifted logits": [("part.targets, red", "part.inputs.where(part.targets != IGNORE, IGNORE), red")],
     "takes the likeliest": [("-torch.cat(losses)", "torch.cat(losses)")],
     "row 0's logits for all rows": [
-        ("        chosen = lowest", "        here = batch.layout['positions'][0].clamp(max=batch.ends[0] - 1)\n"
-                                   "        chosen = lowest"),
+        ("        return log_likelihoods, lowest",
+         "        here = batch.layout['positions'][0].clamp(max=batch.ends[0] - 1)\n"
+         "        return log_likelihoods, lowest"),
         ("lowest_likelihood(log_likelihoods,", "lowest_likelihood(log_likelihoods[:, here],"),
     ],
     "a label of -100 indexes a column": [
@@ -279,18 +279,10 @@ def data_dir(tmp_path_factory):
 
 def test_two_processes_micro_batches_and_a_resume_are_one_run(train, data_dir, tmp_path):
     args = (f"--data_dir={data_dir}", "--placement=dit", "--pauses=3", "--max_steps=8", "--checkpoint_interval=4")
-    finetune(train, tmp_path / "one", *args)
-    finetune(train, tmp_path / "two", *args, launcher=TORCHRUN)
-    finetune(train, tmp_path / "parts", *args, "--micro_batch_size=3")
-    for other in ("two", "parts"):
-        assert losses_differ(tmp_path / "one", tmp_path / other) <= 1e-5
-        for mine, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / other)):
-            assert all(mine[key] == theirs[key] for key in ("tokens", "pause_share"))
-    out = tmp_path / "one"
+    out = one_in_two_processes_and_in_parts(train, tmp_path, *args)
     expected = weights(out), [row["tokens"] for row in rows(out)]
-    (out / "latest").write_text("step_00000004")
-    shutil.rmtree(out / "step_00000008")
-    finetune(train, out, *args, "--resume")
+    step = go_back(out)
+    assert f"from step {step}" in finetune(train, out, *args, "--resume").stdout
     assert (weights(out), [row["tokens"] for row in rows(out)]) == expected
     sentence(finetune(train, out, *args, "--placement=ran", "--resume", check=False), "was made with placement=dit")
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -347,31 +348,40 @@ def data_dir(tmp_path_factory):
     return write(tmp_path_factory.mktemp("tasks"))
 
 
-def test_two_processes_or_micro_batches_give_the_losses_of_one(train, data_dir, tmp_path):
-    args = (f"--data_dir={data_dir}", "--pauses=2", "--attention=prefix", "--max_steps=12")
-    finetune(train, tmp_path / "one", *args)
-    finetune(train, tmp_path / "two", *args, launcher=TORCHRUN)
-    finetune(train, tmp_path / "parts", *args, "--micro_batch_size=3")
+def one_in_two_processes_and_in_parts(train, folder, *args):
+    """One process, two, and micro-batches are one run: the folder of the first."""
+    finetune(train, folder / "one", *args)
+    finetune(train, folder / "two", *args, launcher=TORCHRUN)
+    finetune(train, folder / "parts", *args, "--micro_batch_size=3")
     for other in ("two", "parts"):
-        assert losses_differ(tmp_path / "one", tmp_path / other) <= 1e-5
-        for mine, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / other)):
+        assert losses_differ(folder / "one", folder / other) <= 1e-5
+        for mine, theirs in zip(rows(folder / "one"), rows(folder / other)):
             assert all(mine[key] == theirs[key] for key in ("tokens", "pause_share"))
+    return folder / "one"
+
+
+def go_back(out):
+    """A run as it was before its last checkpoint, as after a kill; the step of the one that is the newest then."""
+    *_, before, last = sorted(out.glob("step_*"))
+    shutil.rmtree(last)
+    for name in ("latest", "best"):
+        (out / name).write_text(before.name)
+    return int(before.name[5:])
+
+
+def test_two_processes_or_micro_batches_give_the_losses_of_one(train, data_dir, tmp_path):
+    one_in_two_processes_and_in_parts(train, tmp_path, f"--data_dir={data_dir}", "--pauses=2", "--attention=prefix",
+                                      "--max_steps=12")  # fmt: skip
 
 
 def test_resume_is_exact_and_keeps_the_best(train, data_dir, tmp_path):
     args = (f"--data_dir={data_dir}", "--pauses=2", "--eval_interval=3", "--checkpoint_interval=4")
     finetune(train, tmp_path / "whole", *args, "--max_steps=20")
     finetune(train, tmp_path / "stopped", *args, "--max_steps=20", "--learning_rate=0.003", "--decay=linear")
-    out = tmp_path / "stopped"  # goes back to an earlier checkpoint, as after a kill
-    kept = sorted(out.glob("step_*"))[:-1]
-    (out / "latest").write_text(kept[-1].name)
-    for folder in set(out.glob("step_*")) - set(kept):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    (out / "best").write_text(kept[-1].name)
+    out = tmp_path / "stopped"
+    step = go_back(out)
     ended = finetune(train, out, *args, "--max_steps=20", "--resume")
-    assert f"from step {int(kept[-1].name[5:])}" in ended.stdout
+    assert f"from step {step}" in ended.stdout
     assert weights(out) == weights(tmp_path / "whole")
     same = lambda row: {key: row[key] for key in row if key not in ("tokens_per_second", "mfu")}  # noqa: E731
     assert list(map(same, rows(out))) == list(map(same, rows(tmp_path / "whole")))
