@@ -1,23 +1,32 @@
-"""What a pause costs: FLOPs and time of M pauses in one pass, beside M passes of one pause each.
+"""What a pause costs: FLOPs and time of M pauses in one pass, beside other ways to spend as much.
 
-    step      a token in the middle of generation, and M pauses behind it
-    prefix    a prompt, and M pauses behind it
+    step      a token in the middle of generation and M pauses behind it, beside the pauses fed one by one, and beside M
+              more tokens of a chain of thought, which have to be said one by one
+    prefix    a prompt and M pauses behind it, beside the pauses one by one, and beside the prompt alone in models whose
+              layers or heads are as many more as take the FLOPs of the pauses [Goyal et al. 2023, appendix I]
+    decode    a later token, behind the pauses or of those models: pauses are paid once, layers and heads for ever
 
-Each is the engine's one operation (nanopause.engine.Engine.append) on a cache that holds `context` tokens of `batch`
-sequences, of GPT-2 124M with random weights; for a prefix the prompt is `context` tokens, and the cache is empty.
+All are passes of the engine (nanopause.engine.Engine.append) over `batch` sequences, and the likeliest next token at
+the end of the last, in GPT-2 124M with random weights. The cache holds `context` tokens before a step; the prompt is
+`context` tokens, and the cache empty before it.
 """
+
+import sys
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import GPT2, OURS, RIVALS_TOLERANCE, Bench, Shape, check, number, race
+from bench.harness import GPT2, OURS, RIVALS_TOLERANCE, Bench, Candidate, Shape, check, label, number, race
 from nanopause.engine import Engine
 from nanopause.flops import forward_flops
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import load_tokenizer
 
-SEQUENTIAL, WITHOUT = "sequential", "without"
+WITHOUT, SEQUENTIAL, THOUGHT, LAYERS, HEADS = "without", "sequential", "chain of thought", "more layers", "more heads"
 PAUSES = (1, 2, 4, 8, 16, 32, 50)
 
 
@@ -30,11 +39,11 @@ def shapes(quick: bool) -> list[Shape]:
     """The most telling first: what there is no time for is listed as missing."""
     if quick:
         return [{"what": what, "batch": 2, "context": 64} for what in ("step", "prefix")]
-    steps = [(1, 256), (8, 256), (1, 1024), (8, 1024), (32, 256), (1, 4096), (32, 1024), (8, 4096), (32, 4096)]
-    prefixes = [(1, 256), (1, 1024), (8, 256), (8, 1024), (1, 4096), (32, 256), (32, 1024), (8, 4096), (32, 4096)]
-    pairs = [("step", *step) for step in steps[:4]] + [("prefix", *prefix) for prefix in prefixes[:3]]
-    pairs += [("step", *step) for step in steps[4:]] + [("prefix", *prefix) for prefix in prefixes[3:]]
-    return [{"what": what, "batch": batch, "context": context} for what, batch, context in pairs]
+    first = [("step", 1, 1024), ("prefix", 1, 1024), ("step", 8, 1024), ("step", 1, 256), ("prefix", 1, 256),
+             ("step", 8, 256), ("prefix", 8, 256), ("step", 32, 256), ("step", 1, 4096)]  # fmt: skip
+    rest = [("step", 32, 1024), ("step", 8, 4096), ("step", 32, 4096), ("prefix", 8, 1024), ("prefix", 1, 4096),
+            ("prefix", 32, 256), ("prefix", 32, 1024), ("prefix", 8, 4096), ("prefix", 32, 4096)]  # fmt: skip
+    return [{"what": what, "batch": batch, "context": context} for what, batch, context in first + rest]
 
 
 def pauses_of(device: str, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -43,88 +52,163 @@ def pauses_of(device: str, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ..
     if device == "cuda":
         return PAUSES, PAUSES
     if shape["what"] == "prefix":
-        return PAUSES[::3], PAUSES[:4:3]
-    return PAUSES, PAUSES if shape["batch"] == 1 else PAUSES[:4]
+        return ((8, 50), (8,)) if shape["batch"] == 1 else ((50,), ())
+    return PAUSES if shape["batch"] < 32 else (1, 8, 50), (1, 8, 50) if shape.items() >= SHOWN.items() else (1, 8)
 
 
-def flops(config: GPTConfig, batch: int, context: int, n: int) -> tuple[int, int]:
-    """Of a pass over n tokens a sequence, with one row of logits a sequence: by formula, and counted by PyTorch."""
+SHOWN = {"batch": 1, "context": 1024}  # where a CPU feeds many pauses one by one
+
+
+def flops(config: GPTConfig, batch: int, context: int, n: int, logits: bool = True) -> np.ndarray:
+    """Of a pass over n tokens a sequence, with a row of logits each or none: by formula, and counted by PyTorch."""
     with torch.device("meta"):
         model, tokens = GPT(config), torch.zeros(batch, n, dtype=torch.int64)
         positions = torch.arange(context, context + n).expand(batch, n)
         cache = model.new_cache(batch, context + n)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.head(model.hidden(tokens, positions=positions, cache=cache)[:, -1])
-    formula = forward_flops(config, n, batch_size=batch, context=context, n_live=batch)
-    return formula, counter.get_total_flops()
+        x = model.hidden(tokens, positions=positions, cache=cache)
+        if logits:
+            model.head(x[:, -1])
+    formula = forward_flops(config, n, batch_size=batch, context=context, n_live=batch * logits)
+    return np.array([formula, counter.get_total_flops()])
 
 
-def measure(bench: Bench, shape: Shape) -> None:
-    """Rows of ours and of sequential for every number of pauses, and one of the pass without."""
-    n, context, device = shape["batch"], shape["context"], bench.device
-    held, new = (context, 1) if shape["what"] == "step" else (0, context)
-    config, tokenizer = config_of(bench.quick, context + max(PAUSES) + 1), load_tokenizer("gpt2")
-    torch.manual_seed(0)
-    model = GPT(config).eval().to(device, bench.dtype)
-    engine = Engine(model, tokenizer, max_batch=n)
-    text = torch.randint(tokenizer.eot_id, (n, context + 1), device=device)
-    pause = torch.full((n, max(PAUSES)), tokenizer.pause_id, device=device)
-    count = lambda q: torch.full((n,), q, device=device)  # noqa: E731
+def flops_one_by_one(config: GPTConfig, batch: int, context: int, n: int, logits: bool) -> np.ndarray:
+    """The same of n passes of one token; each takes as many more than the one before."""
+    ends = (flops(config, batch, place, 1, logits) for place in (context, context + n - 1))
+    return n * sum(ends) // 2
 
-    def call(*parts: torch.Tensor):
-        """Append parts one after the other, and return the last hidden state."""
-        counts = [count(part.shape[1]) for part in parts]
 
-        def run():
-            engine.length[:n] = held
-            for part, q in zip(parts, counts):
-                x = engine.append(part, q)
-            return {"hidden": x[:, -1].clone()}
+def of_equal_flops(config: GPTConfig, name: str, n: int, m: int) -> GPTConfig:
+    """With more layers, or more heads of the same width: so many that a prompt of n tokens comes nearest to the FLOPs
+    that `config` needs for n tokens and m pauses."""
+    if name == LAYERS:
+        larger = [replace(config, n_layer=i) for i in range(config.n_layer, 4 * config.n_layer)]
+    else:
+        more = range(config.n_head, 4 * config.n_head)
+        larger = [replace(config, n_head=i, n_kv_head=i, head_dim=config.head_width) for i in more]
+    goal = forward_flops(config, n + m, n_live=1)
+    return min(larger, key=lambda each: abs(forward_flops(each, n, n_live=1) - goal))
+
+
+class Run:
+    """An engine of `batch` sequences that hold `held` random tokens, and what may follow them."""
+
+    def __init__(self, bench: Bench, config: GPTConfig, batch: int, held: int):
+        self.config, self.n, self.device, tokenizer = config, batch, bench.device, load_tokenizer("gpt2")
+        torch.manual_seed(0)
+        self.engine = Engine(GPT(config).eval().to(bench.device, bench.dtype), tokenizer, max_batch=batch)
+        self.text = torch.randint(tokenizer.eot_id, (batch, config.block_size), device=bench.device)
+        self.pauses = torch.full((batch, max(PAUSES)), tokenizer.pause_id, device=bench.device)
+        self.engine.length[:batch] = 0
+        for i in range(0, held, 512):
+            self._append(self.text[:, i : min(i + 512, held)])
+
+    def _append(self, tokens: Tensor) -> Tensor:
+        return self.engine.append(tokens, torch.full((self.n,), tokens.shape[1], device=self.device))
+
+    def call(self, held: int, *parts: Tensor, thoughts: int = 0) -> Candidate:
+        """After `held` tokens append parts one after the other, and then the likeliest token again and again; returns
+        the last hidden state and the tokens that were said but for the last."""
+        head = self.engine.model.head
+
+        @torch.no_grad()
+        def run() -> dict[str, Tensor]:
+            self.engine.length[: self.n] = held
+            said = self.text[:, :0]
+            for part in parts:
+                x = self._append(part)
+            token = head(x[:, -1]).argmax(-1, keepdim=True)
+            for _ in range(thoughts):
+                said = torch.cat((said, token), 1)
+                x = self._append(token)
+                token = head(x[:, -1]).argmax(-1, keepdim=True)
+            return {"hidden": x[:, -1].clone(), "said": said}
 
         return run
 
-    engine.length[:n] = 0
-    for i in range(0, held, 512):
-        engine.append(text[:, i : min(i + 512, held)], count(min(512, held - i)))
-    last = text[:, held : held + new]
-    at_once, one_by_one = pauses_of(device.type, shape)
-    calls = {(0, WITHOUT): call(last)}
-    calls |= {(m, OURS): call(torch.cat((last, pause[:, :m]), 1)) for m in at_once}
-    calls |= {(m, SEQUENTIAL): call(last, *[pause[:, :1]] * m) for m in one_by_one}
-    errors = {}
-    for (m, name), run in calls.items():
-        if name == SEQUENTIAL:
-            errors[m] = check(calls[m, OURS](), run(), RIVALS_TOLERANCE[bench.dtype])
-    samples = race(calls, bench.sample, bench.seconds)
-    base = samples[0, WITHOUT]
-    formula_without, counted_without = flops(config, n, held, new)
+
+class Case(NamedTuple):
+    """flops: by formula, and counted."""
+
+    call: Candidate
+    flops: np.ndarray
+    config: GPTConfig
+    error: float = 0.0
+
+
+def compete(bench: Bench, what: str, shape: Shape, cases: dict[tuple[int, str], Case]) -> None:
+    """Rows of cases by pauses and name; (0, WITHOUT) is what all are compared with."""
+    samples = race({key: case.call for key, case in cases.items()}, bench.sample, bench.seconds)
+    base, without = samples[0, WITHOUT], cases[0, WITHOUT].flops
     for (m, name), seconds in samples.items():
         p10, p50, p90 = (1e3 * np.percentile(seconds, (10, 50, 90))).tolist()
-        formula, counted = flops(config, n, held, new + m)
+        case = cases[m, name]
+        added = (case.flops - without) / m if m else (None, None)
         bench.rows.append({
-            "what": shape["what"], "shape": {key: shape[key] for key in ("batch", "context")} | {"pauses": m},
+            "what": what, "shape": {key: shape[key] for key in ("batch", "context")} | {"pauses": m},
             "name": name, "samples": len(seconds), "p10_ms": p10, "p50_ms": p50, "p90_ms": p90,
             # The median of the rounds' ratios and differences: what slows a whole round down cancels out.
             "ratio": float(np.median(np.divide(seconds, base))),
             "added_ms_per_pause": 1e3 * float(np.median(np.subtract(seconds, base))) / m if m else None,
-            "flops": formula, "flops_counted": counted, "flops_ratio": formula / formula_without,
-            "flops_per_pause": (formula - formula_without) / m if m else None,
-            "flops_per_pause_counted": (counted - counted_without) / m if m else None,
-            "error": errors.get(m, 0.0),
+            "flops": int(case.flops[0]), "flops_counted": int(case.flops[1]),
+            "flops_ratio": float(case.flops[0] / without[0]),
+            "flops_per_pause": added[0], "flops_per_pause_counted": added[1],
+            "n_layer": case.config.n_layer, "n_head": case.config.n_head, "error": case.error,
         })  # fmt: skip
     print(
-        f"pause_cost: {' '.join(map(str, shape.values()))}: {1e3 * np.median(base):.1f} ms without pauses", flush=True
+        f"pause_cost: {label(shape | {'what': what})}: {1e3 * np.median(base):.1f} ms without pauses", file=sys.stderr
     )
+
+
+def measure(bench: Bench, shape: Shape) -> None:
+    """Rows for every number of pauses, of ours and of the other ways."""
+    n, context, what = shape["batch"], shape["context"], shape["what"]
+    held, new = (context, 1) if what == "step" else (0, context)
+    config = config_of(bench.quick, context + max(PAUSES) + 1)
+    run, tolerance = Run(bench, config, n, held), RIVALS_TOLERANCE[bench.dtype]
+    at_once, one_by_one = pauses_of(bench.device.type, shape)
+    last, pauses = run.text[:, held : held + new], run.pauses
+    cases = {(0, WITHOUT): Case(run.call(held, last), flops(config, n, held, new), config)}
+    for m in at_once:
+        call = run.call(held, torch.cat((last, pauses[:, :m]), 1))
+        cases[m, OURS] = Case(call, flops(config, n, held, new + m), config)
+    for m in one_by_one:
+        call, at_once_call = run.call(held, last, *[pauses[:, :1]] * m), cases[m, OURS].call
+        cost = cases[0, WITHOUT].flops + flops_one_by_one(config, n, held + new, m, logits=False)
+        error = check({"hidden": at_once_call()["hidden"]}, call(), tolerance)
+        cases[m, SEQUENTIAL] = Case(call, cost, config, error)
+        if what == "step":
+            # What was said must end in the same state when it is read in one pass.
+            cost = cases[0, WITHOUT].flops + flops_one_by_one(config, n, held + new, m, logits=True)
+            call = run.call(held, last, thoughts=m)
+            told = call()
+            again = run.call(held, torch.cat((last, told["said"]), 1))()
+            cases[m, THOUGHT] = Case(call, cost, config, check({"hidden": again["hidden"]}, told, tolerance))
+    if what == "step":
+        return compete(bench, what, shape, cases)
+    m = max(at_once)
+    cases[m, OURS].call()  # whose pauses the cache holds from now on
+    token = last[:, -1:]
+    later = {(0, WITHOUT): Case(run.call(context, token), flops(config, n, context, 1), config),
+             (m, OURS): Case(run.call(context + m, token), flops(config, n, context + m, 1), config)}  # fmt: skip
+    for name in (LAYERS, HEADS):
+        larger = of_equal_flops(config, name, context, m)
+        other = Run(bench, larger, n, held=context)
+        cases[m, name] = Case(other.call(0, last), flops(larger, n, 0, context), larger)
+        later[m, name] = Case(other.call(context, token), flops(larger, n, context, 1), larger)
+    compete(bench, "decode", shape, later)
+    compete(bench, what, shape, cases)
 
 
 def main(quick: bool = False) -> None:
     """FLOPs and latency per added pause.
 
     Args:
-        quick: A small model and two shapes, in less than two minutes.
+        quick: A small model and two shapes.
     """
     bench = Bench("pause_cost", quick)
-    bench.versions[SEQUENTIAL] = torch.__version__
+    bench.versions |= dict.fromkeys((SEQUENTIAL, THOUGHT, LAYERS, HEADS), torch.__version__)
     for shape in shapes(quick):
         if bench.begin(shape):
             measure(bench, shape)

@@ -149,9 +149,7 @@ def pause_cost_table(result: Result) -> str:
     rows = [row for row in result["rows"] if row["name"] != "without"]
     contexts = {row["shape"]["context"] for row in rows}
     rows = [row for row in rows if row["shape"]["context"] == (1024 if 1024 in contexts else min(contexts))]
-    shown = [{row["shape"]["pauses"] for row in rows if row["what"] == what and row["name"] == OURS}
-             for what in {row["what"] for row in rows}]  # fmt: skip
-    pauses = sorted(set.intersection(*shown))
+    pauses = [m for m in (1, 8, 50) if any(row["shape"]["pauses"] == m for row in rows)]
     cells: dict[tuple, dict[int, str]] = {}
     for row in rows:
         shape = row["shape"]

@@ -16,7 +16,7 @@ from bench import attention, compare, data, generate, harness, loss, pause_cost,
 from bench.__main__ import run_all
 from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
 from nanopause.errors import UserError
-from nanopause.flops import training_flops
+from nanopause.flops import forward_flops, training_flops
 from nanopause.model import GPTConfig
 from nanopause.prepare import prepare
 from nanopause.tokenizer import load_tokenizer
@@ -383,15 +383,31 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
     pause_cost.main(quick=True)
     (file,) = tmp_path.glob("*/pause_cost.quick.json")
     rows = json.loads(file.read_text())["rows"]
-    assert {(row["what"], row["name"], row["shape"]["pauses"]) for row in rows} == {
-        (what, name, m) for what in ("step", "prefix")
-        for name, m in (("without", 0), ("ours", 1), ("ours", 3), ("sequential", 1), ("sequential", 3))
-    }  # fmt: skip
+    found = {(row["what"], row["name"], row["shape"]["pauses"]) for row in rows}
+    assert found == {("decode", "ours", 3)} | {(what, "without", 0) for what in ("step", "prefix", "decode")} | {
+        (what, name, m) for m in (1, 3)
+        for what, name in (("step", "ours"), ("step", "sequential"), ("step", "chain of thought"),
+                           ("prefix", "ours"), ("prefix", "sequential"))
+    } | {(what, name, 3) for what in ("prefix", "decode") for name in ("more layers", "more heads")}  # fmt: skip
     for row in rows:
         assert row["flops"] == row["flops_counted"] and row["error"] < 1e-5
         if m := row["shape"]["pauses"]:
             assert row["ratio"] == 1 + m and row["added_ms_per_pause"] == 1000
-            assert row["flops_per_pause"] == row["flops_per_pause_counted"] > 0
+            assert row["flops_per_pause"] == row["flops_per_pause_counted"]
+            assert row["flops_per_pause"] > 0 or row["name"].startswith("more")
+    one = {row["name"]: row["flops"] for row in rows if row["what"] == "step" and row["shape"]["pauses"] == 1}
+    head = 2 * 2 * 64 * 50304  # two sequences, one more row of logits each
+    assert one["chain of thought"] - one["sequential"] == head
+
+
+def test_larger_models_of_equal_flops():
+    """12 layers of 12 heads and 50 pauses behind 256 tokens: a fifth more."""
+    config = pause_cost.config_of(False, 1024)
+    goal = forward_flops(config, 306, n_live=1)
+    deeper, wider = (pause_cost.of_equal_flops(config, name, 256, 50) for name in ("more layers", "more heads"))
+    assert (deeper.n_layer, deeper.n_head, wider.n_layer) == (14, 12, 12) and wider.n_head == 19
+    assert forward_flops(wider, 256, n_live=1) == pytest.approx(goal, rel=0.02)
+    assert wider.head_width == config.head_width and wider.n_mlp == config.n_mlp
 
 
 def test_all_generators_say_the_same(monkeypatch, tmp_path):
