@@ -224,6 +224,16 @@ def loss_table(result: Result) -> str:
     )
 
 
+def dit_table(result: Result) -> str:
+    """A line a placement."""
+    rows = result["rows"]
+    sizes = dict.fromkeys(words({key: row["shape"][key] for key in ("model", "batch")}) for row in rows)
+    lines = [[row["shape"]["placement"], number(row["p50_ms"]), f"{row['ratio']:.2f}", f"{row['flops_ratio']:.2f}",
+              f"{row['tokens']} ({row['pauses']})"] for row in rows]  # fmt: skip
+    head = [f"a step, {'; '.join(sizes)}", "ms", "times sft", "FLOPs, times sft", "tokens (of them pauses)"]
+    return markdown(head, lines)
+
+
 # Figures
 
 
@@ -442,6 +452,7 @@ PAGES = {
               speeds(lambda result: generate_rows(result)[: len(result["rows"])], "Generation, prompts included,"))}),
     "finetune": Page(tokens_table, {"": (
         "Tokens per second of finetuning, packed and padded", speeds(lambda result: result["rows"], "Finetuning"))}),
+    "dit": Page(dit_table, {}),
     "data": Page(data_table, {"": (
         "Tokens per second of the loader and of preparing a corpus", speeds(lambda result: result["rows"], "Data"))}),
 }  # fmt: skip
@@ -450,7 +461,8 @@ PAGES = {
 def draw(results: Results, folder: Path) -> list[Path]:
     """The PNG and SVG of every figure, in the folder of their device."""
     matplotlib.use("Agg")
-    plt.rcParams["svg.hashsalt"] = "nanopause"  # so that the same data makes the same file
+    # So that the same data makes the same file, whose text is text.
+    plt.rcParams.update({"svg.hashsalt": "nanopause", "svg.fonttype": "none"})
     files = []
     for bench, devices in results.items():
         for name, result in devices.items():
