@@ -16,6 +16,40 @@ def _visible(bounds: Tensor) -> bool:
     return cpu and bounds.numel() > 0 and not torch.compiler.is_compiling()
 
 
+Hidden = tuple[int, int, bool, Tensor | None, Tensor | None]
+_last: tuple[Tensor, Tensor, int, Hidden] | None = None
+
+
+def _mask(lo: Tensor, hi: Tensor, S: int, first: int = 0, last: int | None = None) -> Hidden:
+    """What SDPA is told of intervals [B, T] of S keys: the first key, the one after the last, whether it is plain
+    causal between them, a mask [B, 1, T, last - first] where it is not, and the queries without keys, bool [B, T]."""
+    last = S if last is None else last
+    empty, s = hi <= lo, torch.arange(first, last, device=hi.device)
+    # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
+    mask = ((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == first))
+    return first, last, False, mask[:, None], empty
+
+
+def _seen(lo: Tensor, hi: Tensor, S: int) -> Hidden:
+    """The same where the bounds can be looked at. Keys that nobody reads, such as a cache's unused slots, are left out,
+    and so is a mask that would hide nothing, or what plain causal hides. The layers of a model ask one after the other
+    for the same: the last answer is kept."""
+    global _last
+    if _last and _last[2] == S and torch.equal(hi, _last[1]) and torch.equal(lo, _last[0]):
+        return _last[3]
+    T = hi.shape[1]
+    (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))
+    last = min(max(hi_max, 1), S)
+    first = min(max(lo_min, 0), last - 1)
+    causal = 1 < T == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
+    if causal or (lo_max <= first and hi_min >= last):
+        hidden = first, last, causal, None, None
+    else:
+        hidden = _mask(lo, hi, S, first, last)
+    _last = lo.clone(), hi.clone(), S, hidden
+    return hidden
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
     """See kernels.attention. Plain causal needs no mask in memory; intervals take a dense [B, 1, T, S] one, on a CPU
     one for every document of a packed row."""
@@ -33,20 +67,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | N
     if lo is not None or hi is not None or 1 < T != S:
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
-        first, last, full = 0, S, False
-        if S and _visible(hi):
-            # A CPU's bounds can be looked at. Keys that nobody reads, such as a cache's unused slots, are left out, and
-            # so is a mask that would hide nothing, or what plain causal hides.
-            (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))
-            last = min(max(hi_max, 1), S)
-            first = min(max(lo_min, 0), last - 1)
-            full = lo_max <= first and hi_min >= last
-            causal = 1 < T == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
-            k, v = k[:, first:last], v[:, first:last]
-        if not (full or causal):
-            empty, s = hi <= lo, torch.arange(first, last, device=q.device)
-            # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
-            mask = (((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == first)))[:, None]
+        first, last, causal, mask, empty = (_seen if S and _visible(hi) else _mask)(lo, hi, S)
+        k, v = k[:, first:last], v[:, first:last]
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         attn_mask=mask,

@@ -268,18 +268,19 @@ class Engine:
         whether the sequence goes on, whether the policy is off, and with trace the likeliest tokens of both."""
         alive, pause_id = self.alive[who] > 0, self.tokenizer.pause_id
         said = logprobs = self._logprobs(without, pause_id)
-        if behind is None:
-            kept = torch.zeros_like(self.alive[who])
-        else:
+        if behind is not None:
             said = torch.where(kept[:, None] > 0, self._logprobs(behind, pause_id), logprobs)
         choice = self._sample(said, self.seed[who], self.place[who])
         of_choice = [x.gather(1, choice[:, None])[:, 0] for x in (said, logprobs)]
-        self.policy.observe(of_choice[0] - of_choice[1], kept > 0)
+        if behind is None:
+            kept = torch.zeros_like(choice)
+        else:
+            self.policy.observe(of_choice[0] - of_choice[1], kept > 0)
+            self.budget[who] -= kept
 
         self.token[who] = choice
         self.place[who] += 1
         self.left[who] -= 1
-        self.budget[who] -= kept
         ended = (choice[:, None] == self.ends).any(1)
         alive_after = alive & ~ended & (self.left[who] > 0) & (self.length[who] < self.max_length)
         self.alive[who] = alive_after.long()
