@@ -410,7 +410,7 @@ def growth_figure(result: Result) -> Figure:
             if its:
                 common = words({k: v for k, v in varying(its)[1].items() if k not in ("model", "parameters")})
                 tokens = {row["shape"]["batch"] * row["shape"]["T"] for row in its}
-                common += f", {tokens.pop()} tokens a step" * (len(tokens) == 1)
+                common += f", {max(tokens)} tokens a step" * (len(tokens) == 1)
                 millions = {"parameters": [float(f"{row['parameters'] / 1e6:.3g}") for row in its]}
                 xs = millions.get(key) or [row["shape"][key] for row in its]
                 panels.append(Panel(common, x, y, {OURS: list(zip(xs, map(of, its)))}))
