@@ -32,12 +32,15 @@ def shapes(device_type: str, quick: bool) -> Iterator[Shape]:
     """mask, B sequences of T queries, S keys (as many, where not given), H heads of D, G of them (or H) with keys."""
     if device_type == "cpu":
         heads = {"H": 4, "D": 64}
-        for T in (512,) if quick else (512, 1024):
-            yield {"mask": "causal", "B": 1024 // T, "T": T} | heads
+        for T in (512,) if quick else (512, 1024, 2048):
+            yield {"mask": "causal", "B": 2048 // T, "T": T} | heads
         for mask in ("packed",) if quick else ("packed", "prefix"):
-            yield {"mask": mask, "B": 1, "T": 1024} | heads
-        for T in (11,) if quick else (1, 11):
+            for T in (1024,) if quick else (1024, 2048):
+                yield {"mask": mask, "B": 2048 // T, "T": T} | heads
+        for T in (11,) if quick else (1, 11, 51):
             yield {"mask": "decode", "B": 8, "T": T, "S": 1024} | GPT2
+        if not quick:
+            yield {"mask": "causal", "B": 2, "T": 1024, "H": 2, "D": 128}
         return
     wide = {64: {"H": 32, "D": 64}, 128: {"H": 16, "D": 128}}
     for T in (4096,) if quick else (512, 1024, 2048, 4096, 8192, 16384):

@@ -20,8 +20,10 @@ from bench.harness import OURS, Bench, Candidate, Rival, Row, Shape, number, pas
 
 def shapes(device_type: str, quick: bool) -> Iterator[Shape]:
     """N rows of C channels, V classes, and the share of rows that are masked."""
-    if device_type == "cpu":
-        sizes, model, N = (512,) if quick else (512, 1024), {"C": 256, "V": 8192}, 512
+    if quick and device_type == "cpu":
+        sizes, model, N = (512,), {"C": 256, "V": 8192}, 512
+    elif device_type == "cpu":
+        sizes, model, N = (512, 1024, 2048), {"C": 128, "V": 50304}, 1024
     else:
         sizes, model, N = (16384,) if quick else (4096, 16384, 32768, 65536), {"C": 768, "V": 50304}, 16384
     for n in sizes:
@@ -32,6 +34,8 @@ def shapes(device_type: str, quick: bool) -> Iterator[Shape]:
         yield {"N": N, "C": 768, "V": 128256, "masked": 0.0}
         for n in () if quick else sizes:
             yield {"N": n, "C": 2048, "V": 128256, "masked": 0.0}
+    elif not quick:
+        yield {"N": 512, "C": 128, "V": 128256, "masked": 0.0}
 
 
 @dataclass

@@ -205,7 +205,8 @@ def data_table(result: Result) -> str:
     keys, _ = varying(result["rows"])
     times = [f"{named(row, result['rows'], keys)}: {number(row['tokens_per_second'] / row['needed'])}"
              for row in result["rows"] if row["name"] == OURS and row["needed"]]  # fmt: skip
-    return tokens_table(result) + f" Ours beside what a training step takes here, times: {'; '.join(times)}."
+    table = beside(result, result["rows"], "thousand tokens per second", lambda row: row["tokens_per_second"] / 1e3)
+    return table + f" Ours beside what a training step takes here, times: {'; '.join(times)}."
 
 
 def loss_table(result: Result) -> str:
@@ -256,7 +257,9 @@ def looks(names: Iterable[str]) -> dict[str, dict]:
 
 
 def curves(panels: list[Panel], title: str, columns: int = 3) -> Figure:
-    """A panel each, both axes logarithmic, x marked where there are points."""
+    """A panel each, both axes logarithmic, x marked where there are points; panels of one x only if all are such."""
+    grown = [panel for panel in panels if len({x for points in panel.series.values() for x, _ in points}) > 1]
+    panels = grown or panels
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(1 + 3.4 * columns, 0.9 + 2.7 * lines), squeeze=False,
@@ -272,7 +275,7 @@ def curves(panels: list[Panel], title: str, columns: int = 3) -> Figure:
         # A share can be 0, and other sizes double.
         if xs[0] > 0:
             ax.set_xscale("log")
-        ax.set_xticks(xs, [short(x) for x in xs], rotation=0 if len(xs) <= 5 else 40)
+        ax.set_xticks(xs, [short(x) for x in xs], rotation=0 if len(xs) <= 7 else 40)
         ax.set_yscale("log")
         # Within two decades 1, 2 and 5 are marked too.
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(ys) < 100 * min(ys) else (1,)))
@@ -307,17 +310,18 @@ def bars(rows: list[Row], title: str, value: Callable[[Row], float], unit: str, 
         panels.setdefault(named(row, rows, keys), []).append(row)
     columns = min(columns, len(panels))
     lines = [list(panels.items())[i : i + columns] for i in range(0, len(panels), columns)]
-    heights = [0.75 + 0.24 * max(len(rows) for _, rows in line) for line in lines]
+    heights = [0.75 + 0.24 * max(map(len, panels.values()))] * len(lines)
     figure, axes = plt.subplots(len(lines), columns, figsize=(1 + 4.6 * columns, 0.5 + sum(heights)), squeeze=False,
                                 gridspec_kw={"height_ratios": heights}, layout="constrained")  # fmt: skip
     look = looks(row["name"] for row in rows)
+    most = max(map(len, panels.values()))
     for ax, (about, its) in zip(axes.flat, panels.items()):
         for i, row in enumerate(its):
             style = look[row["name"]]
             ax.barh(i, value(row), color=style["color"], hatch=style["hatch"], edgecolor="white", linewidth=0)
             ax.text(value(row), i, f" {number(value(row))}", va="center", fontsize=8)
         ax.set_yticks(range(len(its)), [row["name"] for row in its], fontsize=8)
-        ax.set_ylim(len(its) - 0.5, -0.5)
+        ax.set_ylim(most - 0.5, -0.5)
         ax.set_xlim(0, 1.18 * max(map(value, its)))
         ax.tick_params(axis="x", labelsize=8)
         ax.set_title(about, fontsize=9, loc="left")
@@ -415,16 +419,18 @@ def growth_figure(result: Result) -> Figure:
             its = [row for row in rows if row["what"] == f"growth with {key}"]
             if its:
                 common = words({k: v for k, v in varying(its)[1].items() if k not in ("model", "parameters")})
-                points = [
-                    (row["parameters"] / 1e6 if key == "parameters" else row["shape"][key], of(row)) for row in its
-                ]
-                panels.append(Panel(common, x, y, {OURS: [(float(f"{a:.3g}"), b) for a, b in points]}))
+                tokens = {row["shape"]["batch"] * row["shape"]["T"] for row in its}
+                common += f", {max(tokens)} tokens a step" * (len(tokens) == 1)
+                millions = {"parameters": [float(f"{row['parameters'] / 1e6:.3g}") for row in its]}
+                xs = millions.get(key) or [row["shape"][key] for row in its]
+                panels.append(Panel(common, x, y, {OURS: list(zip(xs, map(of, its)))}))
     return curves(panels, f"A step of training on {device(result)}")
 
 
-def speeds(rows: Callable[[Result], list[Row]], title: str) -> Callable[[Result], Figure]:
-    return lambda result: bars(rows(result), f"{title} on {device(result)}", lambda row: row["tokens_per_second"],
-                               "tokens per second")  # fmt: skip
+def speeds(rows: Callable[[Result], list[Row]], title: str, thousands: bool = False) -> Callable[[Result], Figure]:
+    unit = "thousand " * thousands + "tokens per second"
+    return lambda result: bars(rows(result), f"{title} on {device(result)}",
+                               lambda row: row["tokens_per_second"] / (1000 if thousands else 1), unit)  # fmt: skip
 
 
 class Page(NamedTuple):
@@ -454,7 +460,8 @@ PAGES = {
         "Tokens per second of finetuning, packed and padded", speeds(lambda result: result["rows"], "Finetuning"))}),
     "dit": Page(dit_table, {}),
     "data": Page(data_table, {"": (
-        "Tokens per second of the loader and of preparing a corpus", speeds(lambda result: result["rows"], "Data"))}),
+        "Tokens per second of the loader and of preparing a corpus", speeds(
+            lambda result: result["rows"], "Data", thousands=True))}),
 }  # fmt: skip
 
 
