@@ -204,9 +204,9 @@ def processes(monkeypatch):
 
 
 def test_all_goes_on_after_a_failure_and_tells_it(processes):
-    with pytest.raises(UserError, match=r"of 7 benches 1 failed, as they say above: loss$"):
+    with pytest.raises(UserError, match=r"of 8 benches 1 failed, as they say above: loss$"):
         run_all(["--quick", "--nanogpt=somewhere"])
-    assert [name for name, *_ in processes] == "attention data finetune generate loss pause_cost train".split()
+    assert [name for name, *_ in processes] == "attention data dit finetune generate loss pause_cost train".split()
     assert all("--quick" in options for options in processes)
     assert ["train", "--quick", "--nanogpt=somewhere"] in processes and ["loss", "--quick"] in processes
 
