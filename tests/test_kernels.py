@@ -26,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = pytest.mark.parametrize("impl", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
-properties = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+properties = settings(max_examples=10, deadline=None, derandomize=True, database=None)
 
 
 def check(got, same, truth, what):
