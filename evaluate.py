@@ -128,14 +128,19 @@ def main() -> None:
     of_harness = words(settings.harness)
     counts, decoding = numbers("pauses", settings.pauses), decoding_of(settings)
     by_policy = settings.pause_when != "after_prompt" or settings.stop_when_useless
+    if by_policy and not counts:
+        raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=0,5, say")
     if not tasks and not of_harness:
         raise UserError("nothing to evaluate: name tasks by --tasks=gsm8k,squad or --harness=hellaswag")
     errors.check("batch_size", settings.batch_size, 1, 2**20)
     if settings.limit is not None:
         errors.check("limit", settings.limit, 1, 2**62)
-    if by_policy and (of_harness or settings.pause_position):
-        raise UserError("--pause_when and --stop_when_useless are for generated answers, whose prompts they leave as "
-                        "they are: leave out --harness and --pause_position")  # fmt: skip
+    if (by_policy or decoding.temperature) and of_harness:
+        raise UserError("--pause_when, --stop_when_useless, --temperature and --samples are for --tasks: leave out "
+                        "--harness")  # fmt: skip
+    if by_policy and settings.pause_position:
+        raise UserError("--pause_position is for pauses in prompts, and --pause_when and --stop_when_useless have none "
+                        "there: leave it out")  # fmt: skip
     if settings.pass_at and not any(task.executes_code for task in tasks):
         raise UserError("--pass_at is for answers that are programs: add --tasks=mbpp, or leave it out")
 
@@ -171,6 +176,7 @@ def main() -> None:
     threads = f" ({torch.get_num_threads()} threads)"
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type + threads
     same = {
+        "format": 2,  # of examples.jsonl
         "step": state.get("step"),
         "weights": weights,
         "split": settings.split,
@@ -245,11 +251,13 @@ def main() -> None:
     write_json(folder / "results.json", written)
     ticker.show(table(results))
     note = f"difference: to the fewest pauses, example by example; ms an example at batch size {settings.batch_size}"
+    note += "; GFLOPs without the pauses that were taken back" * by_policy
     ticker.say(f"{note}, {device_name}, {same['dtype']}; ± is a standard error")
     written = "examples.jsonl, results.json"
     if len({row["pauses"] for row in results}) > 1:
         step = f", step {state['step']:,}" if state else ""
-        plot(results, folder / "pauses.png", f"{Path(settings.out_dir).name}{step}")
+        place = f"at a place, {settings.pause_when}" if by_policy else "in the prompt"
+        plot(results, folder / "pauses.png", f"{Path(settings.out_dir).name}{step}", place)
         written += ", pauses.png"
     ticker.say(f"written: {folder} ({written})")
 

@@ -1,8 +1,9 @@
 """The paper's table [Kim et al. 2025, Table 1]: dynamic inserting beside finetuning with other pauses, and with none.
 
     python experiments/dit_table.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --tasks=gsm8k,aqua
-    python experiments/dit_table.py … --tasks=mbpp --allow_code_execution
-    python experiments/dit_table.py … --methods=sft,focal,dit,dit_pause_loss --train="--max_steps=500" --limit=200
+    python experiments/dit_table.py … --tasks=gsm8k,aqua,mbpp --allow_code_execution
+    python experiments/dit_table.py … --out_dir=out/ablation --methods=sft,focal,dit,dit_pause_loss --seeds=3
+    python experiments/dit_table.py … --out_dir=out/short --train="--max_steps=500" --limit=200
 
 Every job is a train.py with config/dit.py, the task's own settings, a placement and a seed, and then an evaluate.py on
 the checkpoint with the lowest validation loss: greedy, with no pauses but appd's, which are in its prompts. `untrained`
@@ -13,8 +14,8 @@ is the model as it comes, evaluated once. On several GPUs every GPU has a job.
     out_dir/methods.png, val_loss.png       the metric and the held-out loss, a dot a seed
     out_dir/gsm8k/dit/seed0/      log.txt, the run, its evaluation
 
-What is done is not done again, what broke off goes on with the same command, and more tasks, seeds or methods add to
-what is there. A job that fails is named, and the others go on.
+What is done is not done again, and what broke off goes on with the same command. Table, results and figures are of
+the tasks, seeds and methods that are asked for. A job that fails is named, and the others go on.
 """
 
 import sys
@@ -96,7 +97,7 @@ def checked(settings: Settings) -> list[Job]:
     jobs = [job_of(settings, task, method, seed) for seed in range(settings.seeds)
             for task in tasks for method in methods if seed == 0 or method != "untrained"]  # fmt: skip
     weights, _ = grid.check_model("init_from", settings.init_from, [job for job in jobs if job.seed == 0])
-    same = {"init_from": weights, "train": settings.train, "data_dir": settings.data_dir}
+    same = {"init_from": weights, **{key: getattr(settings, key) for key in ("train", "data_dir", "eval_batch_size")}}
     claim(Path(settings.out_dir), same, "out_dir")
     return jobs
 

@@ -14,8 +14,8 @@ config/tasks. On several GPUs every GPU has a job.
     out_dir/variants.png          the table as bars; inference.png: the metric against M_inf
     out_dir/gsm8k/PausePT_PauseFT10/seed0/    log.txt, the run, its evaluation
 
-What is done is not done again, what broke off goes on with the same command, and more tasks, seeds or pauses add to
-what is there. A job that fails is named, and the others go on.
+What is done is not done again, and what broke off goes on with the same command. Table, results and figures are of
+the tasks, seeds and pauses that are asked for. A job that fails is named, and the others go on.
 """
 
 import sys
@@ -110,7 +110,7 @@ def checked(settings: Settings) -> list[Job]:
         same[key], state = grid.check_model(key, source := getattr(settings, key), some)
         if state and state["knows_pauses"] != (pretraining == "Pause"):
             raise UserError(f"--{key}={source} has {'' if state['knows_pauses'] else 'not '}been trained with pauses")
-    same |= {key: getattr(settings, key) for key in ("size", "train", "data_dir")}
+    same |= {key: getattr(settings, key) for key in ("size", "train", "data_dir", "eval_batch_size")}
     claim(Path(settings.out_dir), same, "out_dir")
     return jobs
 

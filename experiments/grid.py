@@ -3,8 +3,8 @@
     out_dir/table.md, results.json        mean ± sample standard deviation over seeds; every seed's values
     out_dir/gsm8k/<variant>/seed0/        log.txt, the run, its evaluation
 
-On several GPUs every GPU has a job. What is done is not done again, what broke off goes on with the same command, and
-more tasks, seeds or variants add to what is there. A job that fails is named, and the others go on.
+On several GPUs every GPU has a job. What is done is not done again, and what broke off goes on with the same command.
+Table and results are of what is asked for. A job that fails is named, and the others go on.
 """
 
 import fcntl

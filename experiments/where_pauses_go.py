@@ -240,6 +240,8 @@ def shown(reading: Reading) -> Text:
 
 def chosen_examples(settings: Settings) -> tuple[dict[int, Example], list[int]]:
     """The examples by their place in the split, and those that are drawn. Raises UserError where one is not there."""
+    if bool(settings.prefix) != bool(settings.target):
+        raise UserError("--prefix and --target are a text of your own, in place of a task's: give both")
     if settings.target:
         return {0: Example(settings.prefix, settings.target, (settings.target,))}, [0]
     drawn = numbers("examples", settings.examples)
@@ -255,7 +257,10 @@ def chosen_examples(settings: Settings) -> tuple[dict[int, Example], list[int]]:
 
 def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python experiments/where_pauses_go.py", __doc__)
-    sources = {name or source: source for name, _, source in (w.rpartition("=") for w in words(settings.checkpoints))}
+    named = [word.rpartition("=") for word in words(settings.checkpoints)]
+    sources = {name or source: source for name, _, source in named}
+    if len(sources) < len(named):
+        raise UserError(f"--checkpoints={settings.checkpoints} has two of one name: give each its own")
     if not sources:
         raise UserError("no checkpoint: name some by --checkpoints=before=out/pause,DIT=out/gsm8k/best")
     errors.check("pauses", settings.pauses, 0, 2**31)
@@ -277,8 +282,9 @@ def main() -> None:
         for name in found:
             console.print(Text(f"\n{name}:", "bold"), shown(found[name][i]))
         draw(examples[i], {name: found[name][i] for name in found}, out_dir / f"example_{i}.png")
-    values = {name: lowest(seen.values()) for name, seen in found.items()}
-    about = "the target" if settings.target else f"{settings.task}, {settings.split}, {len(found[name]):,} examples"
+    shared = set.intersection(*(set(seen) for seen in found.values()))  # those that every checkpoint has room for
+    values = {name: lowest(seen[i] for i in sorted(shared)) for name, seen in found.items()}
+    about = "the target" if settings.target else f"{settings.task}, {settings.split}, {len(shared):,} examples"
     draw_lowest(values, f"{about}: mean and middle half", out_dir / "lowest.png")
     written = {"settings": asdict(settings), "versions": versions(), "unit": "nats"}
     written["lowest"] = {

@@ -17,6 +17,7 @@ def _visible(bounds: Tensor) -> bool:
 
 
 Hidden = tuple[int, int, bool, Tensor | None, Tensor | None]
+KEPT_ELEMENTS = 1 << 20  # of a mask, at most
 _last: tuple[Tensor, Tensor, int, Hidden] | None = None
 
 
@@ -33,20 +34,21 @@ def _mask(lo: Tensor, hi: Tensor, S: int, first: int = 0, last: int | None = Non
 def _seen(lo: Tensor, hi: Tensor, S: int) -> Hidden:
     """The same where the bounds can be looked at. Keys that nobody reads, such as a cache's unused slots, are left out,
     and so is a mask that would hide nothing, or what plain causal hides. The layers of a model ask one after the other
-    for the same: the last answer is kept."""
+    for the same: the last answer is kept, if it is small."""
     global _last
-    if _last and _last[2] == S and torch.equal(hi, _last[1]) and torch.equal(lo, _last[0]):
-        return _last[3]
+    last_lo, last_hi, last_S, hidden = _last or (lo, hi, -1, None)  # read once: another thread may write it
+    if last_S == S and torch.equal(hi, last_hi) and torch.equal(lo, last_lo):
+        return hidden
     T = hi.shape[1]
     (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))
     last = min(max(hi_max, 1), S)
     first = min(max(lo_min, 0), last - 1)
     causal = 1 < T == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
-    if causal or (lo_max <= first and hi_min >= last):
-        hidden = first, last, causal, None, None
-    else:
-        hidden = _mask(lo, hi, S, first, last)
-    _last = lo.clone(), hi.clone(), S, hidden
+    with torch.inference_mode(False):  # it may be asked for in training next
+        plain = causal or (lo_max <= first and hi_min >= last)
+        hidden = (first, last, causal, None, None) if plain else _mask(lo, hi, S, first, last)
+        if hi.numel() * (last - first) <= KEPT_ELEMENTS:
+            _last = lo.clone(), hi.clone(), S, hidden
     return hidden
 
 

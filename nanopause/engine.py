@@ -353,9 +353,7 @@ class Engine:
         check("top_p", top_p, 0, 1)
         if attention not in ("causal", "prefix"):
             raise UserError(f"attention={attention!r} is neither 'causal' nor 'prefix'")
-        if attention == "prefix" and policy.at_prompt and not (policy.certain or policy.per_token):
-            raise UserError("pauses after the prompt cannot be taken back where the prompt reads them: "
-                            "use attention=causal or a policy that keeps them")  # fmt: skip
+        policy.check_attention(attention)
         if isinstance(prompts, str):
             raise UserError("generation takes a list of prompts, not one")
         if isinstance(until, str):

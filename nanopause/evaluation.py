@@ -162,15 +162,18 @@ class Cell:
         self.pauses, self.attention, self.batch_size = pauses, attention, batch_size
         self.policy, self.decoding, self.in_prompt = policy, decoding, 0 if policy else pauses
         self.placing = self.in_prompt, pause_position, cut
-        if not task.max_new_tokens and (policy or decoding.samples > 1):
+        if not task.max_new_tokens and (policy or decoding.temperature):
             raise UserError(f"{task.name} is scored by likelihood, and nothing is generated: leave out --pause_when, "
-                            f"--stop_when_useless and --samples")  # fmt: skip
+                            f"--stop_when_useless, --temperature and --samples")  # fmt: skip
+        if policy:
+            policy.check_attention(attention)
         self.max_new_tokens = min(new_tokens(task, examples, tokenizer), model.config.block_size // 2)
-        self.room = model.config.block_size - self.max_new_tokens
-        if self.room - pauses - (tokenizer.bos_id is not None) < 1:
+        self.room = model.config.block_size - self.max_new_tokens - (policy.budget if policy else 0)
+        if self.room - self.in_prompt - (tokenizer.bos_id is not None) < 1:
             answer = f", and the answer may take {self.max_new_tokens}" if self.max_new_tokens else ""
-            raise UserError(f"{pauses} pauses leave no room for a prompt of {task.name}: the model reads "
-                            f"{model.config.block_size} tokens{answer}; lower --pauses")  # fmt: skip
+            n, key = (policy.budget, "pause_budget") if policy else (pauses, "pauses")
+            raise UserError(f"{n} pauses leave no room for a prompt of {task.name}: the model reads "
+                            f"{model.config.block_size} tokens{answer}; lower --{key}")  # fmt: skip
 
     def prompt(self, text: str, room: int) -> tuple[list[int], int]:
         """A text with its pauses in at most `room` tokens, and how many of its tokens are cut."""
@@ -415,7 +418,8 @@ def panel_name(row: dict) -> str:
 
 
 def table(results: list[dict]):
-    """The results as rich shows them. in all: pauses that an example's texts had, where those are not in the prompt."""
+    """The results as rich shows them. in all: the pauses that an example's prompts and texts had, of all samples, where
+    they are not those of one prompt."""
     from rich.table import Table
 
     made, before = Table(), None
@@ -453,7 +457,7 @@ def panels(n: int) -> tuple:
     return figure, axes.flat[:n]
 
 
-def plot(results: list[dict], file: Path, title: str) -> None:
+def plot(results: list[dict], file: Path, title: str, place: str = "in the prompt") -> None:
     """The primary metric against the number of pauses, a panel a task; bars are standard errors."""
     import matplotlib.pyplot as plt
 
@@ -470,7 +474,7 @@ def plot(results: list[dict], file: Path, title: str) -> None:
                       markersize=5, capsize=4, linewidth=1.5)  # fmt: skip
         axis.set_xticks(pauses)
         axis.set_title(f"{panel_name(rows[0])}, {rows[0]['n']:,} examples", fontsize=10)
-        axis.set(xlabel="pauses in the prompt (tokens)", ylabel=f"{metric.replace('_', ' ')}, ± standard error")
+        axis.set(xlabel=f"pauses {place} (tokens)", ylabel=f"{metric.replace('_', ' ')}, ± standard error")
         axis.grid(alpha=0.3)
         if min(one["value"] - error for one, error in zip(figures, errors)) >= 0:
             axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))

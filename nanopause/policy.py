@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nanopause.errors import check, check_whole
+from nanopause.errors import UserError, check, check_whole
 
 
 class Policy:
@@ -44,6 +44,12 @@ class Policy:
 
     def to(self, device: torch.device) -> None:
         """Move what it measures to a device."""
+
+    def check_attention(self, attention: str) -> None:
+        """Raises UserError where a prompt would read pauses that may be taken back."""
+        if attention == "prefix" and self.at_prompt and not (self.certain or self.per_token):
+            raise UserError("pauses after the prompt cannot be taken back where the prompt reads them: "
+                            "use attention=causal or a policy that keeps them")  # fmt: skip
 
 
 @dataclass
@@ -169,12 +175,15 @@ class PauseOptions:
     pause_budget: int = 100
     """Pauses that a text may have, unless after_prompt."""
     stop_when_useless: bool = False
-    """Turn pauses off once it is clear that they change nothing of what the model says."""
+    """Turn pauses off once it is clear that they change nothing of what the model says. After a break it is measured
+    anew."""
 
     def policy(self, pauses: int) -> Policy:
         """The policy of `pauses` pauses wherever there are any."""
         if pauses == 0:
             return Never()
+        if self.pause_when != "after_prompt" and pauses > self.pause_budget:
+            raise UserError(f"pause_budget={self.pause_budget} is less than the {pauses} pauses of one place: raise it")
         if self.pause_when == "after_prompt":
             policy = AfterPrompt(pauses)
         elif self.pause_when == "below_confidence":

@@ -348,8 +348,9 @@ def test_pauses_where_a_policy_has_them(run, model, tmp_path):
     assert "exact_match 1.0000 ± 0.0000; 0 pauses an example" in said and "; 8 pauses an example; pausing " in said
     assert "in all" in said
     with pytest.raises(UserError, match="has results with policy="):
-        run(tmp_path, "--tasks=webq", "--pauses=0", "--pause_when=below_confidence", "--threshold=0.5")
-    run(tmp_path / "never", "--tasks=webq", "--pauses=2", "--pause_when=below_confidence", "--threshold=0")
+        run(tmp_path, "--tasks=webq", "--pauses=0", "--pause_when=below_confidence", "--pause_budget=8")
+    run(tmp_path / "never", "--tasks=webq", "--pauses=2", "--pause_when=below_confidence", "--threshold=0",
+        "--pause_budget=9")  # fmt: skip
     unsure = {row["index"]: row for row in read_rows(tmp_path / "never" / "examples.jsonl")}
     assert all(unsure[i]["outputs"] == rows[0, i]["outputs"] and not unsure[i]["tokens"]["pauses"] for i in range(8))
 
@@ -403,9 +404,15 @@ def test_pass_at_k(model):
         (["--top_p=2"], "top_p=2.0 must be 0 to 1"),
         (["--tasks=piqa", "--stop_when_useless"], "piqa is scored by likelihood, and nothing is generated"),
         (["--tasks=piqa", "--samples=2", "--temperature=1"], "piqa is scored by likelihood, and nothing is generated"),
-        (["--harness=arc_easy", "--pause_when=on_request"], "are for generated answers"),
-        (["--pause_position=prepend", "--pause_when=below_confidence"], "leave out --harness and --pause_position"),
-        (["--pause_when=below_confidence", "--threshold=2"], "threshold=2.0 must be 0 to 1"),
+        (["--tasks=piqa", "--temperature=1"], "piqa is scored by likelihood, and nothing is generated"),
+        (["--harness=arc_easy", "--pause_when=on_request"], "are for --tasks: leave out --harness"),
+        (["--harness=arc_easy", "--temperature=1"], "are for --tasks: leave out --harness"),
+        (["--pause_position=prepend", "--pause_when=below_confidence"], "--pause_position is for pauses in prompts"),
+        (["--pauses=", "--pause_when=below_confidence"], "ask how many pauses: add --pauses=0,5, say"),
+        (["--pauses=7", "--pause_when=on_request", "--pause_budget=6"], "pause_budget=6 is less than the 7 pauses"),
+        (["--stop_when_useless", "--attention=prefix"], "pauses after the prompt cannot be taken back"),
+        (["--pause_when=on_request"], "100 pauses leave no room for a prompt of webq: the model reads 96 tokens"),
+        (["--pause_when=below_confidence", "--threshold=2", "--pause_budget=4"], "threshold=2.0 must be 0 to 1"),
     ],
 )
 def test_what_cannot_be_asked_for(run, tmp_path, arguments, reason):

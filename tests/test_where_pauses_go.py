@@ -133,11 +133,14 @@ def test_figures_and_numbers(runs, monkeypatch, tmp_path, capsys):
         ("--examples=", "no example to draw"),
         ("--examples=99", "--examples=99 must be 0 to"),
         ("--pauses=-1", "pauses=-1 must be 0 to"),
-        (f"--target= {200 * 'x'}", "the target of example 0 leaves no room for a prefix in the 128 tokens"),
+        (f"--prefix=q|--target= {200 * 'x'}", "the target of example 0 leaves no room for a prefix in the 128 tokens"),
+        ("--target= a", "in place of a task's: give both"),
+        ("--prefix=q", "in place of a task's: give both"),
+        ("--checkpoints=a=here,a=there", "has two of one name: give each its own"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(runs, monkeypatch, tmp_path, change, text):
     with pytest.raises(UserError) as error:
         run(monkeypatch, f"--checkpoints={runs / 'before'}", f"--data_dir={runs}", f"--out_dir={tmp_path / 'out'}",
-            change)  # fmt: skip
+            *change.split("|"))  # fmt: skip
     assert text in str(error.value) and not (tmp_path / "out").exists()
