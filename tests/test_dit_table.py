@@ -90,6 +90,17 @@ def test_a_table(grid, arguments, ready, tmp_path):
     cells = {cell["method"]: cell for cell in grids.cells(checked(settings))}
     assert grids.said(cells["dit"]).endswith(" (2 of 3)") and grids.said(cells["untrained"]) == "0.0"
 
+    # With accuracies that models this small do not reach, every one is in its cell.
+    planted = {("untrained", 0): 0.25, ("appd", 0): 0.5, ("appd", 1): 0.75, ("dit", 0): 0.125, ("dit", 1): 1.0}
+    for (method, seed), value in planted.items():
+        file = out / "gsm8k" / method / f"seed{seed}" / "evaluation_best_2" / "results.json"
+        evaluated = json.loads(file.read_text())
+        evaluated["results"][0]["metrics"]["accuracy"]["value"] = value
+        file.write_text(json.dumps(evaluated))
+    grid(dit_table, *arguments, "--methods=untrained,appd,dit")
+    row = "| gsm8k, accuracy (%) | 25.0 | 62.5 ± 17.7 | 56.2 ± 61.9 |"
+    assert (out / "table.md").read_text().splitlines()[2] == row
+
 
 def test_what_each_method_trains_with():
     settings = dit_table.Settings(init_from="out/pause", train="--pauses=3 --placement=ran --focal=1")
