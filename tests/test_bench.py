@@ -59,7 +59,7 @@ def test_candidates_take_turns():
     assert samples == {"a": [0.5] * 6, "b": [1.0] * 6, "c": [2.0] * 6}
 
 
-@pytest.mark.parametrize("seconds, repeats, rounds", [(1e-5, 10, 25), (3e-4, 3, 25), (0.5, 1, 20), (100.0, 1, 5)])
+@pytest.mark.parametrize("seconds, repeats, rounds", [(1e-5, 10, 25), (3e-4, 3, 25), (0.5, 1, 20), (100.0, 1, 3)])
 def test_a_sample_fills_a_millisecond_and_a_race_its_time(seconds, repeats, rounds):
     asked = []
     race({"a": answer()}, lambda call, n: asked.append(n) or seconds, seconds=10)
