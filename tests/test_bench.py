@@ -63,7 +63,7 @@ def test_candidates_take_turns():
 def test_a_sample_fills_a_millisecond_and_a_race_its_time(seconds, repeats, rounds):
     asked = []
     race({"a": answer()}, lambda call, n: asked.append(n) or seconds, seconds=10)
-    assert asked[2:] == [repeats] * rounds
+    assert asked[2 if seconds < 5 else 1 :] == [repeats] * rounds
 
 
 def test_a_sample_is_a_mean(monkeypatch):
