@@ -280,12 +280,13 @@ class Bench:
         *,
         flops: float | None = None,
         read_bytes: float | None = None,
+        memory: bool = False,
     ) -> list[Row]:
         """Check and time candidates, ours among them; keep and return a row of each that is right.
 
         truth: what the calls return, in a wider dtype. flops, read_bytes: of one call, useful ones only; the percentage
-        of the peak is that of FLOPs, or without them of the memory's speed. A rival that fails or is wrong is missing;
-        ours raises.
+        of the peak is that of FLOPs, or without them of the memory's speed. memory: whether its peak is measured, by a
+        call more. A rival that fails or is wrong is missing; ours raises.
         """
         right, facts = {}, {}
         for name, call in calls.items():
@@ -297,7 +298,7 @@ class Bench:
                     "result_bytes": sum(tensor.nbytes for tensor in got.values()),
                 }
                 del got
-                facts[name]["peak_extra_bytes"] = peak_extra_bytes(call, self.device)
+                facts[name]["peak_extra_bytes"] = peak_extra_bytes(call, self.device) if memory else None
                 right[name] = call
             except Exception as error:
                 if name == OURS:

@@ -178,7 +178,7 @@ def measure(bench: Bench, shape: Shape) -> None:
     logits = shape["N"] * shape["V"] * problem.x.itemsize
     for what, work in {"forward": flops, "forward+backward": 3 * flops}.items():
         calls = {name: racer[what] for name, racer in racers.items()}
-        for row in bench.compete(what, shape, calls, expected, flops=work):
+        for row in bench.compete(what, shape, calls, expected, flops=work, memory=True):
             row["logits_bytes"] = logits
             row["extra_bytes"] = row["peak_extra_bytes"] - row["result_bytes"]
             row["percent_of_logits"] = 100 * row["extra_bytes"] / logits

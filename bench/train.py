@@ -187,7 +187,8 @@ def measure(bench: Bench, what: str, shape: Shape, rivals: tuple[Rival, ...]) ->
         calls = bench.functions(rivals, problem, shape)
     n_live = next(problem.batches()).n_live
     work = flops.training_flops(problem.model.config, shape["T"], batch_size=shape["batch"], n_live=n_live)
-    for row in bench.compete(what, shape, {OURS: ours(problem)} | calls, truth(problem), flops=work):
+    calls = {OURS: ours(problem)} | calls
+    for row in bench.compete(what, shape, calls, truth(problem), flops=work, memory=True):
         row["tokens_per_second"] = 1e3 * shape["batch"] * shape["T"] / row["p50_ms"]
         row["parameters"] = sum(x.numel() for x in problem.model.parameters())
 
