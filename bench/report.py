@@ -21,7 +21,7 @@ from bench.harness import DASH, OURS, RESULTS, ROOT, Row, number
 from nanopause.errors import UserError
 
 PLACE = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-LONG = 12  # lines of a table that README shows without being asked
+LONG = 18  # lines of a table that README shows without being asked
 
 Result = dict
 Results = dict[str, dict[str, Result]]  # by bench, then by device's folder
