@@ -3,6 +3,7 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+from time import perf_counter
 
 import tyro
 
@@ -20,8 +21,9 @@ def main_of(name: str):
 def main() -> None:
     name, *options = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
-        print(f"{bench.__doc__}\nBenches: {', '.join(NAMES)}. `python -m bench NAME --help` has the options of one.")
-    elif name == "all":
+        print(f"{bench.__doc__}\nBenches: {', '.join(NAMES)}. `python -m bench NAME --help` has the options of one; "
+              f"all takes those of each.")  # fmt: skip
+    elif name == "all" and not {"-h", "--help"} & {*options}:
         run_all(options)
     elif name in NAMES:
         tyro.cli(main_of(name), args=options, prog=f"python -m bench {name}", use_underscores=True)
@@ -39,12 +41,16 @@ def run_all(options: list[str]) -> None:
     for option, key in of_option.items():
         if not any(key in its for its in keys.values()):
             raise UserError(f"{option} is an option of no bench: write --quick, or --key=value as one of them has it")
-    failed = []
+    failed, seconds = [], {}
     for name, its in keys.items():
         mine = [option for option, key in of_option.items() if key in its]
         print(f"\npython -m bench {' '.join([name, *mine])}", file=sys.stderr, flush=True)
+        begun = perf_counter()
         if subprocess.run([sys.executable, "-m", "bench", name, *mine]).returncode:
             failed.append(name)
+        seconds[name] = perf_counter() - begun
+    each = ", ".join(f"{name} {n:.0f}" for name, n in seconds.items())
+    print(f"\n{sum(seconds.values()):.0f} s: {each}", file=sys.stderr)
     if failed:
         raise UserError(f"of {len(keys)} benches {len(failed)} failed, as they say above: {', '.join(failed)}")
 

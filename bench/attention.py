@@ -272,8 +272,8 @@ def main(quick: bool = False) -> None:
     """
     bench = Bench("attention", quick)
     for shape in shapes(bench.device.type, quick):
-        if bench.begin(shape):
-            measure(bench, shape)
+        bench.attempt(measure, shape)
+    bench.write()
     bench.show(
         lambda row: f"{row['shape']['mask']}, {row['what']}: ms, and how many times ours",
         lambda row: f"{number(row['p50_ms'])} {row['ratio']:5.2f}",

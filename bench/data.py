@@ -2,12 +2,13 @@
 
     load       batches of the default corpus, as train.py reads them, with 0 and 10 % pauses; beside nanoGPT's way,
                crops of a memory map, here at the places that ours reads
-    prepare    documents to shards, with a process a core; beside tiktoken on one document after the other, which
-               neither holds documents out nor writes
+    prepare    documents to shards, with a process a core; beside tiktoken with a thread a core, which neither holds
+               documents out nor writes
 
 All of it is a CPU's work. What a step takes is measured in the same run, with the batches that it would have to get.
 """
 
+import os
 import tempfile
 from contextlib import redirect_stdout
 from io import StringIO
@@ -19,14 +20,13 @@ import torch
 from torch import Tensor
 
 from bench import train
-from bench.harness import OURS, Bench, Candidate, Rival, Shape, number, race, sampler
+from bench.harness import OURS, Bench, Candidate, Rival, Shape, number, race, wall_clock
 from data.pydocs import documents
 from nanopause.data import TrainingBatches
 from nanopause.pauses import insert_random, targets_of
 from nanopause.prepare import prepare
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
-CPU = torch.device("cpu")
 MODEL_OF = {"gpt2": "124M", "bytes": "default"}  # whose steps take what a tokenizer makes
 
 
@@ -100,12 +100,12 @@ def shards(texts: list[str], tokenizer: Tokenizer, workers: int | None) -> Candi
 
 def tiktoken(problem: tuple[list[str], Tokenizer]) -> Candidate:
     texts, tokenizer = problem
-    encode = tokenizer._encoding.encode_ordinary
+    encode, threads = tokenizer._encoding.encode_ordinary_batch, len(os.sched_getaffinity(0))
 
     def call() -> dict[str, Tensor]:
         ids = []
-        for text in texts:
-            ids += encode(text)
+        for its in encode(texts, num_threads=threads):
+            ids += its
             ids.append(tokenizer.eot_id)
         return how_often(np.array(ids, np.uint16), tokenizer)
 
@@ -114,6 +114,33 @@ def tiktoken(problem: tuple[list[str], Tokenizer]) -> Candidate:
 
 LOADERS = (Rival("crops of a memory map", "numpy", crops),)
 TOKENIZERS = (Rival("tiktoken alone", "tiktoken", tiktoken),)
+Needed = dict[str, float]  # tokens a second that a model's step takes
+
+
+def load(bench: Bench, shape: Shape, device: torch.device, needed: Needed) -> None:
+    problem, n_tokens, model = train.Problem(shape, device), shape["batch"] * shape["T"], shape["model"]
+    if model not in needed:
+        (seconds,) = race({OURS: train.ours(problem)}, wall_clock, bench.seconds).values()
+        needed[model] = n_tokens / float(np.median(seconds))
+    reading = Reading(problem)
+    calls = {OURS: ours(reading)} | bench.functions(LOADERS, reading, shape)
+    compete(bench, "load", shape, n_tokens, calls, reading.truth(), needed[model])
+
+
+def tokenize(bench: Bench, shape: Shape, texts: list[str], workers: int | None, needed: Needed) -> None:
+    tokenizer = load_tokenizer(shape["tokenizer"])
+    truth = tiktoken((texts, tokenizer))()
+    calls = {OURS: shards(texts, tokenizer, workers)} | bench.functions(TOKENIZERS, (texts, tokenizer), shape)
+    n_tokens, model = int(truth["counts"].sum()), MODEL_OF[shape["tokenizer"]]
+    compete(bench, "prepare", shape, n_tokens, calls, truth, needed.get(model))
+
+
+def compete(
+    bench: Bench, what: str, shape: Shape, n_tokens: int, calls: dict, truth: dict, needed: float | None
+) -> None:
+    for row in bench.compete(what, shape, calls, truth):
+        row["tokens_per_second"] = 1e3 * n_tokens / row["p50_ms"]
+        row["needed"] = needed
 
 
 def main(quick: bool = False) -> None:
@@ -123,40 +150,19 @@ def main(quick: bool = False) -> None:
         quick: Small models and little text.
     """
     bench = Bench("data", quick)
-    device, sample_step = bench.device, bench.sample
-    bench.device, bench.dtype, bench.sample = CPU, torch.float32, sampler(CPU)
-    needed: dict[str, float] = {}  # tokens a second, by model
-
-    def compete(what: str, shape: Shape, model: str, n_tokens: int, calls: dict, truth: dict) -> None:
-        for row in bench.compete(what, shape, calls, truth, read_bytes=2 * n_tokens):
-            row["tokens_per_second"] = 1e3 * n_tokens / row["p50_ms"]
-            row["needed"] = needed.get(model)
-
+    device, needed = bench.device, {}
+    bench.device, bench.dtype, bench.sample = torch.device("cpu"), torch.float32, wall_clock
     steps = {shape["model"]: shape for what, shape in train.shapes(device.type, quick) if what == "step"}
-    steps = [
-        steps[model] | {"pause_rate": rate} for model in MODEL_OF.values() if model in steps for rate in (0.0, 0.1)
-    ]
-    for shape in steps:
-        if not bench.begin(shape):
-            continue
-        problem, n_tokens = train.Problem(shape, device), shape["batch"] * shape["T"]
-        if shape["model"] not in needed:
-            (seconds,) = race({OURS: train.ours(problem)}, sample_step, bench.seconds).values()
-            needed[shape["model"]] = n_tokens / float(np.median(seconds))
-        reading = Reading(problem)
-        calls = {OURS: ours(reading)} | bench.functions(LOADERS, reading, shape)
-        compete("load", shape, shape["model"], n_tokens, calls, reading.truth())
+    for model in MODEL_OF.values():
+        for rate in (0.0, 0.1) if model in steps else ():
+            bench.attempt(load, steps[model] | {"pause_rate": rate}, device, needed)
     texts, workers = list(islice(documents(), 50 if quick else None)), 1
     if not quick:
         texts, workers = 8 * texts, None  # 20 MB, as processes take a second to begin
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    for name, model in MODEL_OF.items():
-        shape = {"tokenizer": name, "MB": round(megabytes, 1)}
-        if bench.begin(shape):
-            tokenizer = load_tokenizer(name)
-            truth = tiktoken((texts, tokenizer))()
-            calls = {OURS: shards(texts, tokenizer, workers)} | bench.functions(TOKENIZERS, (texts, tokenizer), shape)
-            compete("prepare", shape, model, int(truth["counts"].sum()), calls, truth)
+    megabytes = round(sum(len(text.encode()) for text in texts) / 1e6, 1)
+    for name in MODEL_OF:
+        bench.attempt(tokenize, {"tokenizer": name, "MB": megabytes}, texts, workers, needed)
+    bench.write()
     bench.show(
         lambda row: f"{row['what']}: thousand tokens per second, and how many times faster ours is",
         lambda row: f"{number(row['tokens_per_second'] / 1e3)} {row['ratio']:5.2f}",

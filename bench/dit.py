@@ -6,14 +6,12 @@ nothing for gradients. Times and FLOPs are over those of plain finetuning (sft).
 
 from copy import deepcopy
 
-import numpy as np
 import torch
 
-from bench.harness import GPT2, OURS, ROOT, Bench, Shape, number, race
+from bench.harness import GPT2, OURS, ROOT, Bench, Shape, number, race, wall_clock
 from nanopause import flops
 from nanopause.config import load_config
 from nanopause.distributed import Processes
-from nanopause.errors import UserError
 from nanopause.finetune import TargetPauses, TaskBatches, load_pairs
 from nanopause.model import GPT, GPTConfig
 from nanopause.optimizer import make_optimizers
@@ -73,26 +71,22 @@ class Step:
         return float(total)
 
 
-def measure(bench: Bench, shape: Shape, data_dir: str) -> str:
+def measure(bench: Bench, shape: Shape, data_dir: str, sources: list[str]) -> None:
     torch.manual_seed(0)
     vocab_size = load_tokenizer("gpt2").vocab_size
     model = GPT(GPTConfig(vocab_size=vocab_size, block_size=BLOCK_SIZE, **MODELS[shape["model"]], **GPT2))
     model = model.to(bench.device)
     steps = {placement: Step(placement, shape, deepcopy(model), bench.device, data_dir) for placement in PLACEMENTS}
     work = {placement: step.flops() for placement, step in steps.items()}
-    samples = race(steps, bench.sample, bench.seconds)
+    samples = race(steps, wall_clock, bench.seconds)
     for placement, step in steps.items():
-        p10, p50, p90 = (1e3 * np.percentile(samples[placement], (10, 50, 90))).tolist()
         batch = step()
-        bench.rows.append({
-            "what": "step", "shape": shape | {"placement": placement}, "name": OURS, "version": bench.versions[OURS],
-            "samples": len(samples[placement]), "p10_ms": p10, "p50_ms": p50, "p90_ms": p90,
-            # The median of the rounds' ratios: what slows a whole round down cancels out.
-            "ratio": float(np.median(np.divide(samples[placement], samples["sft"]))),
-            "tokens": int(batch.lengths.sum()), "pauses": batch.n_pauses, "flops": work[placement],
-            "flops_ratio": work[placement] / work["sft"], "error": 0.0,
-        })  # fmt: skip
-    return steps["sft"].source
+        bench.rows.append(bench.row(
+            "step", shape | {"placement": placement}, OURS, samples[placement], samples["sft"],
+            tokens=int(batch.lengths.sum()), pauses=batch.n_pauses, flops=work[placement],
+            flops_ratio=work[placement] / work["sft"], error=None,
+        ))  # fmt: skip
+    sources.append(steps["sft"].source)
 
 
 def main(quick: bool = False, data_dir: str = "") -> None:
@@ -102,13 +96,10 @@ def main(quick: bool = False, data_dir: str = "") -> None:
         quick: A small model.
         data_dir: Folder with gsm8k_train.jsonl. Empty: the hub.
     """
-    bench, source = Bench("dit", quick), ""
+    bench, sources = Bench("dit", quick), []
     for shape in shapes(bench.device.type, quick):
-        if bench.begin(shape):
-            try:
-                source = measure(bench, shape, data_dir)
-            except UserError as error:
-                bench.lack("all", shape, source := str(error))
+        bench.attempt(measure, shape, data_dir, sources)
+    bench.write(source=", ".join(set(sources)))
     bench.show(
         lambda row: f"a step of {row['shape']['batch']} pairs of GSM8K, times one without pauses",
         lambda row: "",
@@ -117,4 +108,4 @@ def main(quick: bool = False, data_dir: str = "") -> None:
                "of them pauses": lambda row: str(row["pauses"])},
         hidden=("batch",),
     )  # fmt: skip
-    bench.finish(source=source)
+    bench.finish()

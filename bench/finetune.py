@@ -11,10 +11,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.harness import DASH, GPT2, OURS, Bench, Candidate, Rival, Shape, number, transformers_gpt2
+from bench.harness import DASH, GPT2, OURS, Bench, Candidate, Rival, Shape, number, transformers_gpt2, wall_clock
 from nanopause import flops
 from nanopause.data import ROW_MULTIPLE, Batch
-from nanopause.errors import UserError
 from nanopause.finetune import Pair, encode, pack
 from nanopause.model import GPT, GPTConfig
 from nanopause.pauses import IGNORE
@@ -125,7 +124,15 @@ def shapes(device: str, quick: bool) -> list[Shape]:
         return [{"model": "small", "batch": 4, "pairs": 8}]
     if device == "cuda":
         return [{"model": "124M", "batch": 16, "pairs": 256}, {"model": "124M", "batch": 64, "pairs": 256}]
-    return [{"model": "124M", "batch": 16, "pairs": 16}, {"model": "small", "batch": 16, "pairs": 16}]  # the paper's 16
+    return [{"model": model, "batch": 16, "pairs": 16} for model in ("small", "124M")]  # the paper's 16
+
+
+def measure(bench: Bench, shape: Shape, pairs: list[Pair], pause_id: int) -> None:
+    problem = Problem(shape, bench.device, bench.dtype, pairs, pause_id)
+    calls = {OURS: ours(problem)} | bench.functions(RIVALS, problem, shape)
+    truth = {name: x.clone() for name, x in one_by_one(problem)().items()}
+    for row in bench.compete("forward+backward", shape, calls, truth, flops=problem.flops):
+        row["tokens_per_second"] = problem.n_tokens / row["p50_ms"] * 1e3
 
 
 def main(quick: bool = False, data_dir: str = "") -> None:
@@ -135,26 +142,17 @@ def main(quick: bool = False, data_dir: str = "") -> None:
         quick: A small model, few pairs.
         data_dir: Folder with gsm8k_train.jsonl. Empty: the hub.
     """
-    bench = Bench("finetune", quick)
-    tokenizer, pairs = load_tokenizer("gpt2"), []
-    try:
-        examples, said = load(get_task("gsm8k"), "train", data_dir or None, 256)
-        pairs = [pair for e in examples if (pair := encode(e, tokenizer, BLOCK_SIZE, PAUSES)) and not pair.n_cut]
-    except UserError as error:
-        said = str(error)
-        bench.lack("all", {}, said)
-    for shape in shapes(bench.device.type, quick) if pairs else ():
-        if bench.begin(shape):
-            problem = Problem(shape, bench.device, bench.dtype, pairs, tokenizer.pause_id)
-            calls = {OURS: ours(problem)} | bench.functions(RIVALS, problem, shape)
-            truth = {name: x.clone() for name, x in one_by_one(problem)().items()}
-            rows = bench.compete("forward+backward", shape, calls, truth, flops=problem.flops)
-            for row in rows:
-                row["tokens_per_second"] = problem.n_tokens / row["p50_ms"] * 1e3
+    bench, tokenizer = Bench("finetune", quick), load_tokenizer("gpt2")
+    bench.sample = wall_clock
+    examples, said = load(get_task("gsm8k"), "train", data_dir or None, 256)
+    pairs = [pair for e in examples if (pair := encode(e, tokenizer, BLOCK_SIZE, PAUSES)) and not pair.n_cut]
+    for shape in shapes(bench.device.type, quick):
+        bench.attempt(measure, shape, pairs, tokenizer.pause_id)
+    bench.write(source=said, pauses=PAUSES, block_size=BLOCK_SIZE)
     bench.show(
         lambda row: f"{said.partition(' of ')[0]}; tokens per second, and how many times faster ours is",
         lambda row: f"{number(row['tokens_per_second'])} {row['ratio']:5.2f}",
         first={"ours": lambda row: number(row["tokens_per_second"])},
         last={"of peak": lambda rows: f"{p:.0f}%" if (p := rows[OURS]["percent_of_peak"]) else DASH},
     )
-    bench.finish(source=said, pauses=PAUSES, block_size=BLOCK_SIZE)
+    bench.finish()

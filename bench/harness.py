@@ -4,6 +4,7 @@ A *candidate* is a call without arguments that returns its tensors by name. All 
 named "ours", and is measured like the others. A *shape* is a dictionary of names to numbers or words.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from datetime import datetime, timezone
@@ -53,6 +55,7 @@ MEMORY_DATA_SHEETS = (
     (r"NVIDIA H100 80GB HBM3", 3.35e12),  # "NVIDIA H100 Tensor Core GPU", SXM: 3.35 TB/s
     (r"(NVIDIA )?A100-SXM4-80GB", 2.039e12),  # "NVIDIA A100 Tensor Core GPU", 80GB SXM: 2,039 GB/s
 )
+MEASURED = 256 << 20  # bytes that a sum reads to measure other memories: more than a cache holds
 
 # The largest error that ours may have in any entry, over the largest entry. A handful of bfloat16's roundings of 2⁻⁹
 # add up to about 0.01; a mask that is off by one key errs by 0.15 or more. Rivals may err more, as some sum in bfloat16
@@ -145,17 +148,22 @@ def passes(function: Callable, inputs: dict[str, Tensor], upstream: Tensor) -> d
 
 
 def sampler(device: torch.device) -> Sample:
-    """sample(call, n): the seconds of one call, the mean of n."""
+    """sample(call, n): the seconds of one call, the mean of n; on a GPU those of the device alone."""
     if device.type != "cuda":
-        return _sample_cpu
+        return wall_clock
     # Several times the L2 cache of any GPU: writing it evicts the inputs.
     return partial(_sample_cuda, flush=torch.empty(256 << 20, dtype=torch.int8, device=device))
 
 
-def _sample_cpu(call: Candidate, n: int) -> float:
+def wall_clock(call: Candidate, n: int) -> float:
+    """The same with the host's work in it, as a step of training has."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = perf_counter()
     for _ in range(n):
         call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (perf_counter() - start) / n
 
 
@@ -220,21 +228,31 @@ def peak_extra_bytes(call: Candidate, device: torch.device) -> int:
 
 # Results
 
+NO_TIME = "no time was left"
+
 
 class Rival(NamedTuple):
     """make(problem) → what a bench's `passes` takes. It may raise, as may what it returns: then the rival is missing
-    for this problem. package: whose version is recorded."""
+    for this problem. package: whose version is recorded; of a file, which has none, the beginning of its SHA-256."""
 
     name: str
-    package: str
+    package: str | Path
     make: Callable
+
+    @property
+    def version(self) -> str:
+        if isinstance(self.package, str):
+            return metadata.version(self.package)
+        return f"{self.package.name} {hashlib.sha256(self.package.read_bytes()).hexdigest()[:12]}"
 
 
 class Bench:
-    """One run of a bench: measures, keeps rows and what is missing, prints tables and writes the JSON."""
+    """One run of a bench: attempts shapes, keeps rows and what is missing, writes the JSON, prints tables."""
 
     def __init__(self, name: str, quick: bool):
         self.name, self.quick, self.rows, self.missing, self.versions = name, quick, [], [], {}
+        self.failed: list[str] = []  # shapes that could not be measured, and why
+        self.gone: list[str] = []  # what the result that is replaced had more
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.sample = sampler(self.device)
@@ -243,17 +261,31 @@ class Bench:
         self.header |= environment(self.device, self.dtype)
         self.seconds = 1 if quick else 2  # of a race
         # A shape is begun only before this, so that a bench ends well inside ten minutes, a quick one inside two.
-        self.end = perf_counter() + (90 if quick else 450)
+        self.begun = perf_counter()
+        self.end = self.begun + (40 if quick else 420)
 
-    def begin(self, shape: Shape) -> bool:
-        """Whether there is time for another shape; if not, it is listed as missing."""
+    def attempt(self, measure: Callable, shape: Shape, *more) -> None:
+        """measure(bench, shape, *more), if there is time; if not, or if it fails, the shape is listed as missing, and
+        what was measured before is kept."""
         if perf_counter() > self.end:
-            self.lack("all", shape, "no time was left")
-            return False
+            return self.lack("all", shape, NO_TIME)
         torch.compiler.reset()  # a function that was compiled for too many shapes would no longer be compiled at all
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return True
+        try:
+            measure(self, shape, *more)
+        except UserError as error:
+            self.fail(shape, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            self.fail(shape, first_line(error))
+        except KeyboardInterrupt:
+            self.fail(shape, "it was interrupted")
+            self.end = self.begun
+
+    def fail(self, shape: Shape, reason: str) -> None:
+        self.failed.append(f"{label(shape)}: {reason}")
+        self.lack("all", shape, reason)
 
     def lack(self, name: str, shape: Shape, reason: str, what: str | None = None) -> None:
         """A rival is missing: for all passes over a shape or for one of them."""
@@ -265,7 +297,7 @@ class Bench:
         for rival in rivals:
             try:
                 function = rival.make(problem)
-                self.versions[rival.name] = metadata.version(rival.package)
+                self.versions[rival.name] = rival.version
                 made[rival.name] = function
             except Exception as error:
                 self.lack(rival.name, shape, first_line(error))
@@ -307,35 +339,53 @@ class Bench:
         samples = race(right, self.sample, self.seconds)
         rows = []
         for name, seconds in samples.items():
-            p10, p50, p90 = np.percentile(seconds, (10, 50, 90)).tolist()
-            peak = self.header["peak_flops" if flops else "peak_bytes_per_second"]
-            rows.append({
-                "what": what, "shape": shape, "name": name, "version": self.versions[name], "samples": len(seconds),
-                "p10_ms": p10 * 1e3, "p50_ms": p50 * 1e3, "p90_ms": p90 * 1e3,
-                # The median of the rounds' ratios: what slows a whole round down cancels out.
-                "ratio": float(np.median(np.divide(seconds, samples[OURS]))),
-                "tflops": flops and flops / p50 / 1e12,
-                "gbps": read_bytes and read_bytes / p50 / 1e9,
-                "percent_of_peak": peak and 100 * (flops or read_bytes) / p50 / peak,
-                **facts[name],
+            row = self.row(what, shape, name, seconds, samples[OURS], **facts[name])
+            peak, p50 = self.header["peak_flops" if flops else "peak_bytes_per_second"], row["p50_ms"] / 1e3
+            work = flops or read_bytes
+            rows.append(row | {
+                "tflops": flops and flops / p50 / 1e12, "gbps": read_bytes and read_bytes / p50 / 1e9,
+                "percent_of_peak": peak and work and 100 * work / p50 / peak,
             })  # fmt: skip
         self.rows += rows
         line = ", ".join(f"{row['name']} {number(row['p50_ms'])}" for row in rows)
         print(f"{self.name}: {label(shape)} {what}, ms: {line}", file=sys.stderr)
         return rows
 
-    def finish(self, **extra) -> Path:
-        """Write the JSON, with `extra` at its top level, and say what is missing."""
-        folder = RESULTS / slug(self.header["device"])
+    def row(self, what: str, shape: Shape, name: str, seconds: list[float], base: list[float], **more) -> Row:
+        """Of samples, in seconds, beside those that somebody else had in the same rounds: what slows a whole round down
+        cancels out of its ratio. error, in `more`, is None where there was nothing to compare."""
+        p10, p50, p90 = (1e3 * np.percentile(seconds, (10, 50, 90))).tolist()
+        low, ratio, high = np.percentile(np.divide(seconds, base), (10, 50, 90)).tolist()
+        return {"what": what, "shape": shape, "name": name, "version": self.versions[name], "samples": len(seconds),
+                "p10_ms": p10, "p50_ms": p50, "p90_ms": p90, "ratio_p10": low, "ratio": ratio, "ratio_p90": high,
+                **more}  # fmt: skip
+
+    def write(self, **extra) -> None:
+        """Write the JSON, with `extra` at its top level. What is not whole lies beside an earlier result, and replaces
+        none. Raises UserError, and writes nothing, if nothing was measured."""
+        if not self.rows:
+            raise UserError(f"nothing was measured: {'; '.join(self.failed) or 'there was no time'}")
+        folder = RESULTS / slug(self.header["device"] + f" {self.header['threads']} threads" * self.header["is_cpu"])
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{self.name}{'.quick' if self.quick else ''}.json"
-        result = self.header | extra | {"rows": self.rows, "missing": self.missing}
-        replace_file(file, json.dumps(result, indent=1) + "\n")
+        self.file = folder / f"{self.name}{'.quick' * self.quick}{'.failed' * bool(self.failed)}.json"
+        if self.file.exists():
+            before = json.loads(self.file.read_text())["rows"]
+            here, there = ([f"{label(row['shape'])} {row['what']}, {row['name']}" for row in rows]
+                           for rows in (self.rows, before))  # fmt: skip
+            self.gone = [line for line in there if line not in here]
+        seconds = round(perf_counter() - self.begun)
+        result = self.header | {"seconds": seconds} | extra | {"rows": self.rows, "missing": self.missing}
+        replace_file(self.file, json.dumps(result, indent=1) + "\n")
+
+    def finish(self) -> None:
+        """Say what is missing and where the result lies. Raises UserError if a shape failed."""
         screen = console()
         errors: dict[str, float] = {}
         for row in self.rows:
-            errors[row["name"]] = max(errors.get(row["name"], 0.0), row["error"])
-        screen.print("largest errors: " + ", ".join(f"{name} {error:.1g}" for name, error in errors.items()))
+            if row["error"] is not None:
+                errors[row["name"]] = max(errors.get(row["name"], 0.0), row["error"])
+        if errors:
+            screen.print("largest errors: " + ", ".join(f"{name} {error:.1g}" for name, error in errors.items()))
         reasons: dict[str, list[str]] = {}
         for lack in self.missing:
             case = f"{label(lack['shape'])} {lack['what'] or ''}".strip()
@@ -343,8 +393,13 @@ class Bench:
         for reason, (case, *more) in reasons.items():
             rest = f" and {len(more)} more" if more else ""
             screen.print(f"missing: {reason} ({case}{rest})", style="dim", markup=False)
-        screen.print(f"written: {file}", markup=False)
-        return file
+        if self.gone:
+            screen.print(f"{len(self.gone)} rows of the last result are not in this one: {self.gone[0]}", markup=False)
+        if self.header["dirty"]:
+            screen.print("the code has changes that no commit has: nobody can measure this again", markup=False)
+        screen.print(f"written in {perf_counter() - self.begun:.0f} s: {self.file}", markup=False, soft_wrap=True)
+        if self.failed:
+            raise UserError(f"{len(self.failed)} shapes failed, and no earlier result is replaced: {self.failed[0]}")
 
     def show(
         self,
@@ -354,8 +409,9 @@ class Bench:
         first: dict[str, Callable[[Row], str]],
         last: dict[str, Callable[[dict[str, Row]], str]] | None = None,
         hidden: Iterable[str] = (),
+        rows: list[Row] | None = None,
     ) -> None:
-        """Print the rows, a table for each title and a line for each shape.
+        """Print rows (None: all), a table for each title and a line for each shape.
 
         Columns: `first` of our row, then `cell` of each rival's, then `last` of the rows by name; one of dashes is
         left out. hidden: what the titles say of the shapes already.
@@ -363,7 +419,7 @@ class Bench:
         screen = console()
         screen.print(f"\n{self.name} on {self.header['device']}, ours by {self.header['ours']}", markup=False)
         tables: dict[str, dict[str, dict[str, Row]]] = {}
-        for row in self.rows:
+        for row in self.rows if rows is None else rows:
             rest = {key: value for key, value in row["shape"].items() if key not in hidden}
             tables.setdefault(title(row), {}).setdefault(label(rest), {})[row["name"]] = row
         for text, shapes in tables.items():
@@ -392,11 +448,15 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
     name = torch.cuda.get_device_name() if gpu else _cpu_name()
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
     status = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
-    peak, source = peak_flops(device, dtype)
+    # The best of three: a busy moment would make everything after it look fast.
+    (peak, source), speeds = max(peak_flops(device, dtype) for _ in range(3)), peak_bytes_per_second(device)
+    speed, source_of_speed = speeds
     return {
         "device": name,
+        "is_cpu": not gpu,
         "driver": driver and driver.splitlines()[0],
-        "threads": None if gpu else torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -407,8 +467,25 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
         "command": f"python -m bench {shlex.join(sys.argv[1:])}",
         "peak_flops": peak,
         "peak_flops_source": source,
-        "peak_bytes_per_second": next((b for g, b in MEMORY_DATA_SHEETS if gpu and re.fullmatch(g, name)), None),
+        "peak_bytes_per_second": speed,
+        "peak_bytes_per_second_source": source_of_speed,
     }
+
+
+def peak_bytes_per_second(device: torch.device) -> tuple[float, str]:
+    """How fast a device reads its memory, and where the figure comes from: the data sheet of a GPU we know, otherwise
+    the best of ten sums."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for name, speed in MEMORY_DATA_SHEETS:
+        if re.fullmatch(name, gpu):
+            return speed, f"data sheet of {gpu}"
+    data = torch.ones(MEASURED // 4, device=device)
+    seconds = []
+    for _ in range(10):
+        start = perf_counter()
+        data.sum().item()  # waits
+        seconds.append(perf_counter() - start)
+    return MEASURED / min(seconds), f"measured by a sum of {MEASURED >> 20} MiB"
 
 
 def _cpu_name() -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import GPT2, OURS, RIVALS_TOLERANCE, Bench, Candidate, Shape, check, label, number, race
+from bench.harness import GPT2, OURS, TOLERANCE, Bench, Candidate, Shape, check, label, number, race
 from nanopause.engine import Engine
 from nanopause.flops import forward_flops
 from nanopause.model import GPT, GPTConfig
@@ -129,12 +129,12 @@ class Run:
 
 
 class Case(NamedTuple):
-    """flops: by formula, and counted."""
+    """flops: by formula, and counted. error: of the last hidden state, beside another way to the same."""
 
     call: Candidate
     flops: np.ndarray
     config: GPTConfig
-    error: float = 0.0
+    error: float | None = None
 
 
 def compete(bench: Bench, what: str, shape: Shape, cases: dict[tuple[int, str], Case]) -> None:
@@ -142,20 +142,16 @@ def compete(bench: Bench, what: str, shape: Shape, cases: dict[tuple[int, str], 
     samples = race({key: case.call for key, case in cases.items()}, bench.sample, bench.seconds)
     base, without = samples[0, WITHOUT], cases[0, WITHOUT].flops
     for (m, name), seconds in samples.items():
-        p10, p50, p90 = (1e3 * np.percentile(seconds, (10, 50, 90))).tolist()
-        case = cases[m, name]
+        case, its = cases[m, name], {key: shape[key] for key in ("batch", "context")} | {"pauses": m}
         added = (case.flops - without) / m if m else (None, None)
-        bench.rows.append({
-            "what": what, "shape": {key: shape[key] for key in ("batch", "context")} | {"pauses": m},
-            "name": name, "samples": len(seconds), "p10_ms": p10, "p50_ms": p50, "p90_ms": p90,
-            # The median of the rounds' ratios and differences: what slows a whole round down cancels out.
-            "ratio": float(np.median(np.divide(seconds, base))),
-            "added_ms_per_pause": 1e3 * float(np.median(np.subtract(seconds, base))) / m if m else None,
-            "flops": int(case.flops[0]), "flops_counted": int(case.flops[1]),
-            "flops_ratio": float(case.flops[0] / without[0]),
-            "flops_per_pause": added[0], "flops_per_pause_counted": added[1],
-            "n_layer": case.config.n_layer, "n_head": case.config.n_head, "error": case.error,
-        })  # fmt: skip
+        bench.rows.append(bench.row(
+            what, its, name, seconds, base,
+            added_ms_per_pause=1e3 * float(np.median(np.subtract(seconds, base))) / m if m else None,
+            flops=int(case.flops[0]), flops_counted=int(case.flops[1]),
+            flops_ratio=float(case.flops[0] / without[0]),
+            flops_per_pause=added[0], flops_per_pause_counted=added[1],
+            n_layer=case.config.n_layer, n_head=case.config.n_head, error=case.error,
+        ))  # fmt: skip
     print(
         f"pause_cost: {label(shape | {'what': what})}: {1e3 * np.median(base):.1f} ms without pauses", file=sys.stderr
     )
@@ -166,13 +162,15 @@ def measure(bench: Bench, shape: Shape) -> None:
     n, context, what = shape["batch"], shape["context"], shape["what"]
     held, new = (context, 1) if what == "step" else (0, context)
     config = config_of(bench.quick, context + max(PAUSES) + 1)
-    run, tolerance = Run(bench, config, n, held), RIVALS_TOLERANCE[bench.dtype]
+    run, tolerance = Run(bench, config, n, held), TOLERANCE[bench.dtype]
     at_once, one_by_one = pauses_of(bench.device.type, shape)
     last, pauses = run.text[:, held : held + new], run.pauses
     cases = {(0, WITHOUT): Case(run.call(held, last), flops(config, n, held, new), config)}
     for m in at_once:
         call = run.call(held, torch.cat((last, pauses[:, :m]), 1))
-        cases[m, OURS] = Case(call, flops(config, n, held, new + m), config)
+        in_two = run.call(held, last, pauses[:, :m])  # M up to 8 beside M passes, below
+        error = check({"hidden": call()["hidden"]}, in_two(), tolerance)
+        cases[m, OURS] = Case(call, flops(config, n, held, new + m), config, error)
     for m in one_by_one:
         call, at_once_call = run.call(held, last, *[pauses[:, :1]] * m), cases[m, OURS].call
         cost = cases[0, WITHOUT].flops + flops_one_by_one(config, n, held + new, m, logits=False)
@@ -208,13 +206,12 @@ def main(quick: bool = False) -> None:
         quick: A small model and two shapes.
     """
     bench = Bench("pause_cost", quick)
-    bench.versions |= dict.fromkeys((SEQUENTIAL, THOUGHT, LAYERS, HEADS), torch.__version__)
+    bench.versions |= dict.fromkeys((WITHOUT, SEQUENTIAL, THOUGHT, LAYERS, HEADS), torch.__version__)
     for shape in shapes(quick):
-        if bench.begin(shape):
-            measure(bench, shape)
+        bench.attempt(measure, shape)
+    bench.write(model="a small model" if quick else "GPT-2 124M")
     without = {(row["what"], *list(row["shape"].values())[:2]): row["p50_ms"]
                for row in bench.rows if row["name"] == WITHOUT}  # fmt: skip
-    rows, bench.rows = bench.rows, [row for row in bench.rows if row["name"] != WITHOUT]
 
     def title(row: dict) -> str:
         batch, context = row["shape"]["batch"], row["shape"]["context"]
@@ -230,7 +227,6 @@ def main(quick: bool = False) -> None:
                "FLOPs": lambda row: f"{row['flops_ratio']:.2f}",
                "MFLOPs a pause": lambda row: number(row["flops_per_pause"] / 1e6 / row["shape"]["batch"]),
                "counted": lambda row: number(row["flops_per_pause_counted"] / 1e6 / row["shape"]["batch"])},
-        hidden=("batch", "context"),
+        hidden=("batch", "context"), rows=[row for row in bench.rows if row["name"] != WITHOUT],
     )  # fmt: skip
-    bench.rows = rows
-    bench.finish(model="a small model" if quick else "GPT-2 124M")
+    bench.finish()

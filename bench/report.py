@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from bench.harness import DASH, OURS, RESULTS, ROOT, Row, number
+from bench.harness import DASH, NO_TIME, OURS, RESULTS, ROOT, Row, number
 from nanopause.errors import UserError
 
 PLACE = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -30,9 +30,11 @@ Results = dict[str, dict[str, Result]]  # by bench, then by device's folder
 def load(folder: Path) -> Results:
     results: Results = {}
     for file in sorted(folder.glob("*/*.json")):
-        result = json.loads(file.read_text())
-        if file.stem in PAGES and "device" in result:
-            results.setdefault(file.stem, {})[file.parent.name] = result
+        if file.stem in PAGES:
+            try:
+                results.setdefault(file.stem, {})[file.parent.name] = json.loads(file.read_text())
+            except ValueError:
+                raise UserError(f"{file} is no JSON: run python -m bench {file.stem} again, or remove it") from None
     return results
 
 
@@ -55,7 +57,7 @@ def text(readme: str, results: Results) -> str:
 
 def part(bench: str, device: str, result: Result) -> str:
     """What README says of a bench on a device."""
-    threads = f", {result['threads']} threads" if result["threads"] else ""
+    threads = f", {result['threads']} threads" * result["is_cpu"]
     commit = f"commit {result['commit'][:7]}{' with changes' * bool(result['dirty'])}" if result["commit"] else ""
     lines = [
         f"{result['device']}{threads}, {result['dtype']}, torch {result['torch']} "
@@ -74,10 +76,10 @@ def words(shape: dict) -> str:
     return ", ".join(value if isinstance(value, str) else f"{key} {value:g}" for key, value in shape.items())
 
 
-def markdown(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]], folded: bool = False) -> str:
     rows = [head, ["---"] * len(head), *lines]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    if len(lines) <= LONG:
+    if len(lines) <= LONG and not folded:
         return table
     return f"<details><summary>{len(lines)} lines</summary>\n\n{table}\n\n</details>"
 
@@ -98,8 +100,9 @@ def named(row: Row, rows: list[Row], keys: list[str]) -> str:
 
 
 def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], float | None]) -> str:
-    """A line for each pass and shape: `value` of ours, and of every rival with how many times longer it takes; then
-    what is behind a number: where rivals are faster, and who is missing."""
+    """A line for each pass and shape: `value` of ours, and of every rival with how many times longer it takes, bold
+    where it is faster, in italics where the rounds disagree; then what is behind a number: where rivals are faster, and
+    who is missing."""
     if not rows:
         return "Nothing could be measured."
     keys, common = varying(rows)
@@ -109,7 +112,7 @@ def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], fl
         cell = number(value(row))
         if row["name"] != OURS:
             cell += f" ({row['ratio']:.2f})"
-            cell = f"**{cell}**" if row["ratio"] < 1 else cell
+            cell = f"**{cell}**" if row["ratio"] < 1 else f"*{cell}*" if row["ratio_p10"] < 1 else cell
         cells.setdefault(named(row, rows, keys), {})[row["name"]] = cell
     head = unit + "; in brackets, how many times longer a rival takes" * (len(names) > 1)
     head += f"; {words(common)}" if common else ""
@@ -120,24 +123,35 @@ def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], fl
 def behind(result: Result, rows: list[Row]) -> str:
     rivals = [row for row in rows if row["name"] != OURS]
     lost = [row for row in rivals if row["ratio"] < 1]
+    close = [row for row in rivals if row["ratio_p10"] < 1 <= row["ratio"]]
     said = []
     if lost:
         who = ", ".join(dict.fromkeys(row["name"] for row in lost))
         said.append(f"Bold, {len(lost)} of {len(rivals)}: faster than ours ({who}).")
     elif rivals:
         said.append("No rival is faster.")
-    there = {row["name"] for row in result["rows"]}
-    absent = dict.fromkeys(lack["name"] for lack in result["missing"] if lack["name"] not in (there | {"all"}))
-    if absent:
-        said.append(f"Missing: {', '.join(absent)}.")
-    return " ".join([*said, *late(result)])
+    if close:
+        said.append(f"Italics, {len(close)} of {len(rivals)}: faster in some rounds.")
+    return " ".join([*said, *missing(result)])
 
 
-def late(result: Result) -> list[str]:
-    """A sentence about the shapes that there was no time for, if any."""
-    shapes = [words(lack["shape"]) for lack in result["missing"] if lack["name"] == "all" and lack["shape"]]
+def missing(result: Result) -> list[str]:
+    """A sentence about the rivals that are missing, with how often where it is not always, and one about the shapes
+    that there was no time for."""
+    why: dict[str, dict[str, int]] = {}
+    for lack in result["missing"]:
+        if lack["name"] != "all":
+            reasons = why.setdefault(lack["name"], {})
+            reasons[lack["reason"]] = reasons.get(lack["reason"], 0) + 1
+    there, said = {row["name"] for row in result["rows"]}, []
+    for name, reasons in why.items():
+        for reason, n in reasons.items():
+            cases = f" ({n} case{'s' * (n > 1)})" if name in there else ""
+            said.append(f"{name}{cases}: {reason}")
+    sentences = [f"Missing: {'; '.join(said)}."] if said else []
+    shapes = [words(lack["shape"]) for lack in result["missing"] if lack["reason"] == NO_TIME]
     more = f" and {len(shapes) - 3} more shapes" * (len(shapes) > 3)
-    return [f"Not measured, for want of time: {'; '.join(shapes[:3])}{more}."] if shapes else []
+    return sentences + ([f"Not measured, for want of time: {'; '.join(shapes[:3])}{more}."] if shapes else [])
 
 
 def peak(row: Row) -> str:
@@ -145,37 +159,49 @@ def peak(row: Row) -> str:
 
 
 def pause_cost_table(result: Result) -> str:
-    """Times that of the pass without pauses, for the contexts of 1024 tokens, or of what there is."""
+    """Times that of the pass without pauses, a table for the contexts of 1024 tokens, or of what there is, and one for
+    the others."""
     rows = [row for row in result["rows"] if row["name"] != "without"]
-    contexts = {row["shape"]["context"] for row in rows}
-    rows = [row for row in rows if row["shape"]["context"] == (1024 if 1024 in contexts else min(contexts))]
+    contexts = sorted({row["shape"]["context"] for row in rows})
+    shown = 1024 if 1024 in contexts else contexts[0]
     pauses = [m for m in (1, 8, 50) if any(row["shape"]["pauses"] == m for row in rows)]
     cells: dict[tuple, dict[int, str]] = {}
+    ours = {(row["what"], *row["shape"].values()): row for row in rows if row["name"] == OURS}
     for row in rows:
-        shape = row["shape"]
-        where = shape["batch"], shape["context"], row["what"]
-        cells.setdefault((*where, row["name"]), {})[shape["pauses"]] = f"{row['ratio']:.2f}"
-        if row["name"] == OURS and row["what"] != "decode":
-            cells.setdefault((*where, FLOPS), {})[shape["pauses"]] = f"{row['flops_ratio']:.2f}"
-    lines = {f"{about}; batch {batch}, context {context}": cells[batch, context, what, name]
-             for batch, context in dict.fromkeys(key[:2] for key in cells)
-             for (what, name), about in PAUSE_LINES.items() if (batch, context, what, name) in cells}  # fmt: skip
-    head = ["time, times that of the same without pauses", *(f"{m} pause{'s' * (m > 1)}" for m in pauses)]
-    table = markdown(head, [[line, *(at.get(m, DASH) for m in pauses)] for line, at in lines.items()])
-    return "\n\n".join([table, *late(result)])
+        shape, cell = row["shape"], f"{row['ratio']:.2f} ({row['flops_ratio']:.2f})"
+        if row["ratio"] < ours[(row["what"], *shape.values())]["ratio"]:
+            cell = f"**{cell}**"
+        cells.setdefault((shape["context"], shape["batch"], row["what"], row["name"]), {})[shape["pauses"]] = cell
+    head = ["time (FLOPs), times that of the same without pauses", *(f"{m} pause{'s' * (m > 1)}" for m in pauses)]
+    tables = []
+    for some in ([shown], [context for context in contexts if context != shown]):
+        lines = [[f"{about}; batch {batch}, context {context}", *(at.get(m, DASH) for m in pauses)]
+                 for context, batch in dict.fromkeys(key[:2] for key in cells) if context in some
+                 for (what, name), about in PAUSE_LINES.items()
+                 if (at := cells.get((context, batch, what, name)))]  # fmt: skip
+        tables += [markdown(head, lines, folded=some != [shown])] * bool(lines)
+    if any("**" in table for table in tables):
+        tables.append("Bold: takes less time than the pauses in one pass.")
+    step = next((row for row in ours.values() if row["what"] == "step" and row["shape"]["pauses"] == pauses[-1]), None)
+    if step:
+        each, counted = (
+            step[key] / 1e6 / step["shape"]["batch"] for key in ("flops_per_pause", "flops_per_pause_counted")
+        )
+        tables.append(
+            f"One of the {pauses[-1]} pauses of a token ({words(step['shape'])}) adds {number(each)} MFLOPs by "
+            f"formula, {number(counted)} counted, and {number(step['added_ms_per_pause'])} ms."
+        )
+    return "\n\n".join([*tables, *missing(result)])
 
 
-FLOPS = "FLOPs"
 PAUSE_LINES = {
     ("step", OURS): "a token and its pauses in one pass",
-    ("step", FLOPS): "FLOPs of a token and its pauses",
     ("step", "sequential"): "a token, then its pauses one by one",
     ("step", "chain of thought"): "a token, and as many more of a chain of thought",
     ("prefix", OURS): "a prompt and its pauses in one pass",
-    ("prefix", FLOPS): "FLOPs of a prompt and its pauses",
     ("prefix", "sequential"): "a prompt, then its pauses one by one",
-    ("prefix", "more layers"): "the prompt alone, of more layers for the same FLOPs",
-    ("prefix", "more heads"): "the prompt alone, of more heads for the same FLOPs",
+    ("prefix", "more layers"): "the prompt alone, with more layers",
+    ("prefix", "more heads"): "the prompt alone, with more heads",
     ("decode", OURS): "a later token, after the pauses",
     ("decode", "more layers"): "a later token of more layers",
     ("decode", "more heads"): "a later token of more heads",
@@ -186,19 +212,28 @@ def tokens_table(result: Result) -> str:
     return beside(result, result["rows"], "tokens per second", lambda row: row["tokens_per_second"])
 
 
-def generate_rows(result: Result) -> list[Row]:
-    whole = [row | {"what": "with prompts"} for row in result["rows"]]
-    after = [row | {"what": "after prompts", "ratio": row["ratio_after_prompt"],
-                    "tokens_per_second": row["tokens_per_second_after_prompt"]} for row in result["rows"]]  # fmt: skip
-    return whole + after
+def generate_table(result: Result) -> str:
+    tables = []
+    for what in ("prompts included", "after the prompts"):
+        rows = [row for row in result["rows"] if row["what"] == what]
+        tables.append(beside(result, rows, f"tokens per second, {what}", lambda row: row["tokens_per_second"]))
+    keys, _ = varying(rows)
+    speeds = [f"{named(row, rows, keys)}: {number(row['gbps'])} ({peak(row)})" for row in rows if row["name"] == OURS]
+    source = f"{number(result['peak_bytes_per_second'] / 1e9)}, {result['peak_bytes_per_second_source']}"
+    speed = f"GB/s that a step of ours reads after the prompts (share of the memory's {source}): {'; '.join(speeds)}."
+    return "\n\n".join([*tables, speed])
 
 
 def train_table(result: Result) -> str:
     rows = [row for row in result["rows"] if row["what"] == "step"]
     shares = [f"{words(row['shape'])}: {peak(row)}" for row in rows if row["name"] == OURS]
     table = beside(result, rows, "tokens per second of training", lambda row: row["tokens_per_second"])
-    source = result["peak_flops_source"]
-    return f"{table} MFU ({number(result['peak_flops'] / 1e12)} TFLOP/s, {source}): {'; '.join(shares)}."
+    said = [f"{table} MFU ({number(result['peak_flops'] / 1e12)} TFLOP/s, {result['peak_flops_source']}): "
+            f"{'; '.join(shares)}."]  # fmt: skip
+    turns = [f"{each['ratio']:.2f} ({words(each['shape'])})" for each in result["with_pauses"]]
+    return " ".join(
+        said + [f"Time of a step with pauses over one without, by turns: {'; '.join(turns)}."] * bool(turns)
+    )
 
 
 def data_table(result: Result) -> str:
@@ -216,6 +251,9 @@ def loss_table(result: Result) -> str:
         return times
     keys, common = varying(rows)
     names, lines = list(dict.fromkeys(row["name"] for row in rows)), {}
+    halves = [f"{each['what']} " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in each["ratios"].items())
+              for each in result["half_masked"]]  # fmt: skip
+    times += f"\n\nTime with half of the rows masked over none, by turns: {'; '.join(halves)}." * bool(halves)
     for row in rows:
         memory = f"{number(row['extra_bytes'] / 2**20)} ({number(row['percent_of_logits'])} %)"
         lines.setdefault(words({key: row["shape"][key] for key in keys}), {})[row["name"]] = memory
@@ -232,7 +270,7 @@ def dit_table(result: Result) -> str:
     lines = [[row["shape"]["placement"], number(row["p50_ms"]), f"{row['ratio']:.2f}", f"{row['flops_ratio']:.2f}",
               f"{row['tokens']} ({row['pauses']})"] for row in rows]  # fmt: skip
     head = [f"a step, {'; '.join(sizes)}", "ms", "times sft", "FLOPs, times sft", "tokens (of them pauses)"]
-    return markdown(head, lines)
+    return "\n\n".join([markdown(head, lines), *missing(result)])
 
 
 # Figures
@@ -427,6 +465,21 @@ def growth_figure(result: Result) -> Figure:
     return curves(panels, f"A step of training on {device(result)}")
 
 
+def generate_figure(result: Result) -> Figure:
+    """Speed against batch, context and pauses, where the rest is the same."""
+    panels = []
+    for axis, x in (("batch", "sequences"), ("context", "tokens of a prompt"), ("pauses", "pauses behind a prompt")):
+        others: dict[str, list[Row]] = {}
+        for row in (row for row in result["rows"] if row["what"] == "prompts included"):
+            others.setdefault(words({k: v for k, v in row["shape"].items() if k not in (axis, "new")}), []).append(row)
+        for title, its in others.items():
+            panel = Panel(title, x, "tokens/s, prompts included", {})
+            for row in its:
+                panel.series.setdefault(row["name"], []).append((row["shape"][axis], row["tokens_per_second"]))
+            panels.append(panel)
+    return curves(panels, f"Generation on {device(result)}")
+
+
 def speeds(rows: Callable[[Result], list[Row]], title: str, thousands: bool = False) -> Callable[[Result], Figure]:
     unit = "thousand " * thousands + "tokens per second"
     return lambda result: bars(rows(result), f"{title} on {device(result)}",
@@ -452,10 +505,8 @@ PAGES = {
         "": ("Tokens per second of training, by implementation",
              speeds(lambda result: [row for row in result["rows"] if row["what"] == "step"], "Training")),
         "_growth": ("Speed and memory of a training step as it grows", growth_figure)}),
-    "generate": Page(
-        lambda result: beside(result, generate_rows(result), "tokens per second", lambda row: row["tokens_per_second"]),
-        {"": ("Tokens per second of generation, by implementation",
-              speeds(lambda result: generate_rows(result)[: len(result["rows"])], "Generation, prompts included,"))}),
+    "generate": Page(generate_table, {"": (
+        "Tokens per second of generation against batch, context and pauses, by implementation", generate_figure)}),
     "finetune": Page(tokens_table, {"": (
         "Tokens per second of finetuning, packed and padded", speeds(lambda result: result["rows"], "Finetuning"))}),
     "dit": Page(dit_table, {}),
@@ -475,7 +526,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         for name, result in devices.items():
             for suffix, (_, figure_of) in PAGES[bench].figures.items() if result["rows"] else ():
                 figure = figure_of(result)
-                for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": result["date"]})):
                     files.append(folder / name / f"{bench}{suffix}.{kind}")
                     figure.savefig(files[-1], dpi=150, metadata=metadata)
                 plt.close(figure)

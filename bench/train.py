@@ -13,13 +13,29 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
 from itertools import count
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.harness import DASH, OURS, ROOT, Bench, Candidate, Rival, Shape, nanogpt, number, transformers_gpt2
+from bench.harness import (
+    DASH,
+    OURS,
+    ROOT,
+    Bench,
+    Candidate,
+    Rival,
+    Shape,
+    label,
+    nanogpt,
+    number,
+    race,
+    transformers_gpt2,
+    wall_clock,
+)
 from data.pydocs import prepare_pydocs
 from nanopause import flops
 from nanopause.config import load_config
@@ -181,7 +197,15 @@ def nano(problem: Problem, path: str) -> Candidate:
     return rival(problem, model, loss_of, optimizer, *weights)
 
 
-def measure(bench: Bench, what: str, shape: Shape, rivals: tuple[Rival, ...]) -> None:
+def with_pauses(bench: Bench, shape: Shape, ratios: list[dict]) -> None:
+    """Ours with and without pauses by turns."""
+    calls = {rate: ours(Problem(shape | {"pause_rate": rate}, bench.device)) for rate in (0.0, shape["pause_rate"])}
+    samples = race(calls, bench.sample, bench.seconds)
+    ratio = float(np.median(np.divide(samples[shape["pause_rate"]], samples[0.0])))
+    ratios.append({"shape": shape, "ratio": ratio})
+
+
+def measure(bench: Bench, shape: Shape, what: str, rivals: tuple[Rival, ...], ratios: list[dict]) -> None:
     problem, calls = Problem(shape, bench.device), {}
     if what == "step" and shape["model"] != "default":
         calls = bench.functions(rivals, problem, shape)
@@ -191,6 +215,8 @@ def measure(bench: Bench, what: str, shape: Shape, rivals: tuple[Rival, ...]) ->
     for row in bench.compete(what, shape, calls, truth(problem), flops=work, memory=True):
         row["tokens_per_second"] = 1e3 * shape["batch"] * shape["T"] / row["p50_ms"]
         row["parameters"] = sum(x.numel() for x in problem.model.parameters())
+    if shape["pause_rate"]:
+        with_pauses(bench, shape, ratios)
 
 
 def main(quick: bool = False, nanogpt: str = "") -> None:
@@ -200,20 +226,24 @@ def main(quick: bool = False, nanogpt: str = "") -> None:
         quick: Small models, few shapes.
         nanogpt: A checkout of github.com/karpathy/nanoGPT. Empty: it is missing.
     """
-    bench = Bench("train", quick)
+    bench, ratios = Bench("train", quick), []
+    bench.sample = wall_clock
     rivals = (
         Rival("transformers", "transformers", partial(transformers, compiled=False)),
         Rival("transformers, compiled", "transformers", partial(transformers, compiled=True)),
-        Rival("nanoGPT", "torch", partial(nano, path=nanogpt)),
+        Rival("nanoGPT", Path(nanogpt, "model.py"), partial(nano, path=nanogpt)),
     )
     for what, shape in shapes(bench.device.type, quick):
-        if bench.begin(shape):
-            measure(bench, what, shape, rivals)
+        bench.attempt(measure, shape, what, rivals, ratios)
+    bench.write(with_pauses=ratios)
     bench.show(
         lambda row: f"{row['what']}: tokens per second, and how many times faster ours is",
         lambda row: f"{number(row['tokens_per_second'])} {row['ratio']:5.2f}",
         first={"ours": lambda row: number(row["tokens_per_second"]),
                "MFU": lambda row: f"{p:.0f}%" if (p := row["percent_of_peak"]) else DASH,
-               "MiB beside weights": lambda row: number(row["peak_extra_bytes"] / 2**20)},
+               "MiB beyond what stays": lambda row: number(row["peak_extra_bytes"] / 2**20)},
     )  # fmt: skip
+    for each in ratios:
+        print(f"a step with pauses takes {each['ratio']:.2f} times as long as one without, by turns: "
+              f"{label(each['shape'])}")  # fmt: skip
     bench.finish()

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-# Logits in memory at once, in elements: 16 Mi in float32 are 64 MiB.
-CHUNK_ELEMENTS = 1 << 24
+# Logits in memory at once, in elements: 8 Mi in float32 are 32 MiB. They are read and written five times, in a cache if
+# they fit; with fewer rows the products are slow.
+CHUNK_ELEMENTS = 1 << 23
 
 
 def _visible(bounds: Tensor) -> bool:
@@ -18,7 +19,7 @@ def _visible(bounds: Tensor) -> bool:
 
 Hidden = tuple[int, int, bool, Tensor | None, Tensor | None]
 KEPT_ELEMENTS = 1 << 20  # of a mask, at most
-_last: tuple[Tensor, Tensor, int, Hidden] | None = None
+_last: tuple[Tensor, Tensor, int, torch.dtype, Hidden] | None = None
 
 
 def _mask(lo: Tensor, hi: Tensor, S: int, first: int = 0, last: int | None = None) -> Hidden:
@@ -31,13 +32,14 @@ def _mask(lo: Tensor, hi: Tensor, S: int, first: int = 0, last: int | None = Non
     return first, last, False, mask[:, None], empty
 
 
-def _seen(lo: Tensor, hi: Tensor, S: int) -> Hidden:
-    """The same where the bounds can be looked at. Keys that nobody reads, such as a cache's unused slots, are left out,
-    and so is a mask that would hide nothing, or what plain causal hides. The layers of a model ask one after the other
-    for the same: the last answer is kept, if it is small."""
+def _seen(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Hidden:
+    """The same where the bounds can be looked at, with the mask as what SDPA adds, in `dtype`, which it would make
+    anew of one in bool. Keys that nobody reads, such as a cache's unused slots, are left out, and so is a mask that
+    would hide nothing, or what plain causal hides. The layers of a model ask one after the other for the same: the last
+    answer is kept, if it is small."""
     global _last
-    last_lo, last_hi, last_S, hidden = _last or (lo, hi, -1, None)  # read once: another thread may write it
-    if last_S == S and torch.equal(hi, last_hi) and torch.equal(lo, last_lo):
+    last_lo, last_hi, last_S, last_dtype, hidden = _last or (lo, hi, -1, dtype, None)  # another thread may write it
+    if (last_S, last_dtype) == (S, dtype) and torch.equal(hi, last_hi) and torch.equal(lo, last_lo):
         return hidden
     T = hi.shape[1]
     (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))
@@ -46,9 +48,13 @@ def _seen(lo: Tensor, hi: Tensor, S: int) -> Hidden:
     causal = 1 < T == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
     with torch.inference_mode(False):  # it may be asked for in training next
         plain = causal or (lo_max <= first and hi_min >= last)
-        hidden = (first, last, causal, None, None) if plain else _mask(lo, hi, S, first, last)
+        hidden = first, last, causal, None, None
+        if not plain:
+            *_, mask, empty = _mask(lo, hi, S, first, last)
+            added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+            hidden = first, last, causal, added, empty if empty.any() else None
         if hi.numel() * (last - first) <= KEPT_ELEMENTS:
-            _last = lo.clone(), hi.clone(), S, hidden
+            _last = lo.clone(), hi.clone(), S, dtype, hidden
     return hidden
 
 
@@ -69,7 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | N
     if lo is not None or hi is not None or 1 < T != S:
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
-        first, last, causal, mask, empty = (_seen if S and _visible(hi) else _mask)(lo, hi, S)
+        first, last, causal, mask, empty = _seen(lo, hi, S, q.dtype) if S and _visible(hi) else _mask(lo, hi, S)
         k, v = k[:, first:last], v[:, first:last]
     out = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
