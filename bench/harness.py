@@ -186,17 +186,20 @@ def race(calls: dict[str, Candidate], sample: Sample, seconds: float) -> dict[st
     """Seconds of a call, one sample a round and candidate. In a round each has its turn: A B C, A B C, …
 
     A sample is as many calls as fill a millisecond, 10 at most; there are 5 to 25 rounds, about `seconds` in all, and
-    three of more than 20 seconds each.
+    three of more than 20 seconds each, whose first is what warms others up.
     """
-    repeats, round_seconds = {}, 0.0
+    repeats, samples, round_seconds = {}, {}, 0.0
     for name, call in calls.items():
         estimate = sample(call, 1)  # warms up
         if estimate < 5:
             estimate = sample(call, 1)
-        repeats[name] = min(max(round(1e-3 / max(estimate, 1e-6)), 1), 10)
+        repeats[name], samples[name] = min(max(round(1e-3 / max(estimate, 1e-6)), 1), 10), [estimate]
         round_seconds += repeats[name] * estimate
-    samples = {name: [] for name in calls}
-    for _ in range(min(max(int(seconds / max(round_seconds, 1e-6)), 3 if round_seconds > 20 else 5), 25)):
+    rounds = 2
+    if round_seconds <= 20:
+        rounds = min(max(int(seconds / max(round_seconds, 1e-6)), 5), 25)
+        samples = {name: [] for name in calls}
+    for _ in range(rounds):
         for name, call in calls.items():
             samples[name].append(sample(call, repeats[name]))
     return samples

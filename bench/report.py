@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import matplotlib
@@ -141,8 +142,8 @@ def missing(result: Result) -> list[str]:
     why: dict[str, dict[str, int]] = {}
     for lack in result["missing"]:
         if lack["name"] != "all":
-            reasons = why.setdefault(lack["name"], {})
-            reasons[lack["reason"]] = reasons.get(lack["reason"], 0) + 1
+            reasons, reason = why.setdefault(lack["name"], {}), shorten(lack["reason"], 90, placeholder="…")
+            reasons[reason] = reasons.get(reason, 0) + 1
     there, said = {row["name"] for row in result["rows"]}, []
     for name, reasons in why.items():
         for reason, n in reasons.items():

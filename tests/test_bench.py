@@ -64,8 +64,8 @@ def test_candidates_take_turns():
 @pytest.mark.parametrize("seconds, repeats, rounds", [(1e-5, 10, 25), (3e-4, 3, 25), (0.5, 1, 20), (100.0, 1, 3)])
 def test_a_sample_fills_a_millisecond_and_a_race_its_time(seconds, repeats, rounds):
     asked = []
-    race({"a": answer()}, lambda call, n: asked.append(n) or seconds, seconds=10)
-    assert asked[2 if seconds < 5 else 1 :] == [repeats] * rounds
+    samples = race({"a": answer()}, lambda call, n: asked.append(n) or seconds, seconds=10)
+    assert asked[2 if seconds < 5 else 0 :] == [repeats] * rounds and samples == {"a": [seconds] * rounds}
 
 
 def test_a_sample_is_a_mean(monkeypatch):
