@@ -18,23 +18,23 @@ def _visible(bounds: Tensor) -> bool:
 
 
 Hidden = tuple[int, int, bool, Tensor | None, Tensor | None]
-KEPT_ELEMENTS = 1 << 20  # of a mask, at most
+KEPT_ELEMENTS = 1 << 22  # of a mask, at most
 _last: tuple[Tensor, Tensor, int, torch.dtype, Hidden] | None = None
 
 
-def _mask(lo: Tensor, hi: Tensor, S: int, first: int = 0, last: int | None = None) -> Hidden:
+def _mask(lo: Tensor, hi: Tensor, S: int) -> Hidden:
     """What SDPA is told of intervals [B, T] of S keys: the first key, the one after the last, whether it is plain
-    causal between them, a mask [B, 1, T, last - first] where it is not, and the queries without keys, bool [B, T]."""
-    last = S if last is None else last
-    empty, s = hi <= lo, torch.arange(first, last, device=hi.device)
+    causal between them, a mask [B, 1, T, last - first] where it is not, and the queries without keys, bool [B, T], if
+    there may be any."""
+    empty, s = hi <= lo, torch.arange(S, device=hi.device, dtype=hi.dtype)
     # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
-    mask = ((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == first))
-    return first, last, False, mask[:, None], empty
+    mask = ((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == 0))
+    return 0, S, False, mask[:, None], empty
 
 
 def _seen(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Hidden:
-    """The same where the bounds can be looked at, with the mask as what SDPA adds, in `dtype`, which it would make
-    anew of one in bool. Keys that nobody reads, such as a cache's unused slots, are left out, and so is a mask that
+    """The same where the bounds can be looked at, with the mask in `dtype` as SDPA adds it, which would make it anew of
+    one in bool every time. Keys that nobody reads, such as a cache's unused slots, are left out, and so is a mask that
     would hide nothing, or what plain causal hides. The layers of a model ask one after the other for the same: the last
     answer is kept, if it is small."""
     global _last
@@ -48,11 +48,18 @@ def _seen(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Hidden:
     causal = 1 < T == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
     with torch.inference_mode(False):  # it may be asked for in training next
         plain = causal or (lo_max <= first and hi_min >= last)
-        hidden = first, last, causal, None, None
+        mask = empty = None
         if not plain:
-            *_, mask, empty = _mask(lo, hi, S, first, last)
-            added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-            hidden = first, last, causal, added, empty if empty.any() else None
+            empty, s = hi <= lo, torch.arange(first, last, dtype=hi.dtype)
+            hides = s >= hi[..., None]
+            if lo_max > first:
+                hides = hides | (s < lo[..., None])
+            if empty.any():
+                hides = hides & ~(empty[..., None] & (s == first))
+            else:
+                empty = None
+            mask = torch.zeros(hides.shape, dtype=dtype).masked_fill_(hides, -torch.inf)[:, None]
+        hidden = first, last, causal, mask, empty
         if hi.numel() * (last - first) <= KEPT_ELEMENTS:
             _last = lo.clone(), hi.clone(), S, dtype, hidden
     return hidden

@@ -170,24 +170,30 @@ class PauseOptions:
 
     pause_when: Literal["after_prompt", "below_confidence", "on_request"] = "after_prompt"
     """After the prompt; before tokens that are less likely than the threshold; or where the model says <|pause|>."""
-    threshold: float = 0.5
-    """Of below_confidence: the highest probability of a token from which on there is no pause."""
-    pause_budget: int = 100
-    """Pauses that a text may have, unless after_prompt."""
+    threshold: float | None = None
+    """Of below_confidence: the highest probability of a token from which on there is no pause. None: 0.5."""
+    pause_budget: int | None = None
+    """Of below_confidence and on_request: pauses that a text may have. None: 100."""
     stop_when_useless: bool = False
     """Turn pauses off once it is clear that they change nothing of what the model says. After a break it is measured
     anew."""
 
     def policy(self, pauses: int) -> Policy:
         """The policy of `pauses` pauses wherever there are any."""
+        if self.threshold is not None and self.pause_when != "below_confidence":
+            raise UserError(f"threshold={self.threshold} is of below_confidence: add --pause_when=below_confidence")
+        if self.pause_budget is not None and self.pause_when == "after_prompt":
+            raise UserError(f"pause_budget={self.pause_budget} is of below_confidence and on_request: add --pause_when")
+        threshold = 0.5 if self.threshold is None else self.threshold
+        budget = 100 if self.pause_budget is None else self.pause_budget
         if pauses == 0:
             return Never()
-        if self.pause_when != "after_prompt" and pauses > self.pause_budget:
-            raise UserError(f"pause_budget={self.pause_budget} is less than the {pauses} pauses of one place: raise it")
+        if self.pause_when != "after_prompt" and pauses > budget:
+            raise UserError(f"pause_budget={budget} is less than the {pauses} pauses of one place: raise it")
         if self.pause_when == "after_prompt":
             policy = AfterPrompt(pauses)
         elif self.pause_when == "below_confidence":
-            policy = BelowConfidence(self.threshold, pauses, self.pause_budget)
+            policy = BelowConfidence(threshold, pauses, budget)
         else:
-            policy = OnRequest(pauses, self.pause_budget)
+            policy = OnRequest(pauses, budget)
         return StopWhenUseless(policy) if self.stop_when_useless else policy

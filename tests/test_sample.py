@@ -114,6 +114,8 @@ def test_policies_from_the_command_line(run):
 
 @pytest.mark.parametrize("arguments, text", [
     (["--pause_when=on_request"], "add --pauses=5"),
+    (["--threshold=0.3"], "threshold=0.3 is of below_confidence: add --pause_when=below_confidence"),
+    (["--pauses=2", "--pause_budget=9"], "pause_budget=9 is of below_confidence and on_request: add --pause_when"),
     (["--stop_when_useless"], "add --pauses=5"),
     (["--prompt=x", "--prompt_file=y"], "leave one out"),
     (["--prompt=x", "--pauses=64"], "1 \\+ 64 tokens, and at most 64"),
