@@ -1,5 +1,8 @@
 """The fastest way that plain PyTorch has: SDPA for attention, a loss in chunks of live rows."""
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,81 +20,111 @@ def _visible(bounds: Tensor) -> bool:
     return cpu and bounds.numel() > 0 and not torch.compiler.is_compiling()
 
 
-Hidden = tuple[int, int, bool, Tensor | None, Tensor | None]
-KEPT_ELEMENTS = 1 << 22  # of a mask, at most
-_last: tuple[Tensor, Tensor, int, torch.dtype, Hidden] | None = None
+class Part(NamedTuple):
+    """Some rows and queries, and the keys that they read, from `first` to before `last`.
+
+    causal: plain causal among them. mask: otherwise what SDPA adds to their scores or may not hide, [B, 1, T, S] of the
+    part, or None where they read all. empty: bool [B, T], queries that read nothing, or None."""
+
+    rows: slice
+    queries: slice
+    first: int
+    last: int
+    causal: bool
+    mask: Tensor | None
+    empty: Tensor | None
 
 
-def _mask(lo: Tensor, hi: Tensor, S: int) -> Hidden:
-    """What SDPA is told of intervals [B, T] of S keys: the first key, the one after the last, whether it is plain
-    causal between them, a mask [B, 1, T, last - first] where it is not, and the queries without keys, bool [B, T], if
-    there may be any."""
+KEPT_ELEMENTS = 1 << 22  # of masks, at most
+WASTE = 1 << 17  # elements of keys that a row reads in vain before rows are parted: about what another call costs
+_last: tuple[tuple[Tensor, Tensor], tuple, list[Part]] | None = None
+
+
+def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
+    """All of it, where the bounds cannot be looked at."""
     empty, s = hi <= lo, torch.arange(S, device=hi.device, dtype=hi.dtype)
     # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
     mask = ((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == 0))
-    return 0, S, False, mask[:, None], empty
+    return Part(slice(None), slice(None), 0, S, False, mask[:, None], empty)
 
 
-def _seen(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Hidden:
-    """The same where the bounds can be looked at, with the mask in `dtype` as SDPA adds it, which would make it anew of
-    one in bool every time. Keys that nobody reads, such as a cache's unused slots, are left out, and so is a mask that
-    would hide nothing, or what plain causal hides. The layers of a model ask one after the other for the same: the last
-    answer is kept, if it is small."""
-    global _last
-    last_lo, last_hi, last_S, last_dtype, hidden = _last or (lo, hi, -1, dtype, None)  # another thread may write it
-    if (last_S, last_dtype) == (S, dtype) and torch.equal(hi, last_hi) and torch.equal(lo, last_lo):
-        return hidden
-    T = hi.shape[1]
+def _part(rows: slice, queries: slice, lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Part:
+    """Without the keys that nobody reads, such as a cache's unused slots, and without a mask that would hide nothing,
+    or what plain causal hides. The mask is in `dtype`: SDPA would turn one in bool into that every time."""
+    lo, hi = lo[rows, queries], hi[rows, queries]
     (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))
     last = min(max(hi_max, 1), S)
     first = min(max(lo_min, 0), last - 1)
-    causal = 1 < T == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
+    causal = 1 < hi.shape[1] == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
+    if causal or (lo_max <= first and hi_min >= last):
+        return Part(rows, queries, first, last, causal, None, None)
+    empty, s = hi <= lo, torch.arange(first, last, dtype=hi.dtype)
+    hides = s >= hi[..., None]
+    if lo_max > first:
+        hides = hides | (s < lo[..., None])
+    if empty.any():
+        hides = hides & ~(empty[..., None] & (s == first))
+    else:
+        empty = None
+    mask = torch.zeros(hides.shape, dtype=dtype).masked_fill_(hides, -torch.inf)[:, None]
+    return Part(rows, queries, first, last, False, mask, empty)
+
+
+def _parts(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype, width: int) -> list[Part]:
+    """What intervals [B, T] fall into: the documents of packed rows, sequences of a cache whose lengths differ by much,
+    or one part. width: elements of a key of all heads, or 0: rows stay together. The layers of a model ask one after
+    the other for the same: the last answer is kept, if its masks are small."""
+    global _last
+    (last_lo, last_hi), last_case, parts = _last or ((lo, hi), (), [])  # read once: another thread may write it
+    case = S, dtype, width
+    if case == last_case and torch.equal(hi, last_hi) and torch.equal(lo, last_lo):
+        return parts
+    B, T = hi.shape
+    borders = []
+    if 1 < T == S:
+        # Nothing crosses t where all from it on read from t on, and all before it read up to t.
+        t = torch.arange(1, T)
+        borders = (((lo[:, 1:] >= t) & (hi[:, :-1] <= t)).all(0).nonzero()[:, 0] + 1).tolist()
+    every, ends = slice(None), hi.amax(1)
     with torch.inference_mode(False):  # it may be asked for in training next
-        plain = causal or (lo_max <= first and hi_min >= last)
-        mask = empty = None
-        if not plain:
-            empty, s = hi <= lo, torch.arange(first, last, dtype=hi.dtype)
-            hides = s >= hi[..., None]
-            if lo_max > first:
-                hides = hides | (s < lo[..., None])
-            if empty.any():
-                hides = hides & ~(empty[..., None] & (s == first))
-            else:
-                empty = None
-            mask = torch.zeros(hides.shape, dtype=dtype).masked_fill_(hides, -torch.inf)[:, None]
-        hidden = first, last, causal, mask, empty
-        if hi.numel() * (last - first) <= KEPT_ELEMENTS:
-            _last = lo.clone(), hi.clone(), S, dtype, hidden
-    return hidden
+        if borders:
+            parts = [_part(every, slice(*each), lo, hi, S, dtype) for each in pairwise((0, *borders, T))]
+        elif T < S and int((ends.amax() - ends).sum()) * width > B * WASTE:
+            parts = [_part(slice(b, b + 1), every, lo, hi, S, dtype) for b in range(B)]
+        else:
+            parts = [_part(every, every, lo, hi, S, dtype)]
+        if sum(part.mask.numel() for part in parts if part.mask is not None) <= KEPT_ELEMENTS:
+            _last = (lo.clone(), hi.clone()), case, parts
+    return parts
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
-    """See kernels.attention. Plain causal needs no mask in memory; intervals take a dense [B, 1, T, S] one, on a CPU
-    one for every document of a packed row."""
-    T, S = q.shape[1], k.shape[1]
-    if lo is not None and hi is not None and 1 < T == S and _visible(hi):
-        # Nothing crosses t where all from it on read from t on, and all before it read up to t.
-        t = torch.arange(1, T)
-        borders = ((lo[:, 1:] >= t) & (hi[:, :-1] <= t)).all(0).nonzero()[:, 0] + 1
-        if len(borders):
-            starts = [0, *borders.tolist()]
-            sizes = [end - start for start, end in zip(starts, [*starts[1:], T])]
-            documents = zip(*(x.split(sizes, 1) for x in (q, k, v, lo, hi)), starts)
-            return torch.cat([attention(*x, lo - start, hi - start, scale) for *x, lo, hi, start in documents], 1)
-    mask, empty, causal = None, None, lo is None and hi is None and 1 < T == S
-    if lo is not None or hi is not None or 1 < T != S:
+    """See kernels.attention. Plain causal needs no mask in memory; other intervals take a dense one, [B, 1, T, S], on a
+    CPU one for each of their parts."""
+    (B, T), (S, G, D) = q.shape[:2], k.shape[1:]
+    if lo is None and hi is None and T in (1, S):
+        parts = [Part(slice(None), slice(None), 0, S, 1 < T, None, None)]
+    else:
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
-        first, last, causal, mask, empty = _seen(lo, hi, S, q.dtype) if S and _visible(hi) else _mask(lo, hi, S)
-        k, v = k[:, first:last], v[:, first:last]
-    out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)
-    return out if empty is None else out.masked_fill(empty[..., None, None], 0)
+        lo, hi = lo.expand(B, T), hi.expand(B, T)
+        if S and _visible(hi):
+            alone = G * D if q.shape[2] >= 2 * torch.get_num_threads() else 0  # a row's heads must occupy every thread
+            parts = _parts(lo, hi, S, q.dtype, alone)
+        else:
+            parts = [_whole(lo, hi, S)]
+    results = []
+    for part in parts:
+        keys = part.rows, slice(part.first, part.last)
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q[part.rows, part.queries], k[keys], v[keys])),
+            attn_mask=part.mask,
+            is_causal=part.causal,
+            scale=scale,
+            enable_gqa=q.shape[2] != G,
+        ).transpose(1, 2)
+        results.append(out if part.empty is None else out.masked_fill(part.empty[..., None, None], 0))
+    return results[0] if len(results) == 1 else torch.cat(results, 0 if parts[0].queries == slice(None) else 1)
 
 
 def _sum_and_gradients(

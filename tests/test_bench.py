@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 import kernels
 from bench import attention, compare, data, generate, harness, loss, pause_cost, report, train
@@ -270,12 +271,23 @@ ROW = set(
 )
 
 
+def shown(name, result):
+    """What README says of a result, whose figures are drawn too."""
+    page = report.PAGES[name]
+    for _, figure_of in page.figures.values():
+        figure = figure_of(result)
+        assert all(ax.get_xlabel() or figure.get_supxlabel() for ax in figure.axes)
+        plt.close(figure)
+    return page.table(result)
+
+
 def result_of(bench, module, name, **options):
     """The JSON that a module's main writes, with what every result has checked."""
     module.main(quick=True, **options)
     (file,) = harness.RESULTS.rglob(f"{name}.quick.json")
     result = json.loads(file.read_text())
     assert HEADER <= result.keys() and result["bench"] == name and result["quick"] is True
+    assert "ours" in shown(name, result)
     assert all(ROW <= row.keys() for row in result["rows"])
     assert all(lack.keys() == {"name", "what", "shape", "reason"} for lack in result["missing"])
     assert all(0 < row["p10_ms"] <= row["p50_ms"] <= row["p90_ms"] for row in result["rows"])
@@ -422,7 +434,8 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
     monkeypatch.setattr(pause_cost, "race", lambda calls, *_: {name: [1.0 + name[0]] * 3 for name in calls})
     pause_cost.main(quick=True)
     (file,) = tmp_path.glob("*/pause_cost.quick.json")
-    rows = json.loads(file.read_text())["rows"]
+    result = json.loads(file.read_text())
+    rows = result["rows"]
     found = {(row["what"], row["name"], row["shape"]["pauses"]) for row in rows}
     assert found == {("decode", "ours", 3)} | {(what, "without", 0) for what in ("step", "prefix", "decode")} | {
         (what, name, m) for m in (1, 3)
@@ -440,6 +453,9 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
     one = {row["name"]: row["flops"] for row in rows if row["what"] == "step" and row["shape"]["pauses"] == 1}
     head = 2 * 2 * 64 * 50304  # two sequences, one more row of logits each
     assert one["chain of thought"] - one["sequential"] == head
+    step = next(row for row in rows if row["what"] == "step" and row["name"] == OURS)
+    line = f"| a token and its pauses in one pass; batch 2, context 64 | 2.00 ({step['flops_ratio']:.2f}) |"
+    assert line in shown("pause_cost", result).splitlines()
 
 
 def test_larger_models_of_equal_flops():
@@ -460,6 +476,8 @@ def test_all_generators_say_the_same(monkeypatch, tmp_path):
     generate.main(quick=True)
     (file,) = tmp_path.glob("*/generate.quick.json")
     result = json.loads(file.read_text())
+    text = shown("generate", result)
+    assert all(f"| tokens per second, {what}" in text for what in ("prompts included", "after the prompts"))
     others = ["transformers", "transformers, static cache", "no cache"]
     assert [row["name"] for row in result["rows"]] == 2 * [name for name in ("ours", *others) for _ in "ab"]
     assert not any(row["error"] for row in result["rows"])
@@ -571,9 +589,13 @@ def test_train_bench(bench, monkeypatch, tmp_path, fault):
     row = of(result, "step", model="tiny")[OURS]
     model = GPTConfig(vocab_size=258, block_size=16, n_layer=2, n_head=2, n_embd=16, **harness.GPT2)
     assert row["tflops"] * row["p50_ms"] * 1e9 == pytest.approx(training_flops(model, 16, batch_size=2), rel=0.05)
+    turns = [(each["shape"]["model"], each["ratio"] > 0) for each in result["with_pauses"]]
+    assert turns == [("tiny", True), ("default", True), ("tiny", True)]
     missing = {lack["name"]: lack["reason"] for lack in result["missing"]}
     if fault:
         assert missing["nanoGPT"].startswith("Wrong: ")
+    else:
+        assert of(result, "step", model="tiny")["nanoGPT"]["version"].startswith("model.py ")
 
 
 def test_data_bench(bench, monkeypatch, tmp_path):
@@ -607,6 +629,13 @@ def test_a_checkout_that_is_not_there_is_missing(bench):
     for path, why in (("", "no checkout: give --nanogpt=PATH"), ("/nowhere", "/nowhere/model.py: give --nanogpt=PATH")):
         rivals = [Rival("nanoGPT", "torch", lambda problem, path=path: harness.nanogpt(path, None))]
         assert not bench.functions(rivals, None, SHAPE) and why in bench.missing[-1]["reason"]
+
+
+def test_the_memory_s_speed_is_that_of_a_data_sheet_or_measured(monkeypatch):
+    speed, source = harness.peak_bytes_per_second(CPU[0])
+    assert 1e8 < speed < 1e13 and source == "measured by a sum of 256 MiB"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert harness.peak_bytes_per_second(torch.device("cuda")) == (3.35e12, "data sheet of NVIDIA H100 80GB HBM3")
 
 
 def test_memory_is_what_a_call_holds_at_its_peak():

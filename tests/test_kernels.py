@@ -198,6 +198,41 @@ def test_packed_rows_cost_what_their_documents_do(monkeypatch):
     assert masks[0] == (10, 10, False) and masks[1] == (20, 20, True)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
+def test_sequences_of_a_cache_cost_what_their_own_keys_do(monkeypatch):
+    """Where their lengths differ by enough; a batch of equal ones, or with fewer heads than threads, stays together."""
+    keys, dense = [], F.scaled_dot_product_attention
+
+    def counted(q, k, v, **options):
+        keys.append(tuple(k.shape[:3:2]))
+        return dense(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(plain, "WASTE", 16)
+    inputs = attention_inputs(3, 2, 40, 4, 2, 8, torch.float32)
+    hi = torch.tensor([[8, 9], [29, 30], [0, 1]], dtype=torch.int32)
+    with threads(1):
+        check_attention(attention, inputs, torch.zeros_like(hi), hi, impl="torch")
+        assert keys[:3] == [(1, 9), (1, 30), (1, 1)]
+        keys.clear()
+        attention(*inputs[:3], None, hi // 16 + 7, impl="torch")
+        assert keys == [(3, 8)]
+    with threads(3):
+        keys.clear()
+        attention(*inputs[:3], None, hi, impl="torch")
+        assert keys == [(3, 30)]
+
+
+@contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @IMPLS
 def test_attention_with_one_bound_and_a_scale(impl):
     B, T, S = 2, 33, 65
