@@ -127,7 +127,7 @@ def main() -> None:
     tasks = [get_task(name).permitted(settings.allow_code_execution) for name in words(settings.tasks)]
     of_harness = words(settings.harness)
     counts, decoding = numbers("pauses", settings.pauses), decoding_of(settings)
-    by_policy = settings.pause_when != "after_prompt" or settings.stop_when_useless
+    policy, by_policy = settings.resolved(), settings.pause_when != "after_prompt" or settings.stop_when_useless
     if by_policy and not counts:
         raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=0,5, say")
     if not tasks and not of_harness:
@@ -185,7 +185,7 @@ def main() -> None:
         "pause_position": pause_position,
         "cut": cut,
         "batch_size": settings.batch_size,
-        "policy": {key: getattr(settings, key) for key in PauseOptions.__dataclass_fields__} if by_policy else None,
+        "policy": policy if by_policy else None,
         "decoding": decoding._asdict() if decoding.temperature else None,
         "dtype": str(model.head.weight.dtype).removeprefix("torch."),
         "device": device_name,

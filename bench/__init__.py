@@ -5,5 +5,6 @@ A bench is a module of this folder. Its name is its file's; what it runs is its 
 whose further arguments, if any, become options of the command. `harness.py` is what all of them share: candidates take
 turns in one process (A B A B), a candidate that computes something else is listed as wrong and not timed, and what was
 measured goes to bench/results/<device>/<name>.json. `--quick` measures fewer and smaller shapes, and writes
-<name>.quick.json beside: it never replaces a full result.
+<name>.quick.json beside: it never replaces a full result. Nor does a run in which something failed, which writes
+<name>.failed.json.
 """

@@ -20,10 +20,10 @@ def main_of(name: str):
 
 def main() -> None:
     name, *options = sys.argv[1:] or [""]
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help") or (name == "all" and {"-h", "--help"} & {*options}):
         print(f"{bench.__doc__}\nBenches: {', '.join(NAMES)}. `python -m bench NAME --help` has the options of one; "
               f"all takes those of each.")  # fmt: skip
-    elif name == "all" and not {"-h", "--help"} & {*options}:
+    elif name == "all":
         run_all(options)
     elif name in NAMES:
         tyro.cli(main_of(name), args=options, prog=f"python -m bench {name}", use_underscores=True)
@@ -46,7 +46,13 @@ def run_all(options: list[str]) -> None:
         mine = [option for option, key in of_option.items() if key in its]
         print(f"\npython -m bench {' '.join([name, *mine])}", file=sys.stderr, flush=True)
         begun = perf_counter()
-        if subprocess.run([sys.executable, "-m", "bench", name, *mine]).returncode:
+        with subprocess.Popen([sys.executable, "-m", "bench", name, *mine]) as process:
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:  # which it has heard too: it ends its call and writes what there is
+                process.wait()
+                raise
+        if code:
             failed.append(name)
         seconds[name] = perf_counter() - begun
     each = ", ".join(f"{name} {n:.0f}" for name, n in seconds.items())

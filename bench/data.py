@@ -5,7 +5,8 @@
     prepare    documents to shards, with a process a core; beside tiktoken with a thread a core, which neither holds
                documents out nor writes
 
-All of it is a CPU's work. What a step takes is measured in the same run, with the batches that it would have to get.
+All of it is a CPU's work, also where the steps are a GPU's, which the result is named by. What a step takes is measured
+in the same run, with the batches that it would have to get.
 """
 
 import os
@@ -98,9 +99,9 @@ def shards(texts: list[str], tokenizer: Tokenizer, workers: int | None) -> Candi
     return call
 
 
-def tiktoken(problem: tuple[list[str], Tokenizer]) -> Candidate:
-    texts, tokenizer = problem
-    encode, threads = tokenizer._encoding.encode_ordinary_batch, len(os.sched_getaffinity(0))
+def tiktoken(problem: tuple[list[str], Tokenizer, int | None]) -> Candidate:
+    texts, tokenizer, workers = problem
+    encode, threads = tokenizer._encoding.encode_ordinary_batch, workers or len(os.sched_getaffinity(0))
 
     def call() -> dict[str, Tensor]:
         ids = []
@@ -120,7 +121,9 @@ Needed = dict[str, float]  # tokens a second that a model's step takes
 def load(bench: Bench, shape: Shape, device: torch.device, needed: Needed) -> None:
     problem, n_tokens, model = train.Problem(shape, device), shape["batch"] * shape["T"], shape["model"]
     if model not in needed:
-        (seconds,) = race({OURS: train.ours(problem)}, wall_clock, bench.seconds).values()
+        step = train.ours(problem)
+        step()  # compiles
+        (seconds,) = race({OURS: step}, wall_clock, bench.seconds).values()
         needed[model] = n_tokens / float(np.median(seconds))
     reading = Reading(problem)
     calls = {OURS: ours(reading)} | bench.functions(LOADERS, reading, shape)
@@ -129,8 +132,9 @@ def load(bench: Bench, shape: Shape, device: torch.device, needed: Needed) -> No
 
 def tokenize(bench: Bench, shape: Shape, texts: list[str], workers: int | None, needed: Needed) -> None:
     tokenizer = load_tokenizer(shape["tokenizer"])
-    truth = tiktoken((texts, tokenizer))()
-    calls = {OURS: shards(texts, tokenizer, workers)} | bench.functions(TOKENIZERS, (texts, tokenizer), shape)
+    problem = texts, tokenizer, workers
+    truth = tiktoken(problem)()
+    calls = {OURS: shards(*problem)} | bench.functions(TOKENIZERS, problem, shape)
     n_tokens, model = int(truth["counts"].sum()), MODEL_OF[shape["tokenizer"]]
     compete(bench, "prepare", shape, n_tokens, calls, truth, needed.get(model))
 
@@ -152,6 +156,7 @@ def main(quick: bool = False) -> None:
     bench = Bench("data", quick)
     device, needed = bench.device, {}
     bench.device, bench.dtype, bench.sample = torch.device("cpu"), torch.float32, wall_clock
+    bench.header |= {"dtype": "float32", "ours": "numpy"}
     steps = {shape["model"]: shape for what, shape in train.shapes(device.type, quick) if what == "step"}
     for model in MODEL_OF.values():
         for rate in (0.0, 0.1) if model in steps else ():

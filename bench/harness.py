@@ -55,7 +55,6 @@ MEMORY_DATA_SHEETS = (
     (r"NVIDIA H100 80GB HBM3", 3.35e12),  # "NVIDIA H100 Tensor Core GPU", SXM: 3.35 TB/s
     (r"(NVIDIA )?A100-SXM4-80GB", 2.039e12),  # "NVIDIA A100 Tensor Core GPU", 80GB SXM: 2,039 GB/s
 )
-MEASURED = 256 << 20  # bytes that a sum reads to measure other memories: more than a cache holds
 
 # The largest error that ours may have in any entry, over the largest entry. A handful of bfloat16's roundings of 2⁻⁹
 # add up to about 0.01; a mask that is off by one key errs by 0.15 or more. Rivals may err more, as some sum in bfloat16
@@ -231,7 +230,7 @@ def peak_extra_bytes(call: Candidate, device: torch.device) -> int:
 
 # Results
 
-NO_TIME = "no time was left"
+NO_TIME, INTERRUPTED = "no time was left", "it was interrupted"
 
 
 class Rival(NamedTuple):
@@ -256,6 +255,7 @@ class Bench:
         self.name, self.quick, self.rows, self.missing, self.versions = name, quick, [], [], {}
         self.failed: list[str] = []  # shapes that could not be measured, and why
         self.gone: list[str] = []  # what the result that is replaced had more
+        self.interrupted = False
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.sample = sampler(self.device)
@@ -270,12 +270,12 @@ class Bench:
     def attempt(self, measure: Callable, shape: Shape, *more) -> None:
         """measure(bench, shape, *more), if there is time; if not, or if it fails, the shape is listed as missing, and
         what was measured before is kept."""
-        if perf_counter() > self.end:
-            return self.lack("all", shape, NO_TIME)
-        torch.compiler.reset()  # a function that was compiled for too many shapes would no longer be compiled at all
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.interrupted or perf_counter() > self.end:
+            return self.lack("all", shape, INTERRUPTED if self.interrupted else NO_TIME)
         try:
+            torch.compiler.reset()  # a function that was compiled for too many shapes would not be compiled any more
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
             measure(self, shape, *more)
         except UserError as error:
             self.fail(shape, str(error))
@@ -283,8 +283,8 @@ class Bench:
             traceback.print_exc()
             self.fail(shape, first_line(error))
         except KeyboardInterrupt:
-            self.fail(shape, "it was interrupted")
-            self.end = self.begun
+            self.interrupted = True
+            self.fail(shape, INTERRUPTED)
 
     def fail(self, shape: Shape, reason: str) -> None:
         self.failed.append(f"{label(shape)}: {reason}")
@@ -303,7 +303,7 @@ class Bench:
                 self.versions[rival.name] = rival.version
                 made[rival.name] = function
             except Exception as error:
-                self.lack(rival.name, shape, first_line(error))
+                self.lack(rival.name, shape, str(error) if isinstance(error, UserError) else first_line(error))
         return made
 
     def compete(
@@ -364,21 +364,23 @@ class Bench:
                 **more}  # fmt: skip
 
     def write(self, **extra) -> None:
-        """Write the JSON, with `extra` at its top level. What is not whole lies beside an earlier result, and replaces
-        none. Raises UserError, and writes nothing, if nothing was measured."""
+        """Write the JSON, with `extra` at its top level. One in which a shape failed lies beside an earlier result, as
+        <name>.failed.json, and replaces none. Raises UserError, and writes nothing, if nothing was measured."""
         if not self.rows:
             raise UserError(f"nothing was measured: {'; '.join(self.failed) or 'there was no time'}")
         folder = RESULTS / slug(self.header["device"] + f" {self.header['threads']} threads" * self.header["is_cpu"])
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"{self.name}{'.quick' * self.quick}{'.failed' * bool(self.failed)}.json"
-        if self.file.exists():
-            before = json.loads(self.file.read_text())["rows"]
-            here, there = ([f"{label(row['shape'])} {row['what']}, {row['name']}" for row in rows]
-                           for rows in (self.rows, before))  # fmt: skip
-            self.gone = [line for line in there if line not in here]
+        before = self.file.read_text() if self.file.exists() else ""
         seconds = round(perf_counter() - self.begun)
         result = self.header | {"seconds": seconds} | extra | {"rows": self.rows, "missing": self.missing}
         replace_file(self.file, json.dumps(result, indent=1) + "\n")
+        try:
+            here, there = ([f"{label(row['shape'])} {row['what']}, {row['name']}" for row in rows]
+                           for rows in (self.rows, json.loads(before)["rows"]))  # fmt: skip
+            self.gone = [line for line in there if line not in here]
+        except (ValueError, KeyError, TypeError):
+            pass  # there was none that can be read
 
     def finish(self) -> None:
         """Say what is missing and where the result lies. Raises UserError if a shape failed."""
@@ -482,13 +484,14 @@ def peak_bytes_per_second(device: torch.device) -> tuple[float, str]:
     for name, speed in MEMORY_DATA_SHEETS:
         if re.fullmatch(name, gpu):
             return speed, f"data sheet of {gpu}"
-    data = torch.ones(MEASURED // 4, device=device)
+    size = (4 << 30) if gpu else (256 << 20)  # bytes: so many that a launch is nothing beside them
+    data = torch.ones(size // 4, device=device)
     seconds = []
     for _ in range(10):
         start = perf_counter()
         data.sum().item()  # waits
         seconds.append(perf_counter() - start)
-    return MEASURED / min(seconds), f"measured by a sum of {MEASURED >> 20} MiB"
+    return size / min(seconds), f"measured by a sum of {size >> 20} MiB"
 
 
 def _cpu_name() -> str:

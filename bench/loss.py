@@ -199,6 +199,8 @@ def half_masked(bench: Bench, shape: Shape) -> list[dict]:
     for what in ("forward", "forward+backward"):
         names = [row["name"] for row in bench.rows if row["shape"] == shape and row["what"] == what]
         calls = {(name, share): racer[name][what] for name in names for share, racer in racers.items()}
+        for call in calls.values():
+            call()  # compiles
         samples = race(calls, bench.sample, bench.seconds)
         ratio = {name: float(np.median(np.divide(samples[name, 0.5], samples[name, 0.0]))) for name in names}
         ratios.append({"shape": shape, "what": what, "ratios": ratio})

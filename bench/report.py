@@ -100,10 +100,10 @@ def named(row: Row, rows: list[Row], keys: list[str]) -> str:
     return ", ".join(filter(None, (what, words({key: row["shape"][key] for key in keys if key in row["shape"]}))))
 
 
-def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], float | None]) -> str:
+def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], float | None], lacks: bool = True) -> str:
     """A line for each pass and shape: `value` of ours, and of every rival with how many times longer it takes, bold
     where it is faster, in italics where the rounds disagree; then what is behind a number: where rivals are faster, and
-    who is missing."""
+    with `lacks` who is missing."""
     if not rows:
         return "Nothing could be measured."
     keys, common = varying(rows)
@@ -118,10 +118,11 @@ def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], fl
     head = unit + "; in brackets, how many times longer a rival takes" * (len(names) > 1)
     head += f"; {words(common)}" if common else ""
     lines = [[line, *(row.get(name, DASH) for name in names)] for line, row in cells.items()]
-    return markdown([head, *names], lines) + "\n\n" + behind(result, rows)
+    said = [*faster(rows), *(missing(result) if lacks else ())]
+    return markdown([head, *names], lines) + "\n\n" + " ".join(said)
 
 
-def behind(result: Result, rows: list[Row]) -> str:
+def faster(rows: list[Row]) -> list[str]:
     rivals = [row for row in rows if row["name"] != OURS]
     lost = [row for row in rivals if row["ratio"] < 1]
     close = [row for row in rivals if row["ratio_p10"] < 1 <= row["ratio"]]
@@ -132,8 +133,8 @@ def behind(result: Result, rows: list[Row]) -> str:
     elif rivals:
         said.append("No rival is faster.")
     if close:
-        said.append(f"Italics, {len(close)} of {len(rivals)}: faster in some rounds.")
-    return " ".join([*said, *missing(result)])
+        said.append(f"Italics, {len(close)} of {len(rivals)}: faster in a tenth of the rounds or more.")
+    return said
 
 
 def missing(result: Result) -> list[str]:
@@ -217,7 +218,8 @@ def generate_table(result: Result) -> str:
     tables = []
     for what in ("prompts included", "after the prompts"):
         rows = [row for row in result["rows"] if row["what"] == what]
-        tables.append(beside(result, rows, f"tokens per second, {what}", lambda row: row["tokens_per_second"]))
+        speed = f"tokens per second, {what}"
+        tables.append(beside(result, rows, speed, lambda row: row["tokens_per_second"], lacks=bool(tables)))
     keys, _ = varying(rows)
     speeds = [f"{named(row, rows, keys)}: {number(row['gbps'])} ({peak(row)})" for row in rows if row["name"] == OURS]
     source = f"{number(result['peak_bytes_per_second'] / 1e9)}, {result['peak_bytes_per_second_source']}"

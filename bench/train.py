@@ -200,6 +200,8 @@ def nano(problem: Problem, path: str) -> Candidate:
 def with_pauses(bench: Bench, shape: Shape, ratios: list[dict]) -> None:
     """Ours with and without pauses by turns."""
     calls = {rate: ours(Problem(shape | {"pause_rate": rate}, bench.device)) for rate in (0.0, shape["pause_rate"])}
+    for call in calls.values():
+        call()  # compiles
     samples = race(calls, bench.sample, bench.seconds)
     ratio = float(np.median(np.divide(samples[shape["pause_rate"]], samples[0.0])))
     ratios.append({"shape": shape, "ratio": ratio})

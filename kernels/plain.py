@@ -21,13 +21,11 @@ def _visible(bounds: Tensor) -> bool:
 
 
 class Part(NamedTuple):
-    """Some rows and queries, and the keys that they read, from `first` to before `last`.
+    """Queries, and the keys that they read, from `first` to before `last`.
 
-    causal: plain causal among them. mask: otherwise what SDPA adds to their scores or may not hide, [B, 1, T, S] of the
-    part, or None where they read all. empty: bool [B, T], queries that read nothing, or None."""
+    causal: plain causal among them. mask: otherwise what SDPA adds to their scores, or in bool what they read,
+    [B, 1, T, last - first], or None where they read all. empty: bool [B, T], queries that read nothing, or None."""
 
-    rows: slice
-    queries: slice
     first: int
     last: int
     causal: bool
@@ -37,7 +35,8 @@ class Part(NamedTuple):
 
 KEPT_ELEMENTS = 1 << 22  # of masks, at most
 WASTE = 1 << 17  # elements of keys that a row reads in vain before rows are parted: about what another call costs
-_last: tuple[tuple[Tensor, Tensor], tuple, list[Part]] | None = None
+Layout = tuple[int, list[int], list[Part]]  # along which dimension, of what sizes, the parts
+_last: tuple[tuple[Tensor, Tensor], tuple, Layout] | None = None
 
 
 def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
@@ -45,19 +44,18 @@ def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
     empty, s = hi <= lo, torch.arange(S, device=hi.device, dtype=hi.dtype)
     # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
     mask = ((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == 0))
-    return Part(slice(None), slice(None), 0, S, False, mask[:, None], empty)
+    return Part(0, S, False, mask[:, None], empty)
 
 
-def _part(rows: slice, queries: slice, lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Part:
+def _part(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Part:
     """Without the keys that nobody reads, such as a cache's unused slots, and without a mask that would hide nothing,
     or what plain causal hides. The mask is in `dtype`: SDPA would turn one in bool into that every time."""
-    lo, hi = lo[rows, queries], hi[rows, queries]
     (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))
     last = min(max(hi_max, 1), S)
     first = min(max(lo_min, 0), last - 1)
     causal = 1 < hi.shape[1] == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
     if causal or (lo_max <= first and hi_min >= last):
-        return Part(rows, queries, first, last, causal, None, None)
+        return Part(first, last, causal, None, None)
     empty, s = hi <= lo, torch.arange(first, last, dtype=hi.dtype)
     hides = s >= hi[..., None]
     if lo_max > first:
@@ -67,35 +65,37 @@ def _part(rows: slice, queries: slice, lo: Tensor, hi: Tensor, S: int, dtype: to
     else:
         empty = None
     mask = torch.zeros(hides.shape, dtype=dtype).masked_fill_(hides, -torch.inf)[:, None]
-    return Part(rows, queries, first, last, False, mask, empty)
+    return Part(first, last, False, mask, empty)
 
 
-def _parts(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype, width: int) -> list[Part]:
+def _layout(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype, width: int) -> Layout:
     """What intervals [B, T] fall into: the documents of packed rows, sequences of a cache whose lengths differ by much,
     or one part. width: elements of a key of all heads, or 0: rows stay together. The layers of a model ask one after
     the other for the same: the last answer is kept, if its masks are small."""
     global _last
-    (last_lo, last_hi), last_case, parts = _last or ((lo, hi), (), [])  # read once: another thread may write it
+    (last_lo, last_hi), last_case, layout = _last or ((lo, hi), (), None)  # read once: another thread may write it
     case = S, dtype, width
     if case == last_case and torch.equal(hi, last_hi) and torch.equal(lo, last_lo):
-        return parts
+        return layout
     B, T = hi.shape
     borders = []
     if 1 < T == S:
         # Nothing crosses t where all from it on read from t on, and all before it read up to t.
         t = torch.arange(1, T)
         borders = (((lo[:, 1:] >= t) & (hi[:, :-1] <= t)).all(0).nonzero()[:, 0] + 1).tolist()
-    every, ends = slice(None), hi.amax(1)
+    ends = hi.amax(1)
     with torch.inference_mode(False):  # it may be asked for in training next
         if borders:
-            parts = [_part(every, slice(*each), lo, hi, S, dtype) for each in pairwise((0, *borders, T))]
+            places = list(pairwise((0, *borders, T)))
+            parts = [_part(lo[:, i:j] - i, hi[:, i:j] - i, j - i, dtype) for i, j in places]
+            layout = 1, [j - i for i, j in places], parts
         elif T < S and int((ends.amax() - ends).sum()) * width > B * WASTE:
-            parts = [_part(slice(b, b + 1), every, lo, hi, S, dtype) for b in range(B)]
+            layout = 0, [1] * B, [_part(*bounds, S, dtype) for bounds in zip(lo.split(1), hi.split(1))]
         else:
-            parts = [_part(every, every, lo, hi, S, dtype)]
-        if sum(part.mask.numel() for part in parts if part.mask is not None) <= KEPT_ELEMENTS:
-            _last = (lo.clone(), hi.clone()), case, parts
-    return parts
+            layout = 0, [B], [_part(lo, hi, S, dtype)]
+        if sum(part.mask.numel() for part in layout[2] if part.mask is not None) <= KEPT_ELEMENTS:
+            _last = (lo.clone(), hi.clone()), case, layout
+    return layout
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
@@ -103,28 +103,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | N
     CPU one for each of their parts."""
     (B, T), (S, G, D) = q.shape[:2], k.shape[1:]
     if lo is None and hi is None and T in (1, S):
-        parts = [Part(slice(None), slice(None), 0, S, 1 < T, None, None)]
+        parts = [Part(0, S, 1 < T, None, None)]
     else:
+        n = B if lo is not None or hi is not None else 1  # whose masks differ
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
-        lo, hi = lo.expand(B, T), hi.expand(B, T)
+        lo, hi = lo.expand(n, T), hi.expand(n, T)
         if S and _visible(hi):
             alone = G * D if q.shape[2] >= 2 * torch.get_num_threads() else 0  # a row's heads must occupy every thread
-            parts = _parts(lo, hi, S, q.dtype, alone)
+            dim, sizes, parts = _layout(lo, hi, S, q.dtype, alone)
         else:
             parts = [_whole(lo, hi, S)]
+    # A piece's gradient is as large as the piece; that of a slice as large as what it is cut from.
+    pieces = [(q, k, v)] if len(parts) == 1 else zip(*(x.split(sizes, dim) for x in (q, k, v)))
     results = []
-    for part in parts:
-        keys = part.rows, slice(part.first, part.last)
+    for part, (q_piece, k_piece, v_piece) in zip(parts, pieces):
+        keys = slice(None), slice(part.first, part.last)
         out = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q[part.rows, part.queries], k[keys], v[keys])),
+            *(x.transpose(1, 2) for x in (q_piece, k_piece[keys], v_piece[keys])),
             attn_mask=part.mask,
             is_causal=part.causal,
             scale=scale,
             enable_gqa=q.shape[2] != G,
         ).transpose(1, 2)
         results.append(out if part.empty is None else out.masked_fill(part.empty[..., None, None], 0))
-    return results[0] if len(results) == 1 else torch.cat(results, 0 if parts[0].queries == slice(None) else 1)
+    return results[0] if len(results) == 1 else torch.cat(results, dim)
 
 
 def _sum_and_gradients(

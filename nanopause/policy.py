@@ -178,14 +178,20 @@ class PauseOptions:
     """Turn pauses off once it is clear that they change nothing of what the model says. After a break it is measured
     anew."""
 
-    def policy(self, pauses: int) -> Policy:
-        """The policy of `pauses` pauses wherever there are any."""
+    def resolved(self) -> dict[str, str | float | int | bool]:
+        """The options, with what None stands for. Raises UserError where one says nothing beside the others."""
         if self.threshold is not None and self.pause_when != "below_confidence":
             raise UserError(f"threshold={self.threshold} is of below_confidence: add --pause_when=below_confidence")
         if self.pause_budget is not None and self.pause_when == "after_prompt":
             raise UserError(f"pause_budget={self.pause_budget} is of below_confidence and on_request: add --pause_when")
-        threshold = 0.5 if self.threshold is None else self.threshold
-        budget = 100 if self.pause_budget is None else self.pause_budget
+        return {"pause_when": self.pause_when, "threshold": 0.5 if self.threshold is None else self.threshold,
+                "pause_budget": 100 if self.pause_budget is None else self.pause_budget,
+                "stop_when_useless": self.stop_when_useless}  # fmt: skip
+
+    def policy(self, pauses: int) -> Policy:
+        """The policy of `pauses` pauses wherever there are any."""
+        options = self.resolved()
+        threshold, budget = options["threshold"], options["pause_budget"]
         if pauses == 0:
             return Never()
         if self.pause_when != "after_prompt" and pauses > budget:

@@ -199,6 +199,26 @@ def test_packed_rows_cost_what_their_documents_do(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
+def test_gradients_of_packed_rows_are_as_large_as_their_documents():
+    """A slice's is as large as what it is cut from, for every document."""
+    q, k, v, _ = attention_inputs(1, 30, 30, 2, 1, 8, torch.float32)
+    out = attention(q.requires_grad_(), k, v, *packed_prefixes((10, 12, 3), (0, 4, 0), 5), impl="torch")
+    seen, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following]
+    assert any("Split" in name for name in seen) and not any("Slice" in name for name in seen)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
+def test_the_last_mask_is_of_its_dtype():
+    lo, hi = intervals("window", 1, 9, 9)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        check_attention(attention, attention_inputs(1, 9, 9, 2, 1, 8, dtype), lo, hi, impl="torch")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
 def test_sequences_of_a_cache_cost_what_their_own_keys_do(monkeypatch):
     """Where their lengths differ by enough; a batch of equal ones, or with fewer heads than threads, stays together."""
     keys, dense = [], F.scaled_dot_product_attention
