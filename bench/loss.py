@@ -23,7 +23,7 @@ def shapes(device_type: str, quick: bool) -> Iterator[Shape]:
     if quick and device_type == "cpu":
         sizes, model, N = (512,), {"C": 256, "V": 8192}, 512
     elif device_type == "cpu":
-        sizes, model, N = (512, 1024), {"C": 128, "V": 50304}, 1024
+        sizes, model, N = (256, 512, 1024), {"C": 128, "V": 50304}, 512
     else:
         sizes, model, N = (16384,) if quick else (4096, 16384, 32768, 65536), {"C": 768, "V": 50304}, 16384
     for n in sizes:
@@ -35,7 +35,7 @@ def shapes(device_type: str, quick: bool) -> Iterator[Shape]:
         for n in () if quick else sizes:
             yield {"N": n, "C": 2048, "V": 128256, "masked": 0.0}
     elif not quick:
-        yield {"N": 512, "C": 128, "V": 128256, "masked": 0.0}
+        yield {"N": 256, "C": 128, "V": 128256, "masked": 0.0}
 
 
 @dataclass

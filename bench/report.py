@@ -113,7 +113,7 @@ def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], fl
         cell = number(value(row))
         if row["name"] != OURS:
             cell += f" ({row['ratio']:.2f})"
-            cell = f"**{cell}**" if row["ratio"] < 1 else f"*{cell}*" if row["ratio_p10"] < 1 else cell
+            cell = f"**{cell}**" if row["ratio_p90"] < 1 else f"*{cell}*" if row["ratio_p10"] < 1 else cell
         cells.setdefault(named(row, rows, keys), {})[row["name"]] = cell
     head = unit + "; in brackets, how many times longer a rival takes" * (len(names) > 1)
     head += f"; {words(common)}" if common else ""
@@ -124,8 +124,8 @@ def beside(result: Result, rows: list[Row], unit: str, value: Callable[[Row], fl
 
 def faster(rows: list[Row]) -> list[str]:
     rivals = [row for row in rows if row["name"] != OURS]
-    lost = [row for row in rivals if row["ratio"] < 1]
-    close = [row for row in rivals if row["ratio_p10"] < 1 <= row["ratio"]]
+    lost = [row for row in rivals if row["ratio_p90"] < 1]
+    close = [row for row in rivals if row["ratio_p10"] < 1 <= row["ratio_p90"]]
     said = []
     if lost:
         who = ", ".join(dict.fromkeys(row["name"] for row in lost))
@@ -133,7 +133,7 @@ def faster(rows: list[Row]) -> list[str]:
     elif rivals:
         said.append("No rival is faster.")
     if close:
-        said.append(f"Italics, {len(close)} of {len(rivals)}: faster in a tenth of the rounds or more.")
+        said.append(f"Italics, {len(close)} of {len(rivals)}: faster in some rounds, slower in others.")
     return said
 
 
