@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nanopause.model import MLP
 
-MIN_ROWS, MAX_ROWS = 4, 256  # below and above the usual layout is as fast
+MIN_ROWS, MAX_ROWS = 4, 1024  # below and above the usual layout is as fast
 MIN_ELEMENTS = 1 << 19  # and for smaller matrices, which stay in the cache, it is faster
 
 
