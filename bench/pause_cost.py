@@ -40,9 +40,9 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     prompt leaves room for its pauses, or they would cost another prompt's time."""
     if quick:
         return [{"what": what, "batch": 2, "context": 64} for what in ("step", "prefix")]
-    first = [("step", 1, 1024), ("prefix", 1, 1024), ("step", 8, 1024), ("step", 1, 256), ("prefix", 1, 256),
-             ("step", 8, 256), ("prefix", 8, 256), ("step", 32, 256), ("step", 1, 4096)]  # fmt: skip
-    rest = [("step", 32, 1024), ("step", 8, 4096), ("step", 32, 4096), ("prefix", 1, 4096), ("prefix", 8, 1024),
+    first = [("step", 1, 1024), ("prefix", 1, 1024), ("step", 8, 1024), ("step", 1, 4096), ("step", 1, 256),
+             ("prefix", 1, 256), ("step", 8, 256), ("step", 32, 256), ("prefix", 8, 256)]  # fmt: skip
+    rest = [("step", 8, 4096), ("step", 32, 1024), ("step", 32, 4096), ("prefix", 1, 4096), ("prefix", 8, 1024),
             ("prefix", 32, 256), ("prefix", 32, 1024), ("prefix", 8, 4096), ("prefix", 32, 4096)]  # fmt: skip
     room = 64 if device == "cuda" else 0
     return [{"what": what, "batch": batch, "context": context - room * (what == "prefix")}

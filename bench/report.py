@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from textwrap import shorten
+from textwrap import fill, shorten
 from typing import NamedTuple
 
 import matplotlib
@@ -324,7 +324,7 @@ def curves(panels: list[Panel], title: str, columns: int = 3) -> Figure:
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_minor_locator(plt.NullLocator())
         ax.set_ylim(min(ys) / 1.5, max(ys) * 1.5)
-        ax.set_title(panel.title, fontsize=9)
+        ax.set_title("\n".join(fill(line, 38) for line in panel.title.splitlines()), fontsize=9)
         ax.set_xlabel(panel.x, fontsize=9)
         ax.set_ylabel(panel.y, fontsize=9)
         ax.tick_params(labelsize=8)
@@ -459,7 +459,7 @@ def growth_figure(result: Result) -> Figure:
         for key, x in titles.items():
             its = [row for row in rows if row["what"] == f"growth with {key}"]
             if its:
-                common = words({k: v for k, v in varying(its)[1].items() if k not in ("model", "parameters")})
+                common = words(varying(its)[1])
                 tokens = {row["shape"]["batch"] * row["shape"]["T"] for row in its}
                 common += f", {max(tokens)} tokens a step" * (len(tokens) == 1)
                 millions = {"parameters": [float(f"{row['parameters'] / 1e6:.3g}") for row in its]}
