@@ -368,7 +368,8 @@ class Bench:
         <name>.failed.json, and replaces none. Raises UserError, and writes nothing, if nothing was measured."""
         if not self.rows:
             raise UserError(f"nothing was measured: {'; '.join(self.failed) or 'there was no time'}")
-        folder = RESULTS / slug(self.header["device"] + f" {self.header['threads']} threads" * self.header["is_cpu"])
+        device, threads = self.header["device"], f" {self.header['threads']} threads"
+        folder = RESULTS / slug(device + threads * (device == self.header["cpu"]))
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"{self.name}{'.quick' * self.quick}{'.failed' * bool(self.failed)}.json"
         before = self.file.read_text() if self.file.exists() else ""
@@ -458,7 +459,6 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
     speed, source_of_speed = speeds
     return {
         "device": name,
-        "is_cpu": not gpu,
         "driver": driver and driver.splitlines()[0],
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),

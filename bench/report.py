@@ -58,7 +58,7 @@ def text(readme: str, results: Results) -> str:
 
 def part(bench: str, device: str, result: Result) -> str:
     """What README says of a bench on a device."""
-    threads = f", {result['threads']} threads" * result["is_cpu"]
+    threads = f", {result['threads']} threads" * (result["device"] == result["cpu"])
     commit = f"commit {result['commit'][:7]}{' with changes' * bool(result['dirty'])}" if result["commit"] else ""
     lines = [
         f"{result['device']}{threads}, {result['dtype']}, torch {result['torch']} "

@@ -214,7 +214,7 @@ def test_quick_does_not_replace_a_full_result(monkeypatch, bench):
     quick = bench.file
     assert full.name == "test.json" and quick.name == "test.quick.json" and full.parent == quick.parent
     assert json.loads(full.read_text())["note"] == 1
-    if bench.header["is_cpu"]:  # which may be one of many that have the same name
+    if bench.header["device"] == bench.header["cpu"]:  # which may be one of many that have the same name
         n = torch.get_num_threads()
         assert full.parent.name == harness.slug(bench.header["device"]) + f"-{n}-threads"
     assert harness.slug("Intel(R) Xeon(R) Processor @ 2.50GHz") == "intel-xeon-processor-2-50ghz"
@@ -708,7 +708,7 @@ def a_result(**changes):
     missing = [{"name": "absent", "what": None, "shape": {"T": 8}, "reason": "not here"},
                {"name": "theirs", "what": None, "shape": {"T": 4}, "reason": "Wrong: by far"},
                {"name": "all", "what": None, "shape": {"T": 64}, "reason": "no time was left"}]  # fmt: skip
-    return {"device": "A chip", "is_cpu": True, "threads": 2, "dtype": "float32", "torch": "2",
+    return {"device": "A chip", "cpu": "A chip", "threads": 2, "dtype": "float32", "torch": "2",
             "command": "python -m bench data", "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789",
             "dirty": False, "rows": rows, "missing": missing} | changes  # fmt: skip
 
@@ -735,7 +735,7 @@ def test_a_damaged_result_is_one_sentence(tmp_path):
 
 def test_a_place_is_filled_for_every_device():
     readme = "before\n<!-- bench: finetune -->\nstale\n<!-- end -->\n<!-- bench: loss -->\nstale\n<!-- end -->\nafter\n"
-    results = {"finetune": {"a-chip": a_result(), "b-chip": a_result(device="B chip", dirty=True)}}
+    results = {"finetune": {"a-chip": a_result(), "b-chip": a_result(device="B chip", cpu="B chip", dirty=True)}}
     said = report.text(readme, results)
     assert said.startswith(
         "before\n<!-- bench: finetune -->\nA chip, 2 threads, float32, torch 2 (`python -m bench data`"
