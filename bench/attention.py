@@ -292,7 +292,7 @@ def main(quick: bool = False) -> None:
 def measure(bench: Bench, shape: Shape) -> None:
     problem = make(shape, bench.device, bench.dtype)
     expected = truth(problem)
-    functions = {OURS: lambda q, k, v: kernels.attention(q, k, v, problem.lo, problem.hi)}
+    functions = {OURS: kernels.Attend(problem.lo, problem.hi)}
     functions |= bench.functions(RIVALS, problem, shape)
     candidates = {name: passes(function, problem.inputs, problem.upstream) for name, function in functions.items()}
     lo, hi = problem.bounds()

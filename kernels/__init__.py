@@ -5,6 +5,8 @@ PyTorch) or `reference` (dense and obvious, the oracle of all tests). `impl=None
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -50,6 +52,43 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
+class Attend:
+    """Attention for the layers of a pass, whose queries read the same: what an implementation makes of the intervals,
+    such as a mask, it makes once. Arguments as in `attention`; lo and hi must not be written to in between."""
+
+    def __init__(
+        self, lo: Tensor | None = None, hi: Tensor | None = None, *, scale: float | None = None, impl: str | None = None
+    ):
+        self.lo, self.hi, self.scale, self.impl = lo, hi, scale, impl
+        self.case = self.run = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = _autocast(q, k, v)
+        case = q.shape, k.shape, q.dtype
+        if case != self.case:
+            self.run, self.case = self._prepare(q, k, v), case
+        return self.run(q, k, v)
+
+    def _prepare(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+        lo, hi, scale = self.lo, self.hi, D**-0.5 if self.scale is None else self.scale
+        if k.shape != (B, S, G, D) or v.shape != k.shape or H % G:
+            raise ValueError(f"attention takes q [B,T,H,D], k and v [B,S,G,D], with H a multiple of G, "
+                             f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")  # fmt: skip
+        if any(bound is not None and bound.shape != (B, T) for bound in (lo, hi)):
+            shapes = [None if bound is None else list(bound.shape) for bound in (lo, hi)]
+            raise ValueError(f"attention takes lo and hi [B,T] = {[B, T]}, not {shapes[0]} and {shapes[1]}")
+        if scale <= 0:
+            raise ValueError(f"attention takes a positive scale, not {scale}")
+        impl = choose(self.impl, q.device)
+        if impl == "torch":
+            return partial(plain.attention, layout=plain.layout(q, k, lo, hi), scale=scale)
+        if impl == "reference":
+            t = torch.arange(T, device=q.device).expand(B, T)
+            lo, hi = torch.zeros_like(t) if lo is None else lo, t + (S - T + 1) if hi is None else hi
+        return partial(IMPLEMENTATIONS[impl].attention, lo=lo, hi=hi, scale=scale)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -67,23 +106,7 @@ def attention(
     reading all keys. scale: positive, 1/√D by default.
     Returns [B, T, H, D]. A query with an empty interval returns zeros and gives zero gradient.
     """
-    B, T, H, D = q.shape
-    S, G = k.shape[1:3]
-    if k.shape != (B, S, G, D) or v.shape != k.shape or H % G:
-        raise ValueError(f"attention takes q [B,T,H,D] and k, v [B,S,G,D] with H a multiple of G, "
-                         f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")  # fmt: skip
-    if any(bound is not None and bound.shape != (B, T) for bound in (lo, hi)):
-        shapes = [None if bound is None else list(bound.shape) for bound in (lo, hi)]
-        raise ValueError(f"attention takes lo and hi [B,T] = {[B, T]}, not {shapes[0]} and {shapes[1]}")
-    scale = D**-0.5 if scale is None else scale
-    if scale <= 0:
-        raise ValueError(f"attention takes a positive scale, not {scale}")
-    impl = choose(impl, q.device)
-    q, k, v = _autocast(q, k, v)
-    if impl == "reference":
-        t = torch.arange(T, device=q.device).expand(B, T)
-        lo, hi = torch.zeros_like(t) if lo is None else lo, t + (S - T + 1) if hi is None else hi
-    return IMPLEMENTATIONS[impl].attention(q, k, v, lo, hi, scale)
+    return Attend(lo, hi, scale=scale, impl=impl)(q, k, v)
 
 
 def linear_cross_entropy(

@@ -33,10 +33,8 @@ class Part(NamedTuple):
     empty: Tensor | None
 
 
-KEPT_ELEMENTS = 1 << 22  # of masks, at most
 WASTE = 1 << 17  # elements of keys that a row reads in vain before rows are parted: about what another call costs
 Layout = tuple[int, list[int], list[Part]]  # along which dimension, of what sizes, the parts
-_last: tuple[tuple[Tensor, Tensor], tuple, Layout] | None = None
 
 
 def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
@@ -50,84 +48,71 @@ def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
 def _part(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Part:
     """Without the keys that nobody reads, such as a cache's unused slots, and without a mask that would hide nothing,
     or what plain causal hides. The mask is in `dtype`: SDPA would turn one in bool into that every time."""
-    (lo_min, lo_max), (hi_min, hi_max) = ([int(x) for x in bound.aminmax()] for bound in (lo, hi))
+    # Neither decreases along t.
+    (lo_min, lo_max), (hi_min, hi_max) = ((min(x[:, 0].tolist()), max(x[:, -1].tolist())) for x in (lo, hi))
     last = min(max(hi_max, 1), S)
     first = min(max(lo_min, 0), last - 1)
     causal = 1 < hi.shape[1] == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
     if causal or (lo_max <= first and hi_min >= last):
         return Part(first, last, causal, None, None)
-    empty, s = hi <= lo, torch.arange(first, last, dtype=hi.dtype)
-    hides = s >= hi[..., None]
+    s = torch.arange(first, last, dtype=hi.dtype)
+    hides, empty = s >= hi[..., None], None
     if lo_max > first:
         hides = hides | (s < lo[..., None])
-    if empty.any():
+    if lo_max >= hi_min and (hi <= lo).any():
+        empty = hi <= lo
         hides = hides & ~(empty[..., None] & (s == first))
-    else:
-        empty = None
     mask = torch.zeros(hides.shape, dtype=dtype).masked_fill_(hides, -torch.inf)[:, None]
     return Part(first, last, False, mask, empty)
 
 
-def _layout(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype, width: int) -> Layout:
-    """What intervals [B, T] fall into: the documents of packed rows, sequences of a cache whose lengths differ by much,
-    or one part. width: elements of a key of all heads, or 0: rows stay together. The layers of a model ask one after
-    the other for the same: the last answer is kept, if its masks are small."""
-    global _last
-    (last_lo, last_hi), last_case, layout = _last or ((lo, hi), (), None)  # read once: another thread may write it
-    case = S, dtype, width
-    if case == last_case and torch.equal(hi, last_hi) and torch.equal(lo, last_lo):
-        return layout
-    B, T = hi.shape
-    borders = []
+def layout(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Layout:
+    """What the queries read: the documents of packed rows, sequences of a cache whose lengths differ by much, or one
+    part. Plain causal needs no mask in memory; other intervals take a dense one, on a CPU one for each part."""
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    if lo is None and hi is None and T in (1, S):
+        return 0, [B], [Part(0, S, 1 < T, None, None)]
+    n = B if lo is not None or hi is not None else 1  # whose masks differ
+    lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
+    hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
+    lo, hi = lo.expand(n, T), hi.expand(n, T)
+    if not (S and _visible(hi)):
+        return 0, [B], [_whole(lo, hi, S)]
     if 1 < T == S:
         # Nothing crosses t where all from it on read from t on, and all before it read up to t.
         t = torch.arange(1, T)
         borders = (((lo[:, 1:] >= t) & (hi[:, :-1] <= t)).all(0).nonzero()[:, 0] + 1).tolist()
-    ends = hi.amax(1)
-    with torch.inference_mode(False):  # it may be asked for in training next
         if borders:
             places = list(pairwise((0, *borders, T)))
-            parts = [_part(lo[:, i:j] - i, hi[:, i:j] - i, j - i, dtype) for i, j in places]
-            layout = 1, [j - i for i, j in places], parts
-        elif T < S and int((ends.amax() - ends).sum()) * width > B * WASTE:
-            layout = 0, [1] * B, [_part(*bounds, S, dtype) for bounds in zip(lo.split(1), hi.split(1))]
-        else:
-            layout = 0, [B], [_part(lo, hi, S, dtype)]
-        if sum(part.mask.numel() for part in layout[2] if part.mask is not None) <= KEPT_ELEMENTS:
-            _last = (lo.clone(), hi.clone()), case, layout
-    return layout
+            return (
+                1,
+                [j - i for i, j in places],
+                [_part(lo[:, i:j] - i, hi[:, i:j] - i, j - i, q.dtype) for i, j in places],
+            )
+    elif H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
+        ends = hi[:, -1].tolist()
+        if (n * max(ends) - sum(ends)) * G * D > n * WASTE:
+            return 0, [1] * n, [_part(*bounds, S, q.dtype) for bounds in zip(lo.split(1), hi.split(1))]
+    return 0, [B], [_part(lo, hi, S, q.dtype)]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
-    """See kernels.attention. Plain causal needs no mask in memory; other intervals take a dense one, [B, 1, T, S], on a
-    CPU one for each of their parts."""
-    (B, T), (S, G, D) = q.shape[:2], k.shape[1:]
-    if lo is None and hi is None and T in (1, S):
-        parts = [Part(0, S, 1 < T, None, None)]
-    else:
-        n = B if lo is not None or hi is not None else 1  # whose masks differ
-        lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
-        hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
-        lo, hi = lo.expand(n, T), hi.expand(n, T)
-        if S and _visible(hi):
-            alone = G * D if q.shape[2] >= 2 * torch.get_num_threads() else 0  # a row's heads must occupy every thread
-            dim, sizes, parts = _layout(lo, hi, S, q.dtype, alone)
-        else:
-            parts = [_whole(lo, hi, S)]
+def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor:
+    keys = slice(None), slice(part.first, part.last)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k[keys].transpose(1, 2), v[keys].transpose(1, 2), attn_mask=part.mask, is_causal=part.causal,
+        scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)  # fmt: skip
+    return out if part.empty is None else out.masked_fill(part.empty[..., None, None], 0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    """See kernels.attention. layout: that of intervals, by the function of this name."""
+    dim, sizes, parts = layout
+    if len(parts) == 1:
+        return _attend(q, k, v, parts[0], scale)
     # A piece's gradient is as large as the piece; that of a slice as large as what it is cut from.
-    pieces = [(q, k, v)] if len(parts) == 1 else zip(*(x.split(sizes, dim) for x in (q, k, v)))
-    results = []
-    for part, (q_piece, k_piece, v_piece) in zip(parts, pieces):
-        keys = slice(None), slice(part.first, part.last)
-        out = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q_piece, k_piece[keys], v_piece[keys])),
-            attn_mask=part.mask,
-            is_causal=part.causal,
-            scale=scale,
-            enable_gqa=q.shape[2] != G,
-        ).transpose(1, 2)
-        results.append(out if part.empty is None else out.masked_fill(part.empty[..., None, None], 0))
-    return results[0] if len(results) == 1 else torch.cat(results, dim)
+    pieces = zip(*(x.split(sizes, dim) for x in (q, k, v)), parts)
+    return torch.cat([_attend(*piece, scale) for piece in pieces], dim)
 
 
 def _sum_and_gradients(

@@ -56,6 +56,11 @@ def gumbel(seed: Tensor, place: Tensor, n: int) -> Tensor:
     return -(-((bits.float() + 0.5) * 2**-23).log()).log()
 
 
+def likeliest(scores: Tensor) -> Tensor:
+    """argmax of float32 [B, V] over V, int64 [B]; on a CPU NumPy's, as torch's takes longer than a log_softmax."""
+    return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1)
+
+
 class Sampling(NamedTuple):
     """temperature 0: the likeliest. top_k 0 and top_p 1 do not restrict; else the k likeliest tokens, and the fewest
     whose probabilities reach top_p, stay; a token as likely as the last of them does too."""
@@ -67,7 +72,7 @@ class Sampling(NamedTuple):
     def choose(self, logprobs: Tensor, noise: Tensor | None) -> Tensor:
         """A token id a row, int64 [B], of logprobs [B, V]. noise: gumbel's, of the same shape; unused if greedy."""
         if self.temperature == 0:
-            return logprobs.argmax(-1)
+            return likeliest(logprobs)
         x = (logprobs - logprobs.amax(-1, keepdim=True)) / self.temperature
         if 0 < self.top_k < x.shape[-1]:
             x = x.masked_fill(x < x.topk(self.top_k).values[:, -1:], -torch.inf)
@@ -77,7 +82,7 @@ class Sampling(NamedTuple):
             kept = probability.cumsum(-1) - probability < self.top_p
             kept[:, 0] = True
             x = x.masked_fill(x < torch.where(kept, ordered, torch.inf).amin(-1, keepdim=True), -torch.inf)
-        return (x + noise).argmax(-1)  # a draw from softmax(x)
+        return likeliest(x + noise)  # a draw from softmax(x)
 
 
 class Token(NamedTuple):
@@ -227,14 +232,13 @@ class Engine:
         row = self.cache.flatten(2, 3).unsqueeze(2)  # a view
         x = self.model.hidden(ids, positions=positions, slots=slots, lo=lo.int(), hi=hi.int(), cache=row)[0]
         who, first, last, rode, length, left, budget, seed = sequences
-        self.place[who], self.alive[who] = torch.zeros_like(left), torch.ones_like(left)
-        self.left[who], self.budget[who], self.seed[who] = left, budget, seed
+        zero = torch.zeros_like(length)
+        self.state[:, who] = torch.stack((length, zero, zero, left, budget, seed, zero + 1))
         if not ride:
-            self.length[who] = length
             return self._settle(who, self.model.head(x[first]))
         without, behind = self.model.head(x[torch.stack((first, last))])
         kept = rode * self._wants(who, without)
-        self.length[who] = length + kept
+        self.length[who] += kept
         return self._settle(who, without, behind, kept)
 
     def _logprobs(self, logits: Tensor, n_ids: int) -> Tensor:
@@ -266,28 +270,27 @@ class Engine:
 
         Returns what the host reads, float32 [n, 6 + …]: id or -1, pauses, log-probability with and without them,
         whether the sequence goes on, whether the policy is off, and with trace the likeliest tokens of both."""
-        alive, pause_id = self.alive[who] > 0, self.tokenizer.pause_id
+        length, _, place, left, budget, seed, alive = self.state[:, who]
+        alive, pause_id = alive > 0, self.tokenizer.pause_id
         said = logprobs = self._logprobs(without, pause_id)
         if behind is not None:
             said = torch.where(kept[:, None] > 0, self._logprobs(behind, pause_id), logprobs)
-        choice = self._sample(said, self.seed[who], self.place[who])
-        of_choice = [x.gather(1, choice[:, None])[:, 0] for x in (said, logprobs)]
+        choice = self._sample(said, seed, place)
+        of_choice = of_choice_without = said.gather(1, choice[:, None])[:, 0]
         if behind is None:
             kept = torch.zeros_like(choice)
         else:
-            self.policy.observe(of_choice[0] - of_choice[1], kept > 0)
-            self.budget[who] -= kept
-
-        self.token[who] = choice
-        self.place[who] += 1
-        self.left[who] -= 1
+            of_choice_without = logprobs.gather(1, choice[:, None])[:, 0]
+            self.policy.observe(of_choice - of_choice_without, kept > 0)
+            budget = budget - kept
         ended = (choice[:, None] == self.ends).any(1)
-        alive_after = alive & ~ended & (self.left[who] > 0) & (self.length[who] < self.max_length)
-        self.alive[who] = alive_after.long()
+        alive_after = alive & ~ended & (left > 1) & (length < self.max_length)
+        self.state[:, who] = torch.stack((length, choice, place + 1, left - 1, budget, seed, alive_after.long()))
         off = torch.zeros_like(alive) | self.policy.is_off()
-        columns = torch.stack([torch.where(alive, choice, -1), kept, *of_choice, alive_after, off], 1)
-        tops = [torch.stack(x.topk(N_TOP)[::-1], 2).flatten(1) for x in (said, logprobs)] if self.trace else []
-        return torch.cat((columns, *tops), 1)
+        columns = torch.stack([torch.where(alive, choice, -1), kept, of_choice, of_choice_without, alive_after, off], 1)
+        if not self.trace:
+            return columns
+        return torch.cat((columns, *(torch.stack(x.topk(N_TOP)[::-1], 2).flatten(1) for x in (said, logprobs))), 1)
 
     def _run(self, key: tuple, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """function(*inputs), on a GPU by the CUDA graph of `key`, which is captured the first time."""

@@ -5,11 +5,11 @@ Shapes: B sequences, T tokens, C width, H query heads, G key-value heads, D head
 
 import math
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 import kernels
@@ -118,23 +118,20 @@ class Attention(nn.Module):
         D, qkv_bias = config.head_width, config.bias if config.qkv_bias is None else config.qkv_bias
         self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * D, bias=qkv_bias)
         self.out = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
-        )
+        self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None for _ in "qk")
 
-    def forward(self, x, rope, lo, hi, cache, slots):
-        q, k, v = rearrange(self.qkv(x), "b t (h d) -> b t h d", h=self.n_head + 2 * self.n_kv_head).split(
-            (self.n_head, self.n_kv_head, self.n_kv_head), dim=2
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
+    def forward(self, x, rope, attend, cache, slots):
+        qkv = self.qkv(x).unflatten(2, (self.n_head + 2 * self.n_kv_head, -1))
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            for stored, new in zip(cache, (k, v)):
-                stored[slots] = new.to(stored.dtype)
-            k, v = cache.to(q.dtype)
-        y = kernels.attention(q, k, v, lo, hi)
-        return self.out(rearrange(y, "b t h d -> b t (h d)"))
+            keys, values = cache
+            keys[slots], values[slots] = k.to(keys.dtype), v.to(values.dtype)
+            k, v = keys, values
+        return self.out(attend(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
@@ -163,8 +160,8 @@ class Block(nn.Module):
         self.attention_norm, self.attention = norm(config, config.n_embd), Attention(config)
         self.mlp_norm, self.mlp = norm(config, config.n_embd), MLP(config)
 
-    def forward(self, x, rope, lo, hi, cache, slots):
-        x = x + self.attention(self.attention_norm(x), rope, lo, hi, cache, slots)
+    def forward(self, x, rope, attend, cache, slots):
+        x = x + self.attention(self.attention_norm(x), rope, attend, cache, slots)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -216,13 +213,13 @@ class GPT(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if cache is not None:
             slots = torch.arange(len(tokens), device=tokens.device)[:, None], slots
-        x, rope = self.token_embedding(tokens), None
+        x, rope, attend = self.token_embedding(tokens), None, kernels.Attend(lo, hi)
         if self.config.position == "learned":
             x = x + self.position_embedding(positions)
         else:
             rope = self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, lo, hi, None if cache is None else cache[i], slots)
+        for block, layer in zip(self.blocks, repeat(None) if cache is None else cache):
+            x = block(x, rope, attend, layer, slots)
         return self.norm(x)
 
     def forward(

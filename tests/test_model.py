@@ -317,3 +317,12 @@ def test_impossible_shapes_are_refused(shape, sentence):
 
 def test_odd_heads_need_no_rope():
     GPT(GPTConfig(n_embd=20, n_head=4, position="learned"))(torch.zeros(1, 3, dtype=torch.int64))
+
+
+def test_what_is_made_of_intervals_is_made_once_a_pass(monkeypatch):
+    asked, layout = [], kernels.plain.layout
+    monkeypatch.setattr(kernels.plain, "layout", lambda *args: asked.append(args) or layout(*args))
+    model = GPT(GPTConfig(n_layer=3, n_embd=32)).eval()
+    for _ in range(2):
+        model(torch.zeros(1, 8, dtype=torch.int64))
+    assert len(asked) == 2
