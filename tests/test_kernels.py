@@ -283,14 +283,12 @@ def test_layers_share_their_intervals(impl):
     """One Attend for layers, and for other shapes and dtypes in between: nothing of one is in another's answer."""
     hi = torch.tensor([[2, 2, 3, 4, 5, 6], [0, 1, 2, 6, 6, 6]], dtype=torch.int32, device=DEVICE)
     lo = torch.tensor([[0, 0, 0, 2, 2, 2], [0, 0, 0, 0, 0, 4]], dtype=torch.int32, device=DEVICE)
-    attend = Attend(lo, hi, impl=impl)
-    for S, H, dtype in [(6, 2, torch.float32)] * 2 + [
-        (9, 2, torch.float32),
-        (9, 4, torch.float32),
-        (9, 4, torch.float16),
-    ]:
-        inputs = attention_inputs(2, 6, S, H, 2, 16, dtype, seed=S + H)
-        check_attention(lambda q, k, v, *_: attend(q, k, v), inputs, lo, hi)
+    f32, f16 = torch.float32, torch.float16
+    for bounds in (lo, hi), (None, None):
+        attend = Attend(*bounds, impl=impl)
+        for S, H, D, dtype in (6, 2, 16, f32), (6, 2, 16, f32), (9, 2, 16, f32), (9, 4, 16, f16), (9, 4, 8, f16):
+            inputs = attention_inputs(2, 6, S, H, 2, D, dtype, seed=S + H)
+            check_attention(lambda q, k, v, *_, attend=attend: attend(q, k, v), inputs, *bounds)
 
 
 @IMPLS
