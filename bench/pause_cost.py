@@ -55,9 +55,9 @@ def pauses_of(device: str, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ..
     if device == "cuda":
         return PAUSES, PAUSES
     if shape["what"] == "prefix":
-        return ((8, 50), (8,)) if shape["batch"] == 1 else ((50,), ())
+        return (PAUSES, (8,)) if shape["batch"] == 1 else ((8, 50), ())
     if shape["batch"] * shape["context"] > 8192:
-        return (1, 8, 50), (1,) if shape["context"] > 1024 else (1, 8)
+        return PAUSES, (1,)
     return PAUSES, (1, 8, 50) if shape.items() >= SHOWN.items() else (1, 8)
 
 
@@ -201,13 +201,14 @@ def measure(bench: Bench, shape: Shape) -> None:
     compete(bench, what, shape, cases)
 
 
-def main(quick: bool = False) -> None:
+def main(quick: bool = False, minutes: float = 7) -> None:
     """FLOPs and latency per added pause.
 
     Args:
-        quick: A small model and two shapes.
+        quick: A small model and two shapes, and 40 seconds.
+        minutes: No shape is begun after them. Two cores take 30 for all but the largest prompts.
     """
-    bench = Bench("pause_cost", quick)
+    bench = Bench("pause_cost", quick, minutes)
     bench.versions |= dict.fromkeys((WITHOUT, SEQUENTIAL, THOUGHT, LAYERS, HEADS), torch.__version__)
     for shape in shapes(bench.device.type, quick):
         bench.attempt(measure, shape)
