@@ -191,15 +191,14 @@ class Engine:
 
     def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
         n, Q = tokens.shape
-        j = torch.arange(Q, device=self.device)
-        new, length = j < counts[:, None], self.length[:n, None]
-        positions = torch.where(new, length + j, 0)
-        hi = (length + torch.minimum(j + 1, counts[:, None])).int()
+        length = self.length[:n, None]
+        places, end = length + torch.arange(Q, device=self.device), length + counts[:, None]
+        new, hi = places < end, torch.minimum(places + 1, end).int()
         x = self.model.hidden(
-            tokens, positions=positions, slots=torch.where(new, positions, self.max_length),
+            tokens, positions=torch.where(new, places, 0), slots=torch.where(new, places, self.max_length),
             lo=torch.where(new, 0, hi), hi=hi, cache=self.cache[:, :, :n],
         )  # fmt: skip
-        self.length[:n] += counts
+        self.length[:n] = end[:, 0]
         return x
 
     def _decode(self, n: int, ride: int) -> Tensor:
