@@ -147,9 +147,9 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     large = device == "cuda"
     cases, new = [(model, batch, 512, 0) for batch in (8, 1) for model in MODELS], 128 if large else 64
     swept = "124M" if large else "small"
+    cases += [(swept, 8, 512, pauses) for pauses in (10, 50)]
     cases += [(swept, batch, 512, 0) for batch in ((32, 128) if large else (32,))]
     cases += [(swept, 8, context, 0) for context in ((4096, 16384) if large else (128, 2048))]
-    cases += [(swept, 8, 512, pauses) for pauses in (10, 50)]
     return [dict(zip(("model", "batch", "context", "pauses", "new"), (*case, new))) for case in cases]
 
 

@@ -250,7 +250,7 @@ class Rival(NamedTuple):
 
 class Bench:
     """One run of a bench: attempts shapes, keeps rows and what is missing, writes the JSON, prints tables. minutes: no
-    shape is begun after them, so that a bench ends well inside ten, and a quick one, which has 40 seconds, inside two.
+    shape is begun after them; with 7 a bench ends well inside ten, and a quick one, which has 40 seconds, inside two.
     """
 
     def __init__(self, name: str, quick: bool, minutes: float = 7):

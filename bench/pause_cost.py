@@ -50,7 +50,7 @@ def shapes(device: str, quick: bool) -> list[Shape]:
 
 
 def pauses_of(device: str, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How many pauses go into one pass, and how many are fed one by one: on a CPU not so many that little else could be
+    """How many pauses go into one pass, and how many are fed one by one: on a CPU fewer, so that more shapes can be
     measured."""
     if device == "cuda":
         return PAUSES, PAUSES

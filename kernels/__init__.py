@@ -54,7 +54,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 class Attend:
     """Attention for the layers of a pass, whose queries read the same: what an implementation makes of the intervals,
-    such as a mask, it makes once. Arguments as in `attention`; lo and hi must not be written to in between."""
+    such as a mask, it makes once. Arguments as in `attention`; lo and hi must not be written to in between, and an
+    Attend of inference mode is not for training."""
 
     def __init__(
         self, lo: Tensor | None = None, hi: Tensor | None = None, *, scale: float | None = None, impl: str | None = None
@@ -82,7 +83,7 @@ class Attend:
             raise ValueError(f"attention takes a positive scale, not {scale}")
         impl = choose(self.impl, q.device)
         if impl == "torch":
-            return partial(plain.attention, layout=plain.layout(q, k, lo, hi), scale=scale)
+            return partial(plain.attention, parts=plain.parts_of(q, k, lo, hi), scale=scale)
         if impl == "reference":
             t = torch.arange(T, device=q.device).expand(B, T)
             lo, hi = torch.zeros_like(t) if lo is None else lo, t + (S - T + 1) if hi is None else hi

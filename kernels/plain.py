@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 WASTE = 1 << 17  # elements of keys that a row reads in vain before rows are parted: about what another call costs
-Layout = tuple[int, list[int], list[Part]]  # along which dimension, of what sizes, the parts
+Parts = tuple[int, list[int], list[Part]]  # along which dimension, of what sizes, which
 
 
 def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
@@ -45,13 +45,13 @@ def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
     return Part(0, S, False, mask[:, None], empty)
 
 
-def _part(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Part:
+def _part(lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Part:
     """Without the keys that nobody reads, such as a cache's unused slots, and without a mask that would hide nothing,
     or what plain causal hides. The mask is in `dtype`: SDPA would turn one in bool into that every time."""
     # Neither decreases along t.
     (lo_min, lo_max), (hi_min, hi_max) = ((min(x[:, 0].tolist()), max(x[:, -1].tolist())) for x in (lo, hi))
-    last = min(max(hi_max, 1), S)
-    first = min(max(lo_min, 0), last - 1)
+    last = max(hi_max, 1)
+    first = min(lo_min, last - 1)
     causal = 1 < hi.shape[1] == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
     if causal or (lo_max <= first and hi_min >= last):
         return Part(first, last, causal, None, None)
@@ -66,16 +66,16 @@ def _part(lo: Tensor, hi: Tensor, S: int, dtype: torch.dtype) -> Part:
     return Part(first, last, False, mask, empty)
 
 
-def layout(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Layout:
-    """What the queries read: the documents of packed rows, sequences of a cache whose lengths differ by much, or one
+def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Parts:
+    """What queries read: the documents of packed rows, sequences of a cache whose lengths differ by much, or one
     part. Plain causal needs no mask in memory; other intervals take a dense one, on a CPU one for each part."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     if lo is None and hi is None and T in (1, S):
-        return 0, [B], [Part(0, S, 1 < T, None, None)]
+        return 0, [B], [Part(0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is no bool
     n = B if lo is not None or hi is not None else 1  # whose masks differ
     lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
-    hi = torch.arange(S - T + 1, S + 1, device=q.device)[None] if hi is None else hi
-    lo, hi = lo.expand(n, T), hi.expand(n, T)
+    hi = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=q.device)[None] if hi is None else hi
+    lo, hi = lo.expand(n, T).clamp(0, S), hi.expand(n, T).clamp(0, S)
     if not (S and _visible(hi)):
         return 0, [B], [_whole(lo, hi, S)]
     if 1 < T == S:
@@ -84,16 +84,13 @@ def layout(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Layout
         borders = (((lo[:, 1:] >= t) & (hi[:, :-1] <= t)).all(0).nonzero()[:, 0] + 1).tolist()
         if borders:
             places = list(pairwise((0, *borders, T)))
-            return (
-                1,
-                [j - i for i, j in places],
-                [_part(lo[:, i:j] - i, hi[:, i:j] - i, j - i, q.dtype) for i, j in places],
-            )
+            parts = [_part((lo[:, i:j] - i).clamp(min=0), (hi[:, i:j] - i).clamp(min=0), q.dtype) for i, j in places]
+            return 1, [j - i for i, j in places], parts
     elif H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
         ends = hi[:, -1].tolist()
         if (n * max(ends) - sum(ends)) * G * D > n * WASTE:
-            return 0, [1] * n, [_part(*bounds, S, q.dtype) for bounds in zip(lo.split(1), hi.split(1))]
-    return 0, [B], [_part(lo, hi, S, q.dtype)]
+            return 0, [1] * n, [_part(*bounds, q.dtype) for bounds in zip(lo.split(1), hi.split(1))]
+    return 0, [B], [_part(lo, hi, q.dtype)]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor:
@@ -105,9 +102,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor
     return out if part.empty is None else out.masked_fill(part.empty[..., None, None], 0)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-    """See kernels.attention. layout: that of intervals, by the function of this name."""
-    dim, sizes, parts = layout
+def attention(q: Tensor, k: Tensor, v: Tensor, parts: Parts, scale: float) -> Tensor:
+    """See kernels.attention. parts: from parts_of."""
+    dim, sizes, parts = parts
     if len(parts) == 1:
         return _attend(q, k, v, parts[0], scale)
     # A piece's gradient is as large as the piece; that of a slice as large as what it is cut from.

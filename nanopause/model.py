@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, C width, H query heads, G key-value heads, D head
 
 import math
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Literal
 
 import torch
@@ -218,7 +217,8 @@ class GPT(nn.Module):
             x = x + self.position_embedding(positions)
         else:
             rope = self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
-        for block, layer in zip(self.blocks, repeat(None) if cache is None else cache):
+        layers = [None] * len(self.blocks) if cache is None else cache
+        for block, layer in zip(self.blocks, layers, strict=True):
             x = block(x, rope, attend, layer, slots)
         return self.norm(x)
 

@@ -210,13 +210,6 @@ def test_gradients_of_packed_rows_are_as_large_as_their_documents():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
-def test_the_last_mask_is_of_its_dtype():
-    hi = torch.arange(1, 10, dtype=torch.int32)[None].clamp(min=4)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):  # a mask in float32 SDPA takes for any
-        check_attention(attention, attention_inputs(1, 9, 9, 2, 1, 8, dtype), None, hi, impl="torch")
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
 def test_sequences_of_a_cache_cost_what_their_own_keys_do(monkeypatch):
     """Where their lengths differ by enough; a batch of equal ones, or with fewer heads than threads, stays together."""
     keys, dense = [], F.scaled_dot_product_attention
@@ -281,14 +274,33 @@ def small_tiles():
 @IMPLS
 def test_layers_share_their_intervals(impl):
     """One Attend for layers, and for other shapes and dtypes in between: nothing of one is in another's answer."""
-    hi = torch.tensor([[2, 2, 3, 4, 5, 6], [0, 1, 2, 6, 6, 6]], dtype=torch.int32, device=DEVICE)
-    lo = torch.tensor([[0, 0, 0, 2, 2, 2], [0, 0, 0, 0, 0, 4]], dtype=torch.int32, device=DEVICE)
+    lo = torch.tensor([[0, 0, 2, 2, 4, 4], [0, 0, 0, 2, 4, 4]], dtype=torch.int32, device=DEVICE)
+    hi = torch.tensor([[2, 2, 3, 4, 5, 6], [0, 1, 2, 4, 6, 6]], dtype=torch.int32, device=DEVICE)
     f32, f16 = torch.float32, torch.float16
-    for bounds in (lo, hi), (None, None):
+    for bounds in (lo, hi), (lo, None), (None, None):
         attend = Attend(*bounds, impl=impl)
-        for S, H, D, dtype in (6, 2, 16, f32), (6, 2, 16, f32), (9, 2, 16, f32), (9, 4, 16, f16), (9, 4, 8, f16):
+        for S, H, D, dtype in (6, 2, 16, f32), (6, 2, 16, f32), (9, 2, 16, f32), (9, 4, 16, f16), (6, 4, 8, f32):
             inputs = attention_inputs(2, 6, S, H, 2, D, dtype, seed=S + H)
             check_attention(lambda q, k, v, *_, attend=attend: attend(q, k, v), inputs, *bounds)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU has float64 and bounds that can be looked at")
+def test_masks_are_of_the_queries_dtype():
+    """A mask in float32 SDPA takes for any."""
+    hi = torch.arange(1, 10, dtype=torch.int32)[None].clamp(min=4)
+    attend = Attend(None, hi, impl="torch")
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        check_attention(lambda q, k, v, *_: attend(q, k, v), attention_inputs(1, 9, 9, 2, 1, 8, dtype), None, hi)
+
+
+@IMPLS
+def test_intervals_far_outside_of_the_keys(impl):
+    """Where a document's would wrap around, and where a query reads only what is not there."""
+    least = -(2**31)
+    for lo, hi in ([0, 1], [least, least]), ([-5, 1], [-2, 2]), ([0, 2**31 - 1], [2**31 - 1] * 2), ([5, 6], [6, 7]):
+        lo, hi = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (lo, hi))
+        for S in (2, 3):
+            check_attention(attention, attention_inputs(1, 2, S, 2, 2, 8, torch.float32), lo, hi, impl=impl)
 
 
 @IMPLS
@@ -602,15 +614,18 @@ def test_loss_compiled_with_a_tied_weight_autocast_and_other_lengths(impl):
 
 @IMPLS
 def test_attention_compiled(impl):
-    def two_layers(q, k, v, lo, hi, **_):
-        return attention(attention(q, k, v, lo, hi, impl=impl), k, v, impl=impl)
+    def layers(q, k, v, lo, hi, **_):
+        attend = Attend(lo, hi, impl=impl)
+        return attention(attend(attend(q, k, v), k, v), k, v, impl=impl)
 
-    inputs = attention_inputs(1, 33, 33, 2, 2, 16, torch.float32)
-    lo, hi = intervals("packed", 1, 33, 33)
-    eager = attention_results(two_layers, *inputs, lo, hi, torch.float32)
-    compiled = attention_results(torch.compile(two_layers, fullgraph=True), *inputs, lo, hi, torch.float32)
-    for name, result in eager.items():
-        torch.testing.assert_close(compiled[name], result, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(layers, fullgraph=True)
+    for T in (33, 40):  # the second time compiled for any
+        inputs = attention_inputs(1, T, T, 2, 2, 16, torch.float32)
+        lo, hi = intervals("packed", 1, T, T)
+        eager = attention_results(layers, *inputs, lo, hi, torch.float32)
+        got = attention_results(compiled, *inputs, lo, hi, torch.float32)
+        for name, result in eager.items():
+            torch.testing.assert_close(got[name], result, rtol=1e-5, atol=1e-5)
 
 
 # The choice

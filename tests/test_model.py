@@ -320,8 +320,8 @@ def test_odd_heads_need_no_rope():
 
 
 def test_what_is_made_of_intervals_is_made_once_a_pass(monkeypatch):
-    asked, layout = [], kernels.plain.layout
-    monkeypatch.setattr(kernels.plain, "layout", lambda *args: asked.append(args) or layout(*args))
+    asked, parts_of = [], kernels.plain.parts_of
+    monkeypatch.setattr(kernels.plain, "parts_of", lambda *args: asked.append(args) or parts_of(*args))
     model = GPT(GPTConfig(n_layer=3, n_embd=32)).eval()
     for _ in range(2):
         model(torch.zeros(1, 8, dtype=torch.int64))

@@ -25,15 +25,26 @@ def test_products_are_the_linear_layers(rows, bias, small, gelu, monkeypatch):
 
 
 def test_layouts_are_made_where_they_are_faster():
-    def made(n, rows, gelu=False):
+    def made(rows, n, gelu=False):
         layer = PackedLinear(nn.Linear(1 << 10, n), gelu)
         with torch.no_grad():
             layer(torch.randn(rows, 1 << 10))
-        return layer.columns is not None, layer.blocks is not None
+        return [out.__name__ for out in layer.made]
 
-    assert made((1 << 9) - 1, 8) == (True, False)
-    assert made((1 << 9) - 1, 8, gelu=True) == (True, True)
-    assert made(1 << 9, 8) == (False, True)
+    small, large = (1 << 9) - 1, 1 << 9
+    assert made(8, small) == made(8, small, gelu=True) == ["by_columns"]
+    assert made(8, large) == made(65, small, gelu=True) == ["in_blocks"]
+    assert made(1, small) == made(1, large) == made(65, small) == made(1025, large) == []
+
+
+def test_weights_of_inference_mode_can_be_packed():
+    """They tell no version."""
+    with torch.inference_mode():
+        linear, x = nn.Linear(40, 72), torch.randn(8, 40)
+        layer = PackedLinear(linear)
+        torch.testing.assert_close(layer(x), linear(x))
+        linear.weight.data = torch.randn(72, 40)
+        torch.testing.assert_close(layer(x), linear(x))
 
 
 @torch.no_grad()
