@@ -168,8 +168,8 @@ def truth(problem: Problem) -> dict[str, Tensor]:
     return {name: torch.cat(parts, dim=2) for name, parts in zip(("out", "dq", "dk", "dv"), zip(*results))}
 
 
-# Rivals: problem → function of q, k, v. What they need beside these, such as masks, is made here, and is not timed, as
-# ours is not that of a kernels.Attend.
+# Rivals: problem → function of q, k, v. What they need beside these, such as masks, is made here and is not timed; nor
+# is what kernels.Attend makes of the intervals.
 
 
 def sdpa(backend: SDPBackend, problem: Problem) -> Callable:

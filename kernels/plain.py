@@ -84,7 +84,7 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
         borders = (((lo[:, 1:] >= t) & (hi[:, :-1] <= t)).all(0).nonzero()[:, 0] + 1).tolist()
         if borders:
             places = list(pairwise((0, *borders, T)))
-            parts = [_part((lo[:, i:j] - i).clamp(min=0), (hi[:, i:j] - i).clamp(min=0), q.dtype) for i, j in places]
+            parts = [_part(lo[:, i:j] - i, hi[:, i:j] - i, q.dtype) for i, j in places]
             return 1, [j - i for i, j in places], parts
     elif H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
         ends = hi[:, -1].tolist()

@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
 
     def _laid(self, out: Callable[[Tensor], Tensor]) -> Tensor:
         weight = self.weight
-        version = None if weight.is_inference() else weight._version, weight.data_ptr()
+        version = weight._version, weight.data_ptr()
         if version != self.version:
             self.made, self.version = {}, version
         if out not in self.made:
@@ -60,13 +60,15 @@ class PackedLinear(nn.Module):
 
 def packed(model: nn.Module) -> nn.Module:
     """What to generate with: the model itself, or on a CPU in float32 a copy that shares its parameters and has its
-    linear layers packed, whose matrices take as much memory again."""
+    linear layers packed, whose matrices take as much memory again. Parameters made in inference mode do not tell that
+    they were written to, and are not packed."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    mlps = [module for module in model.modules() if isinstance(module, MLP) and module.activation == "gelu"]
-    before_gelu = {id(mlp.up) for mlp in mlps}
+    before_gelu = {id(mlp.up) for mlp in model.modules() if isinstance(mlp, MLP) and mlp.activation == "gelu"}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     copied = copy.deepcopy(model, shared | {id(x): PackedLinear(x, id(x) in before_gelu) for x in linears})
     for mlp in copied.modules():

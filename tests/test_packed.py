@@ -37,14 +37,20 @@ def test_layouts_are_made_where_they_are_faster():
     assert made(1, small) == made(1, large) == made(65, small) == made(1025, large) == []
 
 
-def test_weights_of_inference_mode_can_be_packed():
-    """They tell no version."""
-    with torch.inference_mode():
-        linear, x = nn.Linear(40, 72), torch.randn(8, 40)
-        layer = PackedLinear(linear)
-        torch.testing.assert_close(layer(x), linear(x))
-        linear.weight.data = torch.randn(72, 40)
-        torch.testing.assert_close(layer(x), linear(x))
+@torch.inference_mode()
+def test_parameters_of_inference_mode_are_not_packed():
+    """They tell no version: a copy of them would be stale when they were written to."""
+    model = GPT(GPTConfig())
+    assert packed(model) is model
+
+
+@torch.no_grad()
+def test_a_parameter_in_another_place_is_packed_again():
+    linear, x = nn.Linear(40, 72), torch.randn(8, 40)
+    layer = PackedLinear(linear)
+    torch.testing.assert_close(layer(x), linear(x))
+    linear.weight.data = torch.randn(72, 40)
+    torch.testing.assert_close(layer(x), linear(x))
 
 
 @torch.no_grad()
