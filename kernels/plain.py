@@ -34,7 +34,8 @@ class Part(NamedTuple):
 
 
 WASTE = 1 << 17  # elements of keys that a row reads in vain before rows are parted: about what another call costs
-Parts = tuple[int, list[int], list[Part]]  # along which dimension, of what sizes, which
+# Along which dimension, of how many queries and of how many keys each, and which.
+Parts = tuple[int, list[int], list[int], list[Part]]
 
 
 def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
@@ -67,30 +68,31 @@ def _part(lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Part:
 
 
 def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Parts:
-    """What queries read: the documents of packed rows, sequences of a cache whose lengths differ by much, or one
-    part. Plain causal needs no mask in memory; other intervals take a dense one, on a CPU one for each part."""
+    """What queries read: documents of packed rows, or prompts in a cache, that share no key; sequences of a cache whose
+    lengths differ by much; or one part. Plain causal needs no mask in memory; other intervals take a dense one, on a
+    CPU one for each part."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     if lo is None and hi is None and T in (1, S):
-        return 0, [B], [Part(0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is no bool
+        return 0, [B], [B], [Part(0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is no bool
     n = B if lo is not None or hi is not None else 1  # whose masks differ
     lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
     hi = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=q.device)[None] if hi is None else hi
     lo, hi = lo.expand(n, T).clamp(0, S), hi.expand(n, T).clamp(0, S)
     if not (S and _visible(hi)):
-        return 0, [B], [_whole(lo, hi, S)]
-    if 1 < T == S:
-        # Nothing crosses t where all from it on read from t on, and all before it read up to t.
-        t = torch.arange(1, T)
-        borders = (((lo[:, 1:] >= t) & (hi[:, :-1] <= t)).all(0).nonzero()[:, 0] + 1).tolist()
-        if borders:
-            places = list(pairwise((0, *borders, T)))
-            parts = [_part(lo[:, i:j] - i, hi[:, i:j] - i, q.dtype) for i, j in places]
-            return 1, [j - i for i, j in places], parts
-    elif H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
+        return 0, [B], [B], [_whole(lo, hi, S)]
+    if T > 1:
+        # A part begins with a query that reads something, and nothing that was read before it.
+        ends = hi[:, :-1].amax(0)
+        begins = ((lo[:, 1:].amin(0) >= ends) & (ends > 0) & (lo < hi).any(0)[1:]).nonzero()[:, 0]
+        if len(begins):
+            t, s = (0, *(begins + 1).tolist(), T), (0, *ends[begins].tolist(), S)
+            parts = [_part(lo[:, i:j] - k, hi[:, i:j] - k, q.dtype) for (i, j), k in zip(pairwise(t), s)]
+            return 1, [j - i for i, j in pairwise(t)], [j - i for i, j in pairwise(s)], parts
+    if H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
         ends = hi[:, -1].tolist()
         if (n * max(ends) - sum(ends)) * G * D > n * WASTE:
-            return 0, [1] * n, [_part(*bounds, q.dtype) for bounds in zip(lo.split(1), hi.split(1))]
-    return 0, [B], [_part(lo, hi, q.dtype)]
+            return 0, [1] * n, [1] * n, [_part(*bounds, q.dtype) for bounds in zip(lo.split(1), hi.split(1))]
+    return 0, [B], [B], [_part(lo, hi, q.dtype)]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor:
@@ -104,11 +106,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, parts: Parts, scale: float) -> Tensor:
     """See kernels.attention. parts: from parts_of."""
-    dim, sizes, parts = parts
+    dim, of_queries, of_keys, parts = parts
     if len(parts) == 1:
         return _attend(q, k, v, parts[0], scale)
     # A piece's gradient is as large as the piece; that of a slice as large as what it is cut from.
-    pieces = zip(*(x.split(sizes, dim) for x in (q, k, v)), parts)
+    pieces = zip(q.split(of_queries, dim), k.split(of_keys, dim), v.split(of_keys, dim), parts)
     return torch.cat([_attend(*piece, scale) for piece in pieces], dim)
 
 

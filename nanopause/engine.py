@@ -460,8 +460,7 @@ class Engine:
         self, reading: list[_Sequence], max_new_tokens: int, at_prompt: int, prefix: bool
     ) -> Iterator[_Pass]:
         """Read the next tokens of prompts, up to `chunk`. The last token of a prompt and its pauses are not parted, for
-        the policy compares them. In lockstep every prompt has a pass of its own: attention in plain PyTorch is dense.
-        """
+        the policy compares them."""
         S, pause_id, parts, n_read = self.max_length + 1, self.tokenizer.pause_id, [], 0
         for sequence in sorted(reading, key=lambda sequence: sequence.slot):
             start, length, room = sequence.read, len(sequence.prompt), self.chunk - n_read
@@ -481,9 +480,9 @@ class Engine:
             n_read += len(ids)
 
         end = self.max_batch * S
-        for together in [[part] for part in parts] if self.lockstep else [parts] * bool(parts):
+        if parts:
             columns, begun, numbers, n = [], {}, [], 0
-            for sequence, tokens, ride in together:
+            for sequence, tokens, ride in parts:
                 columns.append(tokens)
                 n += tokens.shape[1]
                 if ride is not None:

@@ -177,7 +177,8 @@ def test_attention_of_packed_prefixes(impl, dtype, padding):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
 def test_packed_rows_cost_what_their_documents_do(monkeypatch):
-    """Also where two rows have borders in common, and others of their own."""
+    """Also where two rows have borders in common, and others of their own, and where keys lie between that nobody
+    reads, as in a cache. Queries without keys are part of what they follow."""
     masks, dense = [], F.scaled_dot_product_attention
 
     def counted(q, k, v, attn_mask=None, **options):
@@ -187,7 +188,12 @@ def test_packed_rows_cost_what_their_documents_do(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     q, k, v, _ = attention_inputs(1, 30, 30, 2, 1, 8, torch.float32)
     attention(q, k, v, *packed_prefixes((10, 12, 3), (0, 4, 0), 5), impl="torch")
-    assert masks == [(10, 10, False), (12, 12, True), (3, 3, False), (5, 1, True)]
+    assert masks == [(10, 10, False), (12, 12, True), (8, 3, True)]
+    masks.clear()
+    gaps = torch.tensor(2 * [0] + 10 * [2] + 12 * [5] + [9], dtype=torch.int32)
+    lo, hi = (bound + gaps for bound in packed_prefixes((2, 10, 12, 1), 4 * [0], 0))
+    check_attention(attention, attention_inputs(1, 25, 40, 2, 1, 8, torch.float32), lo, hi, impl="torch")
+    assert masks[:4] == [(2, 2, False), (10, 10, False), (12, 12, False), (1, 1, False)]
     masks.clear()
     one, two = (packed_prefixes(lengths, (0, 0, 0), 0) for lengths in ((10, 12, 8), (10, 5, 15)))
     lo, hi = (torch.cat(bounds) for bounds in zip(one, two))
