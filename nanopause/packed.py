@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +10,9 @@ from torch import Tensor, nn
 
 from nanopause.model import MLP
 
-SMALL = 1 << 19  # elements below which a matrix stays in the cache
-# Rows of x for which another layout is faster than the usual one:
-FOR_COLUMNS = range(2, 65)  # a small matrix by columns,
-FOR_BLOCKS = range(4, 1025)  # a large one in oneDNN's blocks,
-FOR_BLOCKS_BEFORE_GELU = range(65, 1025)  # and a small one too, as a product in blocks has GELU for free.
+
+def by_rows(weight: Tensor) -> Tensor:
+    return weight
 
 
 def by_columns(weight: Tensor) -> Tensor:
@@ -24,38 +23,65 @@ def in_blocks(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, 8)
 
 
+Layout = Callable[[Tensor], Tensor]
+SMALL = 1 << 19  # elements from which on no matrix was ever fastest by columns
+MOST_ROWS = 256  # of x in a measurement
+FASTEST: dict[tuple, Layout] = {}  # by a layer's kind and the logarithm of the number of rows
+
+
 class PackedLinear(nn.Module):
     """A linear layer that shares its parameters with `linear`, and has its matrix in other layouts too. gelu: what it
-    returns goes through GELU (tanh), which alone is slow.
+    returns goes through GELU (tanh), which oneDNN has for free and PyTorch takes long for.
 
-    BLAS copies a matrix that lies by rows into blocks for every product of 4 rows or more, which takes as long as
-    reading it. Other layouts are made when they are first used, and again after the parameter was written to (which
+    BLAS copies a matrix that lies by rows into blocks for products of a few rows, which takes as long as reading it;
+    how many are few, and what of it is true, differs between CPUs. So the layouts are timed, once for a kind of matrix
+    and a number of rows up to the next power of two, and the fastest is taken from then on: two runs may round in
+    different ways. Layouts are made when they are first used, and again after the parameter was written to (which
     shows, unless it was through `.data`)."""
 
     def __init__(self, linear: nn.Linear, gelu: bool = False):
         super().__init__()
         self.weight, self.bias, self.gelu = linear.weight, linear.bias, gelu
-        small = linear.weight.numel() < SMALL
-        self.for_columns = FOR_COLUMNS if small else ()
-        self.for_blocks = FOR_BLOCKS if not small else FOR_BLOCKS_BEFORE_GELU if gelu else ()
+        self.kind = (*linear.weight.shape, gelu)
         self.made, self.version = {}, None
 
-    def _laid(self, out: Callable[[Tensor], Tensor]) -> Tensor:
+    def _laid(self, layout: Layout) -> Tensor:
         weight = self.weight
         version = weight._version, weight.data_ptr()
         if version != self.version:
             self.made, self.version = {}, version
-        if out not in self.made:
-            self.made[out] = out(weight.detach())
-        return self.made[out]
+        if layout not in self.made:
+            self.made[layout] = layout(weight.detach())
+        return self.made[layout]
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows in self.for_blocks:
+    def _product(self, x: Tensor, layout: Layout) -> Tensor:
+        weight = self._laid(layout)
+        if layout is in_blocks:
             after = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
-            return torch.ops.mkldnn._linear_pointwise(x, self._laid(in_blocks), self.bias, *after)
-        x = F.linear(x, self._laid(by_columns) if rows in self.for_columns else self.weight, self.bias)
+            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, *after)
+        x = F.linear(x, weight, self.bias)
         return F.gelu(x, approximate="tanh") if self.gelu else x
+
+    def _fastest(self, rows: int) -> Layout:
+        """by_rows, which takes no memory, unless another takes a tenth less time."""
+        x, kept = self.weight.new_ones(rows, self.weight.shape[1]), set(self.made)
+        layouts = (by_rows, in_blocks, by_columns) if self.weight.numel() < SMALL else (by_rows, in_blocks)
+        times, start = {layout: [] for layout in layouts}, perf_counter()
+        while len(times[by_rows]) < 10 and (len(times[by_rows]) < 3 or perf_counter() - start < 0.02):
+            for layout in layouts:
+                began = perf_counter()
+                self._product(x, layout)
+                times[layout].append(perf_counter() - began)
+        fastest = min(layouts, key=lambda layout: min(times[layout]) * (0.9 if layout is by_rows else 1))
+        self.made = {layout: weight for layout, weight in self.made.items() if layout in (*kept, fastest)}
+        return fastest
+
+    def forward(self, x):
+        rows = min(x.numel() // x.shape[-1], MOST_ROWS)
+        case = *self.kind, (rows - 1).bit_length()
+        if case not in FASTEST:
+            FASTEST[case] = self._fastest(1 << case[-1])
+        return self._product(x, FASTEST[case])
 
 
 def packed(model: nn.Module) -> nn.Module:
