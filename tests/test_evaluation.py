@@ -57,20 +57,21 @@ def run_folder(tmp_path_factory):
     config = load_config(SHAPE)
     torch.manual_seed(0)
     model = GPT(config.gpt(BYTES.vocab_size))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
     texts = [[*BYTES.encode(f"Question: {row['question']}\nAnswer: {row['answer'][0]}"), BYTES.eot_id] for row in ROWS]
     width = max(map(len, texts))
     tokens = torch.tensor([text + [0] * (width - len(text)) for text in texts])
     targets = tokens[:, 1:].clone()
     for row, text in zip(targets, texts):
         row[len(text) - 1 :] = -100
-    for _ in range(100):
+    for step in range(150):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 150)  # to an end at which every CPU's roundings say it
         loss = model(tokens[:, :-1], targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < 0.5
-    checkpoint.save(folder / "run", 100, model, [optimizer], config)
+    assert loss < 0.1  # nearly all of it that of the questions' numbers
+    checkpoint.save(folder / "run", 150, model, [optimizer], config)
     (folder / "data").mkdir()
     write(folder / "data" / "webq_test.jsonl", ROWS)
     write(folder / "data" / "piqa_val.jsonl", CHOICES)
@@ -123,7 +124,7 @@ def test_a_sweep(run, run_folder, tmp_path):
         assert row["seconds_per_example"] == pytest.approx(sum(one["seconds"] for one in mine) / len(mine))
     gain = results["webq", 10]["metrics"]["exact_match"]["value"] - 1
     assert results["webq", 10]["difference"]["value"] == pytest.approx(gain)
-    assert written["settings"]["step"] == 100 and written["settings"]["attention"] == "causal"
+    assert written["settings"]["step"] == 150 and written["settings"]["attention"] == "causal"
     assert written["checkpoint"]["model"]["n_embd"] == 64 and "torch" in written["versions"]
     assert (tmp_path / "pauses.png").read_bytes()[:4] == b"\x89PNG"
     assert "exact_match 1.0000 ± 0.0000" in said and "batch size 8, cpu" in said
@@ -167,14 +168,14 @@ def test_one_process(run_folder, tmp_path):
 
 def test_a_batch_answers_as_one_by_one(model, run_folder):
     examples = load(TASKS["webq"], "test", run_folder / "data")[0]
-    for attention in ("causal", "prefix"):
+    for attention, pauses in (("causal", 0), ("causal", 4), ("prefix", 4)):
         said = []
         for batch_size in (1, 5):
-            cell = Cell(model, BYTES, TASKS["webq"], examples, 4, attention, batch_size)
+            cell = Cell(model, BYTES, TASKS["webq"], examples, pauses, attention, batch_size)
             engine = Engine(model, BYTES, batch_size, cell.max_length())
             answers = sorted(cell.answers(list(range(8)), engine))
             said.append([answer._replace(flops=0) for answer in answers])
-        assert said[0] == said[1] and len({answer.said for answer in said[0]}) > 1
+        assert said[0] == said[1] and (pauses or len({answer.said for answer in said[0]}) == 8)
 
 
 class WithBeginning:
