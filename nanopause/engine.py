@@ -162,11 +162,11 @@ class Engine:
         with torch.inference_mode(False):  # they are written to in and outside of it
             self.cache = model.new_cache(max_batch, self.max_length + 1)
             # Of every sequence; the last column is that of no one.
-            self.state = torch.zeros(7, max_batch + 1, dtype=torch.int64, device=self.device)
+            self.state = torch.zeros(6, max_batch + 1, dtype=torch.int64, device=self.device)
             self.ends = torch.tensor(tokenizer.end_ids, device=self.device)
-        # length: tokens in the cache. token: the next to append. place: tokens made; left: still to make.
-        # budget: pauses left. alive: 0 where the sequence has ended.
-        self.length, self.token, self.place, self.left, self.budget, self.seed, self.alive = self.state
+        # length: tokens in the cache. token: the next to append. place: tokens made; left: still to make, not above 0
+        # where the sequence has ended. budget: pauses left.
+        self.length, self.token, self.place, self.left, self.budget, self.seed = self.state
         self.policy, self.sampling, self.trace = Policy(), Sampling(), False
         # The host sees every pass before it starts the next, and pads nothing. On a GPU it runs ahead, with graphs of
         # a few sizes.
@@ -189,34 +189,40 @@ class Engine:
         tokens, counts = F.pad(tokens, (0, width - Q, 0, rows - n)), F.pad(counts, (0, rows - n))
         return self._run(("append", rows, width), self._append, tokens, counts)[:n, :Q]
 
-    def _append(self, tokens: Tensor, counts: Tensor) -> Tensor:
+    def _append(self, tokens: Tensor, counts: Tensor | None) -> Tensor:
+        """See append. counts None: all of the tokens."""
         n, Q = tokens.shape
-        length = self.length[:n, None]
-        places, end = length + torch.arange(Q, device=self.device), length + counts[:, None]
+        length, cache = self.length[:n, None], self.cache[:, :, :n]
+        places = length + torch.arange(Q, device=self.device)
+        if counts is None:
+            length += Q
+            return self.model.hidden(tokens, positions=places, cache=cache)
+        end = length + counts[:, None]
         new, hi = places < end, torch.minimum(places + 1, end).int()
         x = self.model.hidden(
             tokens, positions=torch.where(new, places, 0), slots=torch.where(new, places, self.max_length),
-            lo=torch.where(new, 0, hi), hi=hi, cache=self.cache[:, :, :n],
+            lo=torch.where(new, 0, hi), hi=hi, cache=cache,
         )  # fmt: skip
         self.length[:n] = end[:, 0]
         return x
 
-    def _decode(self, n: int, ride: int) -> Tensor:
+    def _decode(self, n: int, ride: int, all_alive: bool) -> Tensor:
         """A token more for the first n sequences, with `ride` pauses behind the one before it where there is room."""
         who, head, pause_id = slice(0, n), self.model.head, self.tokenizer.pause_id
-        token, alive = self.token[who, None], self.alive[who]
+        token, alive = self.token[who, None], self.left[who] > 0
+        counts = None if all_alive else alive.long()
         if not ride:
-            return self._settle(who, head(self._append(token, alive)[:, 0]))
+            return self._settle(who, head(self._append(token, counts)[:, 0]))
         room = (self.budget[who] >= ride) & (self.length[who] + 1 + ride <= self.max_length)
-        rode = ride * room * alive
+        rode = ride * (room & alive)
         if self.lockstep:
-            without = head(self._append(token, alive)[:, 0])
+            without = head(self._append(token, counts)[:, 0])
             kept = rode * self._wants(who, without)
             x = self._append(token.new_full((n, ride), pause_id), kept) if kept.any() else None
             self.passes_with_pauses += x is not None
             behind = without if x is None else head(x[:, -1])
         else:
-            x = self._append(F.pad(token, (0, ride), value=pause_id), alive + rode)
+            x = self._append(F.pad(token, (0, ride), value=pause_id), counts + rode)
             without, behind = head(x[:, ::ride]).unbind(1)
             kept = rode * self._wants(who, without)
             self.length[who] += kept - rode
@@ -232,7 +238,7 @@ class Engine:
         x = self.model.hidden(ids, positions=positions, slots=slots, lo=lo.int(), hi=hi.int(), cache=row)[0]
         who, first, last, rode, length, left, budget, seed = sequences
         zero = torch.zeros_like(length)
-        self.state[:, who] = torch.stack((length, zero, zero, left, budget, seed, zero + 1))
+        self.state[:, who] = torch.stack((length, zero, zero, left, budget, seed))
         if not ride:
             return self._settle(who, self.model.head(x[first]))
         without, behind = self.model.head(x[torch.stack((first, last))])
@@ -267,10 +273,10 @@ class Engine:
         """The next token of the sequences `who`, from their logits [n, V] without pauses, and behind them where `kept`,
         the number of pauses, int64 [n], is not 0.
 
-        Returns what the host reads, float32 [n, 6 + …]: id or -1, pauses, log-probability with and without them,
+        Returns what the host reads, float32 [n, 6 + …]: id, pauses, log-probability with and without them,
         whether the sequence goes on, whether the policy is off, and with trace the likeliest tokens of both."""
-        length, _, place, left, budget, seed, alive = self.state[:, who]
-        alive, pause_id = alive > 0, self.tokenizer.pause_id
+        length, _, place, left, budget, seed = self.state[:, who]
+        pause_id = self.tokenizer.pause_id
         said = logprobs = self._logprobs(without, pause_id)
         if behind is not None:
             said = torch.where(kept[:, None] > 0, self._logprobs(behind, pause_id), logprobs)
@@ -282,11 +288,12 @@ class Engine:
             of_choice_without = logprobs.gather(1, choice[:, None])[:, 0]
             self.policy.observe(of_choice - of_choice_without, kept > 0)
             budget = budget - kept
-        ended = (choice[:, None] == self.ends).any(1)
-        alive_after = alive & ~ended & (left > 1) & (length < self.max_length)
-        self.state[:, who] = torch.stack((length, choice, place + 1, left - 1, budget, seed, alive_after.long()))
-        off = torch.zeros_like(alive) | self.policy.is_off()
-        columns = torch.stack([torch.where(alive, choice, -1), kept, of_choice, of_choice_without, alive_after, off], 1)
+        ended = (choice[:, None] == self.ends).any(1) | (length >= self.max_length)
+        left = torch.where(ended, 0, left - 1)
+        self.state[:, who] = torch.stack((length, choice, place + 1, left, budget, seed))
+        goes_on = left > 0
+        off = torch.zeros_like(goes_on) | self.policy.is_off()
+        columns = torch.stack([choice, kept, of_choice, of_choice_without, goes_on, off], 1)
         if not self.trace:
             return columns
         return torch.cat((columns, *(torch.stack(x.topk(N_TOP)[::-1], 2).flatten(1) for x in (said, logprobs))), 1)
@@ -415,7 +422,7 @@ class Engine:
             self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] == "append"}
         self.settings, self.current = settings, current
         lag = 0 if self.lockstep else 2  # passes that the host is ahead
-        self.alive.zero_()
+        self.left.zero_()
         off = bool(policy.is_off())
         while waiting or running or in_flight:
             if self.current is not current:
@@ -430,7 +437,9 @@ class Engine:
             writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
             if writing:
                 ride = 0 if off else policy.per_token
-                rows = self._run(("decode", n, ride), partial(self._decode, n, ride))
+                # The host knows that none has ended where it has seen all passes.
+                all_alive = self.lockstep and not reading
+                rows = self._run(("decode", n, ride), partial(self._decode, n, ride, all_alive))
                 self.passes_with_pauses += ride > 0 and not self.lockstep
                 in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
             while in_flight and (len(in_flight) > lag or not running):
@@ -452,7 +461,7 @@ class Engine:
                 slot = free.pop(0)
                 for tensor in (self.cache, self.state[:, None]):
                     tensor[:, :, slot] = tensor[:, :, sequence.slot]
-                self.alive[sequence.slot] = 0
+                self.left[sequence.slot] = 0
                 sequence.slot = slot
         return n
 
@@ -532,7 +541,7 @@ class Engine:
                 text = sequence.tail + self.tokenizer.decode_bytes([int(id)])
                 sequence.tail = text[-max(map(len, stops)) :]
                 if any(stop in text for stop in stops):  # which the device does not know
-                    sequence.done, self.alive[sequence.slot], end = True, 0, "until"
+                    sequence.done, self.left[sequence.slot], end = True, 0, "until"
             pairs = [(int(id), logprob) for id, logprob in zip(top[::2], top[1::2])]
             tokens.append(Token(sequence.index, int(id), int(pauses), logprob, logprob_without, end, pairs[:N_TOP],
                                 pairs[N_TOP:]))  # fmt: skip
