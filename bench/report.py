@@ -1,8 +1,8 @@
 """The figures and README's tables, from the JSON in bench/results/<device>/.
 
 README.md has a place for each bench, from `<!-- bench: NAME -->` to `<!-- end -->`: what stands between is written
-here, a part for every device that the bench has run on. Figures lie beside the JSON, as PNG and SVG. Quick results are
-left out of both.
+here, a part for every device that the bench has run on, folded but for that measured last. Figures lie beside the JSON,
+as PNG and SVG. Quick results are left out of both.
 """
 
 import json
@@ -50,18 +50,24 @@ def text(readme: str, results: Results) -> str:
         raise UserError("README.md has a place `<!-- bench: NAME -->` without `<!-- end -->`: close it")
 
     def filled(place: re.Match) -> str:
-        parts = [part(place[2], device, result) for device, result in results.get(place[2], {}).items()]
+        devices = sorted(results.get(place[2], {}).items(), key=lambda item: item[1]["date"], reverse=True)
+        parts = [part(place[2], *item) for item in devices]
+        for i, (_, result) in enumerate(devices[1:], 1):
+            parts[i] = f"<details><summary>{named_device(result)}</summary>\n\n{parts[i]}\n\n</details>"
         return place[1] + "\n\n".join(parts) + "\n" * bool(parts) + place[4]
 
     return PLACE.sub(filled, readme)
 
 
+def named_device(result: Result) -> str:
+    return result["device"] + f", {result['threads']} threads" * (result["device"] == result["cpu"])
+
+
 def part(bench: str, device: str, result: Result) -> str:
     """What README says of a bench on a device."""
-    threads = f", {result['threads']} threads" * (result["device"] == result["cpu"])
     commit = f"commit {result['commit'][:7]}{' with changes' * bool(result['dirty'])}" if result["commit"] else ""
     lines = [
-        f"{result['device']}{threads}, {result['dtype']}, torch {result['torch']} "
+        f"{named_device(result)}, {result['dtype']}, torch {result['torch']} "
         f"(`{result['command']}`, {result['date'][:10]}{', ' * bool(commit)}{commit}):"
     ]
     page = PAGES[bench]

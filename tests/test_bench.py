@@ -734,13 +734,17 @@ def test_a_damaged_result_is_one_sentence(tmp_path):
 
 
 def test_a_place_is_filled_for_every_device():
+    """That measured last is to be seen, others are folded."""
     readme = "before\n<!-- bench: finetune -->\nstale\n<!-- end -->\n<!-- bench: loss -->\nstale\n<!-- end -->\nafter\n"
-    results = {"finetune": {"a-chip": a_result(), "b-chip": a_result(device="B chip", cpu="B chip", dirty=True)}}
+    older = a_result(device="B chip", cpu="B chip", dirty=True, date="2025-12-31T03:04:05+00:00")
+    results = {"finetune": {"b-chip": older, "c-chip": a_result()}}
     said = report.text(readme, results)
     assert said.startswith(
         "before\n<!-- bench: finetune -->\nA chip, 2 threads, float32, torch 2 (`python -m bench data`"
     )
-    assert "commit 0123456):" in said and "\nB chip, 2 threads" in said and "commit 0123456 with changes):" in said
+    assert "commit 0123456):" in said and "commit 0123456 with changes):" in said
+    assert "<details><summary>B chip, 2 threads</summary>\n\nB chip, 2 threads, float32" in said
+    assert said.count("<details>") == said.count("</details>") == 1
     assert said.endswith("<!-- end -->\n<!-- bench: loss -->\n<!-- end -->\nafter\n") and "stale" not in said
     assert report.text(said, results) == said
     lines = said.splitlines()
