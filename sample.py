@@ -167,8 +167,8 @@ def as_json(prompt: str, generation: Generation, tokenizer: Tokenizer) -> str:
 
 
 def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> float:
-    """What the passes with pauses took longer than without: the median of three differences of a typical pass, by
-    turns, times how many there were. It is measured afterwards, on the engine's cache."""
+    """What prompts and steps with pauses took longer than without: the median of three differences of a typical one,
+    by turns, times how many there were. It is measured afterwards, on the engine's cache."""
     context = round(statistics.mean(prompt_lengths))
     pauses = policy.per_token or policy.at_prompt
     context = min(context, engine.max_length - 1 - pauses)
@@ -192,7 +192,7 @@ def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> 
     else:
         shape, without, with_pauses = (engine.max_batch, context), (1,), (1 + pauses,)
     differences = [seconds(*shape, *with_pauses) - seconds(*shape, *without) for _ in range(4)]
-    return statistics.median(differences[1:]) * engine.passes_with_pauses  # the first warms up
+    return statistics.median(differences[1:]) * engine.paused  # the first warms up
 
 
 def main() -> None:
@@ -257,7 +257,7 @@ def main() -> None:
         return
     n_tokens, n_pauses = (sum(f(g) for g in generations) for f in (lambda g: len(g.tokens), lambda g: g.pauses))
     text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_pauses} pauses"
-    if engine.passes_with_pauses:
+    if engine.paused:
         added = added_seconds(engine, policy, [max(1, len(tokenizer.encode(prompt))) for prompt in prompts])
         text += f", which added {1000 * added:.1f} of {1000 * seconds:.0f} ms"
     print(text, file=sys.stderr)

@@ -68,9 +68,9 @@ def _part(lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Part:
 
 
 def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Parts:
-    """What queries read: documents of packed rows, or prompts in a cache, that share no key; sequences of a cache whose
-    lengths differ by much; or one part. Plain causal needs no mask in memory; other intervals take a dense one, on a
-    CPU one for each part."""
+    """What queries read: documents of packed rows, or prompts in a cache, that share no key; sequences of a batch whose
+    keys differ much in number; or one part. Plain causal needs no mask in memory; other intervals take a dense one, on
+    a CPU one for each part."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     if lo is None and hi is None and T in (1, S):
         return 0, [B], [B], [Part(0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is no bool
@@ -86,7 +86,7 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
         begins = ((lo[:, 1:].amin(0) >= ends) & (ends > 0) & (lo < hi).any(0)[1:]).nonzero()[:, 0]
         if len(begins):
             t, s = (0, *(begins + 1).tolist(), T), (0, *ends[begins].tolist(), S)
-            parts = [_part(lo[:, i:j] - k, hi[:, i:j] - k, q.dtype) for (i, j), k in zip(pairwise(t), s)]
+            parts = [_part(lo[:, i:j] - key, hi[:, i:j] - key, q.dtype) for (i, j), key in zip(pairwise(t), s)]
             return 1, [j - i for i, j in pairwise(t)], [j - i for i, j in pairwise(s)], parts
     if H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
         ends = hi[:, -1].tolist()

@@ -173,7 +173,7 @@ class Engine:
         self.lockstep = self.device.type != "cuda"
         self.graphs = {}
         self.settings = self.current = None  # of the graphs; the stream that runs
-        self.passes_with_pauses = 0
+        self.paused = 0  # prompts and steps that were read with pauses
 
     # The operation
 
@@ -219,7 +219,7 @@ class Engine:
             without = head(self._append(token, counts)[:, 0])
             kept = rode * self._wants(who, without)
             x = self._append(token.new_full((n, ride), pause_id), kept) if kept.any() else None
-            self.passes_with_pauses += x is not None
+            self.paused += x is not None
             behind = without if x is None else head(x[:, -1])
         else:
             x = self._append(F.pad(token, (0, ride), value=pause_id), counts + rode)
@@ -347,10 +347,10 @@ class Engine:
 
         prompts: texts, which begin as the tokenizer has it, or token ids; an empty one starts after an end of text.
         pauses: that many after every prompt, or a policy. seed: prompt i draws with seed + i, or with seed[i], and gets
-        the same text in any batch, but for roundings, and for StopWhenUseless, which measures all. attention: "prefix"
-        lets a prompt and its pauses read each other in both directions; pauses that may be taken back are then left to
-        the tokens after it. until: texts, of which the first ends what holds it, and stays in it. trace: keep the
-        likeliest ids.
+        the same text in any batch, but for roundings (nanopause.packed), and for StopWhenUseless, which measures all.
+        attention: "prefix" lets a prompt and its pauses read each other in both directions; pauses that may be taken
+        back are then left to the tokens after it. until: texts, of which the first ends what holds it, and stays in it.
+        trace: keep the likeliest ids.
 
         Raises UserError, before the first token, where a number is out of its range or a prompt and its pauses are
         longer than max_length.
@@ -433,14 +433,15 @@ class Engine:
                 running[-1].slot = slot
             n = self._close_ranks(running)
             reading = [sequence for sequence in running if sequence.read < len(sequence.prompt)]
-            in_flight.extend(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
+            if reading:
+                in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
             writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
             if writing:
                 ride = 0 if off else policy.per_token
                 # The host knows that none has ended where it has seen all passes.
                 all_alive = self.lockstep and not reading
-                rows = self._run(("decode", n, ride), partial(self._decode, n, ride, all_alive))
-                self.passes_with_pauses += ride > 0 and not self.lockstep
+                rows = self._run(("decode", n, ride, all_alive), partial(self._decode, n, ride, all_alive))
+                self.paused += ride > 0 and not self.lockstep
                 in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
             while in_flight and (len(in_flight) > lag or not running):
                 tokens, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops)
@@ -465,18 +466,16 @@ class Engine:
                 sequence.slot = slot
         return n
 
-    def _read_prompts(
-        self, reading: list[_Sequence], max_new_tokens: int, at_prompt: int, prefix: bool
-    ) -> Iterator[_Pass]:
+    def _read_prompts(self, reading: list[_Sequence], max_new_tokens: int, at_prompt: int, prefix: bool) -> _Pass:
         """Read the next tokens of prompts, up to `chunk`. The last token of a prompt and its pauses are not parted, for
         the policy compares them."""
-        S, pause_id, parts, n_read = self.max_length + 1, self.tokenizer.pause_id, [], 0
+        S, pause_id, columns, begun, numbers, n = self.max_length + 1, self.tokenizer.pause_id, [], {}, [], 0
         for sequence in sorted(reading, key=lambda sequence: sequence.slot):
-            start, length, room = sequence.read, len(sequence.prompt), self.chunk - n_read
+            start, length, room = sequence.read, len(sequence.prompt), self.chunk - n
             room_for_pauses = at_prompt <= self.policy.budget and length + at_prompt <= self.max_length
             ride = at_prompt if room_for_pauses else 0
             rest = length - start
-            if parts and (room <= 0 or (prefix and rest + ride > room)):
+            if columns and (room <= 0 or (prefix and rest + ride > room)):
                 break
             ends = prefix or rest == 1 or rest + ride <= room
             sequence.read += rest if ends else min(rest - 1, room)
@@ -485,29 +484,23 @@ class Engine:
             slots = sequence.slot * S + positions
             lo = np.full_like(slots, sequence.slot * S)
             hi = np.full_like(slots, slots[-1] + 1) if prefix else slots + 1
-            parts.append((sequence, np.stack((ids, positions, slots, lo, hi)), ride if ends else None))
-            n_read += len(ids)
-
-        end = self.max_batch * S
-        if parts:
-            columns, begun, numbers, n = [], {}, [], 0
-            for sequence, tokens, ride in parts:
-                columns.append(tokens)
-                n += tokens.shape[1]
-                if ride is not None:
-                    begun[len(numbers)] = sequence
-                    numbers.append((sequence.slot, n - 1 - ride, n - 1, ride, len(sequence.prompt), max_new_tokens,
-                                    self.policy.budget, sequence.seed))  # fmt: skip
-            if not self.lockstep:
-                n = self._bucket(n) - n
-                columns.append(np.repeat([[pause_id], [0], [end - 1], [end], [end]], n, axis=1))
-                numbers += [(self.max_batch, *[0] * 7)] * (self.max_batch - len(numbers))
-            rows = self._run(
-                ("prefill", sum(part.shape[1] for part in columns), at_prompt), partial(self._prefill, ride=at_prompt),
-                self._to_device(np.concatenate(columns, 1)), self._to_device(np.reshape(numbers, (-1, 8)).T),
-            )  # fmt: skip
-            self.passes_with_pauses += bool(at_prompt and begun)
-            yield self._send(rows, begun)
+            columns.append(np.stack((ids, positions, slots, lo, hi)))
+            n += len(ids)
+            if ends:
+                begun[len(numbers)] = sequence
+                numbers.append((sequence.slot, n - 1 - ride, n - 1, ride, length, max_new_tokens, self.policy.budget,
+                                sequence.seed))  # fmt: skip
+                self.paused += ride > 0
+        if not self.lockstep:
+            end = self.max_batch * S
+            columns.append(np.repeat([[pause_id], [0], [end - 1], [end], [end]], self._bucket(n) - n, axis=1))
+            numbers += [(self.max_batch, *[0] * 7)] * (self.max_batch - len(numbers))
+        tokens, sequences = np.concatenate(columns, 1), np.reshape(numbers, (-1, 8)).T
+        rows = self._run(
+            ("prefill", tokens.shape[1], at_prompt), partial(self._prefill, ride=at_prompt),
+            self._to_device(tokens), self._to_device(sequences),
+        )  # fmt: skip
+        return self._send(rows, begun)
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))

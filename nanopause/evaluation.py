@@ -257,12 +257,13 @@ class Cell:
                 yield Answer(i, values[i], (), n_read - self.pauses, n_cut, 0, self.pauses, flops)
 
     def warm_up(self, todo: list[int], engine: Engine | None) -> None:
-        """Answer a few examples for nothing, so that what happens at first is not timed. On a GPU a step of a size that
-        none of them has is captured while it is."""
-        few = todo[: self.batch_size if self.model.head.weight.device.type == "cuda" else 1]
+        """Answer a few examples for nothing, so that what happens at first is not timed; on a CPU, where prompts take
+        long, one, and the ends of others. On a GPU a step of a size that none of them has is captured while it is."""
+        gpu = self.model.head.weight.device.type == "cuda"
         if self.max_new_tokens == 0:
-            return [_ for _ in self._chosen(few)] and None
-        prompts = [self.prompt(self.examples[i].prefix, self.room)[0] for i in few]
+            return [_ for _ in self._chosen(todo[: self.batch_size if gpu else 1])] and None
+        prompts = [self.prompt(self.examples[i].prefix, self.room)[0] for i in todo[: self.batch_size]]
+        prompts[1:] = prompts[1:] if gpu else [prompt[-1:] for prompt in prompts[1:]]
         engine.generate(prompts, copy.deepcopy(self.policy) or 0, temperature=self.decoding.temperature,
                         top_p=self.decoding.top_p, max_new_tokens=2, attention=self.attention)  # fmt: skip
 

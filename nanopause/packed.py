@@ -26,7 +26,7 @@ def in_blocks(weight: Tensor) -> Tensor:
 Layout = Callable[[Tensor], Tensor]
 SMALL = 1 << 19  # elements from which on no matrix was ever fastest by columns
 MOST_ROWS = 256  # of x in a measurement
-FASTEST: dict[tuple, Layout] = {}  # by a layer's kind and the logarithm of the number of rows
+FASTEST: dict[tuple, Layout] = {}  # by a layer's kind, threads, and the logarithm of the number of rows
 
 
 class PackedLinear(nn.Module):
@@ -34,10 +34,9 @@ class PackedLinear(nn.Module):
     returns goes through GELU (tanh), which oneDNN has for free and PyTorch takes long for.
 
     BLAS copies a matrix that lies by rows into blocks for products of a few rows, which takes as long as reading it;
-    how many are few, and what of it is true, differs between CPUs. So the layouts are timed, once for a kind of matrix
-    and a number of rows up to the next power of two, and the fastest is taken from then on: two runs may round in
-    different ways. Layouts are made when they are first used, and again after the parameter was written to (which
-    shows, unless it was through `.data`)."""
+    how many are few differs between CPUs. So the layouts are timed, once a process for a kind of matrix and a number of
+    rows up to the next power of two, and the fastest is taken from then on. Layouts are made when they are first tried
+    or used, and again after the parameter was written to (which shows, unless it was through `.data`)."""
 
     def __init__(self, linear: nn.Linear, gelu: bool = False):
         super().__init__()
@@ -47,6 +46,8 @@ class PackedLinear(nn.Module):
 
     def _laid(self, layout: Layout) -> Tensor:
         weight = self.weight
+        if layout is by_rows:
+            return weight
         version = weight._version, weight.data_ptr()
         if version != self.version:
             self.made, self.version = {}, version
@@ -63,7 +64,7 @@ class PackedLinear(nn.Module):
         return F.gelu(x, approximate="tanh") if self.gelu else x
 
     def _fastest(self, rows: int) -> Layout:
-        """by_rows, which takes no memory, unless another takes a tenth less time."""
+        """by_rows, which needs no copy, unless another takes a tenth less time. Copies that lose are dropped."""
         x, kept = self.weight.new_ones(rows, self.weight.shape[1]), set(self.made)
         layouts = (by_rows, in_blocks, by_columns) if self.weight.numel() < SMALL else (by_rows, in_blocks)
         times, start = {layout: [] for layout in layouts}, perf_counter()
@@ -73,12 +74,12 @@ class PackedLinear(nn.Module):
                 self._product(x, layout)
                 times[layout].append(perf_counter() - began)
         fastest = min(layouts, key=lambda layout: min(times[layout]) * (0.9 if layout is by_rows else 1))
-        self.made = {layout: weight for layout, weight in self.made.items() if layout in (*kept, fastest)}
+        self.made = {layout: laid for layout, laid in self.made.items() if layout in (*kept, fastest)}
         return fastest
 
     def forward(self, x):
         rows = min(x.numel() // x.shape[-1], MOST_ROWS)
-        case = *self.kind, (rows - 1).bit_length()
+        case = *self.kind, torch.get_num_threads(), (rows - 1).bit_length()
         if case not in FASTEST:
             FASTEST[case] = self._fastest(1 << case[-1])
         return self._product(x, FASTEST[case])
@@ -86,12 +87,13 @@ class PackedLinear(nn.Module):
 
 def packed(model: nn.Module) -> nn.Module:
     """What to generate with: the model itself, or on a CPU in float32 a copy that shares its parameters and has its
-    linear layers packed, whose matrices take as much memory again. Parameters made in inference mode do not tell that
-    they were written to, and are not packed."""
+    linear layers packed, whose matrices take as much memory again. Two processes may find different layouts fastest,
+    and then round in different ways: nothing is packed where PyTorch shall use deterministic algorithms. Parameters
+    made in inference mode do not tell that they were written to, and are not packed either."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model
-    if any(parameter.is_inference() for parameter in model.parameters()):
+    if torch.are_deterministic_algorithms_enabled() or any(x.is_inference() for x in model.parameters()):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     before_gelu = {id(mlp.up) for mlp in model.modules() if isinstance(mlp, MLP) and mlp.activation == "gelu"}

@@ -133,11 +133,14 @@ def test_ragged_appends_are_one_pass(style, schedule, seed):
                 torch.testing.assert_close(torch.cat(logits), model(torch.tensor([tokens]))[0], atol=1e-5, rtol=0)
 
 
-def test_prompt_and_pauses_are_one_pass():
+def test_prompts_and_their_pauses_are_one_pass():
     model, passes = model_of(), []
     hook = model.token_embedding.register_forward_hook(lambda module, args, out: passes.append(args[0].shape[1]))
     engine_of(model, chunk=64).generate(["a prompt"], 10, max_new_tokens=4, temperature=0)
     assert passes == [18, 1, 1, 1]
+    del passes[:]
+    engine_of(model, chunk=64).generate(["a prompt", "b"], 10, max_new_tokens=2, temperature=0)
+    assert passes == [18 + 11, 1]
     del passes[:]
     engine = engine_of(model, lockstep=False, max_batch=1)
     (made,) = engine.generate(["a"], BelowConfidence(1.0, 3), max_new_tokens=3, temperature=0)

@@ -195,6 +195,10 @@ def test_packed_rows_cost_what_their_documents_do(monkeypatch):
     check_attention(attention, attention_inputs(1, 25, 40, 2, 1, 8, torch.float32), lo, hi, impl="torch")
     assert masks[:4] == [(2, 2, False), (10, 10, False), (12, 12, False), (1, 1, False)]
     masks.clear()
+    lo, hi = torch.tensor([[[0, 0, 3, 6], [0, 0, 5, 6]], [[2, 2, 5, 8], [2, 3, 6, 9]]], dtype=torch.int32)
+    check_attention(attention, attention_inputs(2, 4, 12, 2, 1, 8, torch.float32), lo, hi, impl="torch")
+    assert [(q, k) for q, k, _ in masks[:3]] == [(2, 3), (1, 3), (1, 3)]  # the rows part where neither reads across
+    masks.clear()
     one, two = (packed_prefixes(lengths, (0, 0, 0), 0) for lengths in ((10, 12, 8), (10, 5, 15)))
     lo, hi = (torch.cat(bounds) for bounds in zip(one, two))
     inputs = attention_inputs(2, 30, 30, 2, 1, 8, torch.float32)

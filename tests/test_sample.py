@@ -12,7 +12,7 @@ import torch
 import sample
 from nanopause import checkpoint
 from nanopause.config import load_config
-from nanopause.engine import Generation, Token
+from nanopause.engine import Engine, Generation, Token
 from nanopause.errors import UserError
 from nanopause.model import GPT
 from nanopause.tokenizer import load_tokenizer
@@ -54,6 +54,24 @@ def test_several_prompts_are_printed_in_their_order(run):
         r"First<\|pause\|>×3[a-z]{6}\nSecond<\|pause\|>×3[a-z]{6}\nThird<\|pause\|>×3[a-z]{6}\n", printed.out
     )
     assert re.search(r"18 tokens, \d+ tokens/s, 9 pauses, which added -?[\d.]+ of \d+ ms", printed.err)
+
+
+@pytest.mark.parametrize("options, added", [
+    (["--pauses=5"], 3 * 5),
+    (["--pauses=5", "--pause_when=below_confidence", "--threshold=1", "--pause_budget=10"], 3 * 5 + 5),
+])  # fmt: skip
+def test_what_pauses_added(run, monkeypatch, options, added):
+    """Where a token takes a second: those of three prompts, and of the step in which all pause again."""
+    now, append = [0.0], Engine.append
+
+    def timed(engine, tokens, counts):
+        now[0] += tokens.shape[1]
+        return append(engine, tokens, counts)
+
+    monkeypatch.setattr(Engine, "append", timed)
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: now[0])
+    printed = run("--prompt=First", "--prompt=Second", "--prompt=Third", "--batch_size=3", *options)
+    assert f"which added {1000 * added:.1f} of" in printed.err
 
 
 def test_prompts_of_a_file_and_of_standard_input_as_json(run, tmp_path, monkeypatch):
