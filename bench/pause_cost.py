@@ -13,6 +13,7 @@ before a step; the prompt is `context` tokens, and the cache empty before it.
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,11 @@ def shapes(device: str, quick: bool) -> list[Shape]:
             for what, batch, context in first + rest]  # fmt: skip
 
 
+def is_long(shape: Shape) -> bool:
+    """Whether it has so many tokens that a CPU leaves out what can be."""
+    return shape["batch"] * shape["context"] > 8192
+
+
 def pauses_of(device: str, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How many pauses go into one pass, and how many are fed one by one: on a CPU fewer, so that more shapes can be
     measured."""
@@ -56,7 +62,7 @@ def pauses_of(device: str, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ..
         return PAUSES, PAUSES
     if shape["what"] == "prefix":
         return (PAUSES, (8,)) if shape["batch"] == 1 else ((8, 50), ())
-    if shape["batch"] * shape["context"] > 8192:
+    if is_long(shape):
         return PAUSES, (1,)
     return PAUSES, (1, 8, 50) if shape.items() >= SHOWN.items() else (1, 8)
 
@@ -130,6 +136,15 @@ class Run:
 
         return run
 
+    @torch.no_grad()
+    def after(self, held: int, last: Tensor, at_once: tuple[int, ...]) -> dict[int, dict[str, Tensor]]:
+        """After `held` tokens and `last` the hidden states at these numbers of pauses, which are fed from one to the
+        next."""
+        self.engine.length[: self.n] = held
+        self._append(last)
+        pieces = pairwise((0, *at_once))
+        return {m: {"hidden": self._append(self.pauses[:, before:m])[:, -1].clone()} for before, m in pieces}
+
 
 class Case(NamedTuple):
     """flops: by formula, and counted. error: of the last hidden state, beside another way to the same."""
@@ -169,10 +184,9 @@ def measure(bench: Bench, shape: Shape) -> None:
     at_once, one_by_one = pauses_of(bench.device.type, shape)
     last, pauses = run.text[:, held : held + new], run.pauses
     cases = {(0, WITHOUT): Case(run.call(held, last), flops(config, n, held, new), config)}
-    for m in at_once:
+    for m, expected in run.after(held, last, at_once).items():
         call = run.call(held, torch.cat((last, pauses[:, :m]), 1))
-        in_two = run.call(held, last, pauses[:, :m])  # not so many are fed one by one, below
-        error = check({"hidden": call()["hidden"]}, in_two(), tolerance)
+        error = check({"hidden": call()["hidden"]}, expected, tolerance)
         cases[m, OURS] = Case(call, flops(config, n, held, new + m), config, error)
     for m in one_by_one:
         call, at_once_call = run.call(held, last, *[pauses[:, :1]] * m), cases[m, OURS].call
@@ -192,7 +206,7 @@ def measure(bench: Bench, shape: Shape) -> None:
     token = last[:, -1:]
     later = {(0, WITHOUT): Case(run.call(context, token), flops(config, n, context, 1), config),
              (m, OURS): Case(run.call(context + m, token), flops(config, n, context + m, 1), config)}  # fmt: skip
-    for name in (LAYERS, HEADS):
+    for name in (LAYERS, HEADS) if bench.device.type == "cuda" or not is_long(shape) else ():
         larger = of_equal_flops(config, name, context, m)
         other = Run(bench, larger, n)
         cases[m, name] = Case(other.call(0, last), flops(larger, n, 0, context), larger)
