@@ -167,11 +167,10 @@ def as_json(prompt: str, generation: Generation, tokenizer: Tokenizer) -> str:
 
 
 def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> float:
-    """What prompts and steps with pauses took longer than without: the median of three differences of a typical one,
-    by turns, times how many there were. It is measured afterwards, on the engine's cache."""
-    context = round(statistics.mean(prompt_lengths))
-    pauses = policy.per_token or policy.at_prompt
-    context = min(context, engine.max_length - 1 - pauses)
+    """What prompts and steps with pauses took longer than without: of each the median of three differences of a typical
+    one, by turns, times how many there were. It is measured afterwards, on the engine's cache."""
+    at_prompt, per_token, n = policy.at_prompt, policy.per_token, engine.max_batch
+    context = min(round(statistics.mean(prompt_lengths)), engine.max_length - 1 - max(at_prompt, per_token))
 
     def seconds(n: int, context: int, *counts: int) -> float:
         """Of appending counts[0], then counts[1], … tokens to n sequences that hold `context`."""
@@ -185,14 +184,17 @@ def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> 
         x[0, 0, 0].item()  # waits
         return time.perf_counter() - start
 
-    if not policy.per_token:
-        shape, without, with_pauses = (1, 0), (context,), (context + pauses,)
-    elif engine.lockstep:  # pauses are read in a pass of their own, where they are wanted
-        shape, without, with_pauses = (engine.max_batch, context), (1,), (1, pauses)
-    else:
-        shape, without, with_pauses = (engine.max_batch, context), (1,), (1 + pauses,)
-    differences = [seconds(*shape, *with_pauses) - seconds(*shape, *without) for _ in range(4)]
-    return statistics.median(differences[1:]) * engine.paused  # the first warms up
+    # On a CPU the pauses of a step are read in a pass of their own, where they are wanted.
+    step = (1, per_token) if engine.lockstep else (1 + per_token,)
+    added = 0.0
+    for times, with_pauses, without in (
+        (engine.paused_prompts, (1, 0, context + at_prompt), (1, 0, context)),
+        (engine.paused_steps, (n, context, *step), (n, context, 1)),
+    ):
+        if times:
+            differences = [seconds(*with_pauses) - seconds(*without) for _ in range(4)]
+            added += times * statistics.median(differences[1:])  # the first warms up
+    return added
 
 
 def main() -> None:
@@ -257,7 +259,7 @@ def main() -> None:
         return
     n_tokens, n_pauses = (sum(f(g) for g in generations) for f in (lambda g: len(g.tokens), lambda g: g.pauses))
     text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_pauses} pauses"
-    if engine.paused:
+    if engine.paused_prompts + engine.paused_steps:
         added = added_seconds(engine, policy, [max(1, len(tokenizer.encode(prompt))) for prompt in prompts])
         text += f", which added {1000 * added:.1f} of {1000 * seconds:.0f} ms"
     print(text, file=sys.stderr)

@@ -184,8 +184,8 @@ def _sample_cuda(call: Candidate, n: int, flush: Tensor) -> float:
 def race(calls: dict[str, Candidate], sample: Sample, seconds: float) -> dict[str, list[float]]:
     """Seconds of a call, one sample a round and candidate. In a round each has its turn: A B C, A B C, …
 
-    A sample is as many calls as fill a millisecond, 10 at most; there are 5 to 25 rounds, about `seconds` in all, and
-    three of more than 20 seconds each, whose first is what warms others up.
+    A sample is as many calls as fill a millisecond, 10 at most; there are 5 to 25 rounds, about `seconds` in all, but
+    three of more than 20 seconds each, and two of more than five minutes; their first is what warms others up.
     """
     repeats, samples, round_seconds = {}, {}, 0.0
     for name, call in calls.items():
@@ -194,7 +194,7 @@ def race(calls: dict[str, Candidate], sample: Sample, seconds: float) -> dict[st
             estimate = sample(call, 1)
         repeats[name], samples[name] = min(max(round(1e-3 / max(estimate, 1e-6)), 1), 10), [estimate]
         round_seconds += repeats[name] * estimate
-    rounds = 2
+    rounds = 2 if round_seconds <= 300 else 1
     if round_seconds <= 20:
         rounds = min(max(int(seconds / max(round_seconds, 1e-6)), 5), 25)
         samples = {name: [] for name in calls}

@@ -50,24 +50,18 @@ def shapes(device: str, quick: bool) -> list[Shape]:
             for what, batch, context in first + rest]  # fmt: skip
 
 
-def is_long(shape: Shape) -> bool:
-    """Whether it has so many tokens that a CPU leaves out what can be."""
-    return shape["batch"] * shape["context"] > 8192
-
-
-def pauses_of(device: str, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How many pauses go into one pass, and how many are fed one by one: on a CPU fewer, so that more shapes can be
-    measured."""
+def one_by_one_of(device: str, shape: Shape) -> tuple[int, ...]:
+    """How many pauses are fed one by one: on a CPU not of all numbers, so that all shapes can be measured."""
     if device == "cuda":
-        return PAUSES, PAUSES
+        return PAUSES
     if shape["what"] == "prefix":
-        return (PAUSES, (8,)) if shape["batch"] == 1 else ((8, 50), ())
-    if is_long(shape):
-        return PAUSES, (1,)
-    return PAUSES, (1, 8, 50) if shape.items() >= SHOWN.items() else (1, 8)
+        return (8,)
+    return (1, 8, 50) if shape["batch"] == 1 and shape["context"] == 1024 else (1, 8)
 
 
-SHOWN = {"batch": 1, "context": 1024}  # where a CPU feeds many pauses one by one
+def larger_of(device: str, shape: Shape) -> tuple[str, ...]:
+    """Which larger models a prompt has beside it: on a CPU none where their passes would take many minutes."""
+    return () if device != "cuda" and shape["batch"] * shape["context"] > 8192 else (LAYERS, HEADS)
 
 
 def flops(config: GPTConfig, batch: int, context: int, n: int, logits: bool = True) -> np.ndarray:
@@ -137,27 +131,36 @@ class Run:
         return run
 
     @torch.no_grad()
-    def after(self, held: int, last: Tensor, at_once: tuple[int, ...]) -> dict[int, dict[str, Tensor]]:
-        """After `held` tokens and `last` the hidden states at these numbers of pauses, which are fed from one to the
+    def after(self, held: int, last: Tensor) -> dict[int, Tensor]:
+        """After `held` tokens and `last` the hidden state at each number of pauses, which are fed from one to the
         next."""
         self.engine.length[: self.n] = held
         self._append(last)
-        pieces = pairwise((0, *at_once))
-        return {m: {"hidden": self._append(self.pauses[:, before:m])[:, -1].clone()} for before, m in pieces}
+        pieces = pairwise((0, *PAUSES))
+        return {m: self._append(self.pauses[:, before:m])[:, -1].clone() for before, m in pieces}
 
 
 class Case(NamedTuple):
-    """flops: by formula, and counted. error: of the last hidden state, beside another way to the same."""
+    """flops: by formula, and counted. truth: the last hidden state, found in another way."""
 
     call: Candidate
     flops: np.ndarray
     config: GPTConfig
-    error: float | None = None
+    truth: Tensor | None = None
 
 
 def compete(bench: Bench, what: str, shape: Shape, cases: dict[tuple[int, str], Case]) -> None:
-    """Rows of cases by pauses and name; (0, WITHOUT) is what all are compared with."""
-    samples = race({key: case.call for key, case in cases.items()}, bench.sample, bench.seconds)
+    """Rows of cases by pauses and name; (0, WITHOUT) is what all are compared with. Raises Wrong where a timed call
+    returned something else than its truth."""
+    returned, errors = {}, {}
+
+    def keeps(key: tuple[int, str], call: Candidate) -> Candidate:
+        return lambda: returned.update({key: call()["hidden"]})
+
+    samples = race({key: keeps(key, case.call) for key, case in cases.items()}, bench.sample, bench.seconds)
+    for key, case in cases.items():
+        if case.truth is not None:
+            errors[key] = check({"hidden": returned[key]}, {"hidden": case.truth}, TOLERANCE[bench.dtype])
     base, without = samples[0, WITHOUT], cases[0, WITHOUT].flops
     for (m, name), seconds in samples.items():
         case, its = cases[m, name], {key: shape[key] for key in ("batch", "context")} | {"pauses": m}
@@ -168,7 +171,7 @@ def compete(bench: Bench, what: str, shape: Shape, cases: dict[tuple[int, str], 
             flops=int(case.flops[0]), flops_counted=int(case.flops[1]),
             flops_ratio=float(case.flops[0] / without[0]),
             flops_per_pause=added[0], flops_per_pause_counted=added[1],
-            n_layer=case.config.n_layer, n_head=case.config.n_head, error=case.error,
+            n_layer=case.config.n_layer, n_head=case.config.n_head, error=errors.get((m, name)),
         ))  # fmt: skip
     print(
         f"pause_cost: {label(shape | {'what': what})}: {1e3 * np.median(base):.1f} ms without pauses", file=sys.stderr
@@ -180,33 +183,30 @@ def measure(bench: Bench, shape: Shape) -> None:
     n, context, what = shape["batch"], shape["context"], shape["what"]
     held, new = (context, 1) if what == "step" else (0, context)
     config = config_of(bench.quick, context + max(PAUSES) + 1)
-    run, tolerance = Run(bench, config, n), TOLERANCE[bench.dtype]
-    at_once, one_by_one = pauses_of(bench.device.type, shape)
+    run = Run(bench, config, n)
     last, pauses = run.text[:, held : held + new], run.pauses
     cases = {(0, WITHOUT): Case(run.call(held, last), flops(config, n, held, new), config)}
-    for m, expected in run.after(held, last, at_once).items():
+    truths = run.after(held, last)
+    for m, truth in truths.items():
         call = run.call(held, torch.cat((last, pauses[:, :m]), 1))
-        error = check({"hidden": call()["hidden"]}, expected, tolerance)
-        cases[m, OURS] = Case(call, flops(config, n, held, new + m), config, error)
-    for m in one_by_one:
-        call, at_once_call = run.call(held, last, *[pauses[:, :1]] * m), cases[m, OURS].call
+        cases[m, OURS] = Case(call, flops(config, n, held, new + m), config, truth)
+    for m in one_by_one_of(bench.device.type, shape):
+        call = run.call(held, last, *[pauses[:, :1]] * m)
         cost = cases[0, WITHOUT].flops + flops_one_by_one(config, n, held + new, m, logits=False)
-        error = check({"hidden": at_once_call()["hidden"]}, call(), tolerance)
-        cases[m, SEQUENTIAL] = Case(call, cost, config, error)
+        cases[m, SEQUENTIAL] = Case(call, cost, config, truths[m])
         if what == "step":
-            # What was said must end in the same state when it is read in one pass.
             cost = cases[0, WITHOUT].flops + flops_one_by_one(config, n, held + new, m, logits=True)
             call = run.call(held, last, thoughts=m)
-            told = call()
-            again = run.call(held, torch.cat((last, told["said"]), 1))()
-            cases[m, THOUGHT] = Case(call, cost, config, check({"hidden": again["hidden"]}, told, tolerance))
+            # What was said must end in the same state when it is read in one pass.
+            again = run.call(held, torch.cat((last, call()["said"]), 1))
+            cases[m, THOUGHT] = Case(call, cost, config, again()["hidden"])
     if what == "step":
         return compete(bench, what, shape, cases)
-    m = max(at_once)
+    m = max(PAUSES)
     token = last[:, -1:]
     later = {(0, WITHOUT): Case(run.call(context, token), flops(config, n, context, 1), config),
              (m, OURS): Case(run.call(context + m, token), flops(config, n, context + m, 1), config)}  # fmt: skip
-    for name in (LAYERS, HEADS) if bench.device.type == "cuda" or not is_long(shape) else ():
+    for name in larger_of(bench.device.type, shape):
         larger = of_equal_flops(config, name, context, m)
         other = Run(bench, larger, n)
         cases[m, name] = Case(other.call(0, last), flops(larger, n, 0, context), larger)
@@ -220,7 +220,7 @@ def main(quick: bool = False, minutes: float = 7) -> None:
 
     Args:
         quick: A small model and two shapes, and 40 seconds.
-        minutes: No shape is begun after them. Two cores take 30 for all but the largest prompts.
+        minutes: No shape is begun after them. Two cores take 100 for all, of which the largest prompts are half.
     """
     bench = Bench("pause_cost", quick, minutes)
     bench.versions |= dict.fromkeys((WITHOUT, SEQUENTIAL, THOUGHT, LAYERS, HEADS), torch.__version__)

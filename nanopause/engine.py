@@ -173,7 +173,7 @@ class Engine:
         self.lockstep = self.device.type != "cuda"
         self.graphs = {}
         self.settings = self.current = None  # of the graphs; the stream that runs
-        self.paused = 0  # prompts and steps that were read with pauses
+        self.paused_prompts = self.paused_steps = 0  # that were read with pauses
 
     # The operation
 
@@ -209,17 +209,17 @@ class Engine:
     def _decode(self, n: int, ride: int, all_alive: bool) -> Tensor:
         """A token more for the first n sequences, with `ride` pauses behind the one before it where there is room."""
         who, head, pause_id = slice(0, n), self.model.head, self.tokenizer.pause_id
-        token, alive = self.token[who, None], self.left[who] > 0
-        counts = None if all_alive else alive.long()
+        token = self.token[who, None]
+        counts = None if all_alive else self.left[who].clamp(0, 1)
         if not ride:
             return self._settle(who, head(self._append(token, counts)[:, 0]))
         room = (self.budget[who] >= ride) & (self.length[who] + 1 + ride <= self.max_length)
-        rode = ride * (room & alive)
+        rode = ride * room if all_alive else ride * room * counts
         if self.lockstep:
             without = head(self._append(token, counts)[:, 0])
             kept = rode * self._wants(who, without)
             x = self._append(token.new_full((n, ride), pause_id), kept) if kept.any() else None
-            self.paused += x is not None
+            self.paused_steps += x is not None
             behind = without if x is None else head(x[:, -1])
         else:
             x = self._append(F.pad(token, (0, ride), value=pause_id), counts + rode)
@@ -441,7 +441,7 @@ class Engine:
                 # The host knows that none has ended where it has seen all passes.
                 all_alive = self.lockstep and not reading
                 rows = self._run(("decode", n, ride, all_alive), partial(self._decode, n, ride, all_alive))
-                self.paused += ride > 0 and not self.lockstep
+                self.paused_steps += ride > 0 and not self.lockstep
                 in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
             while in_flight and (len(in_flight) > lag or not running):
                 tokens, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops)
@@ -467,19 +467,26 @@ class Engine:
         return n
 
     def _read_prompts(self, reading: list[_Sequence], max_new_tokens: int, at_prompt: int, prefix: bool) -> _Pass:
-        """Read the next tokens of prompts, up to `chunk`. The last token of a prompt and its pauses are not parted, for
-        the policy compares them."""
-        S, pause_id, columns, begun, numbers, n = self.max_length + 1, self.tokenizer.pause_id, [], {}, [], 0
-        for sequence in sorted(reading, key=lambda sequence: sequence.slot):
-            start, length, room = sequence.read, len(sequence.prompt), self.chunk - n
+        """Read the next tokens of prompts, the first come first, up to `chunk`. The last token of a prompt and its
+        pauses are not parted, for the policy compares them."""
+        S, pause_id, room, parts = self.max_length + 1, self.tokenizer.pause_id, self.chunk, []
+        for sequence in reading:
+            length = len(sequence.prompt)
             room_for_pauses = at_prompt <= self.policy.budget and length + at_prompt <= self.max_length
             ride = at_prompt if room_for_pauses else 0
-            rest = length - start
-            if columns and (room <= 0 or (prefix and rest + ride > room)):
+            rest = length - sequence.read
+            if parts and (room <= 0 or (prefix and rest + ride > room)):
                 break
             ends = prefix or rest == 1 or rest + ride <= room
-            sequence.read += rest if ends else min(rest - 1, room)
-            ids = sequence.prompt[start : sequence.read] + [pause_id] * (ride if ends else 0)
+            count, n_pauses = (rest, ride) if ends else (min(rest - 1, room), 0)
+            parts.append((sequence, count, n_pauses, ends))
+            room -= count + n_pauses
+        parts.sort(key=lambda part: part[0].slot)  # which is that of their keys
+        columns, begun, numbers, n = [], {}, [], 0
+        for sequence, count, n_pauses, ends in parts:
+            start, length = sequence.read, len(sequence.prompt)
+            sequence.read += count
+            ids = sequence.prompt[start : sequence.read] + [pause_id] * n_pauses
             positions = np.arange(start, start + len(ids))
             slots = sequence.slot * S + positions
             lo = np.full_like(slots, sequence.slot * S)
@@ -488,9 +495,9 @@ class Engine:
             n += len(ids)
             if ends:
                 begun[len(numbers)] = sequence
-                numbers.append((sequence.slot, n - 1 - ride, n - 1, ride, length, max_new_tokens, self.policy.budget,
-                                sequence.seed))  # fmt: skip
-                self.paused += ride > 0
+                numbers.append((sequence.slot, n - 1 - n_pauses, n - 1, n_pauses, length, max_new_tokens,
+                                self.policy.budget, sequence.seed))  # fmt: skip
+                self.paused_prompts += n_pauses > 0
         if not self.lockstep:
             end = self.max_batch * S
             columns.append(np.repeat([[pause_id], [0], [end - 1], [end], [end]], self._bucket(n) - n, axis=1))

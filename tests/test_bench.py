@@ -62,7 +62,9 @@ def test_candidates_take_turns():
     assert samples == {"a": [0.5] * 6, "b": [1.0] * 6, "c": [2.0] * 6}
 
 
-@pytest.mark.parametrize("seconds, repeats, rounds", [(1e-5, 10, 25), (3e-4, 3, 25), (0.5, 1, 20), (100.0, 1, 3)])
+@pytest.mark.parametrize(
+    "seconds, repeats, rounds", [(1e-5, 10, 25), (3e-4, 3, 25), (0.5, 1, 20), (100.0, 1, 3), (400.0, 1, 2)]
+)
 def test_a_sample_fills_a_millisecond_and_a_race_its_time(seconds, repeats, rounds):
     asked = []
     samples = race({"a": answer()}, lambda call, n: asked.append(n) or seconds, seconds=10)
@@ -436,8 +438,14 @@ def test_truth_in_pieces_is_the_whole():
 def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(pause_cost, "PAUSES", (1, 3))
-    monkeypatch.setattr(pause_cost, "pauses_of", lambda *_: ((1, 3), (1, 3)))
-    monkeypatch.setattr(pause_cost, "race", lambda calls, *_: {name: [1.0 + name[0]] * 3 for name in calls})
+    monkeypatch.setattr(pause_cost, "one_by_one_of", lambda *_: (1, 3))
+
+    def raced(calls, *_):
+        for call in calls.values():
+            call()
+        return {name: [1.0 + name[0]] * 3 for name in calls}
+
+    monkeypatch.setattr(pause_cost, "race", raced)
     pause_cost.main(quick=True)
     (file,) = tmp_path.glob("*/pause_cost.quick.json")
     result = json.loads(file.read_text())
@@ -462,6 +470,19 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
     step = next(row for row in rows if row["what"] == "step" and row["name"] == OURS)
     line = f"| a token and its pauses in one pass; batch 2, context 64 | 2.00 ({step['flops_ratio']:.2f}) |"
     assert line in shown("pause_cost", result).splitlines()
+
+
+def test_pause_cost_keeps_no_time_of_a_wrong_call(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    after = pause_cost.Run.after
+    monkeypatch.setattr(pause_cost.Run, "after", lambda *args: {m: x * 1.1 for m, x in after(*args).items()})
+    with pytest.raises(UserError, match="2 shapes failed, .*: Wrong: hidden is off by"):
+        pause_cost.main(quick=True)
+
+
+def test_a_cpu_reads_the_longest_prompts_without_larger_models():
+    assert [bool(pause_cost.larger_of(device, {"batch": batch, "context": 1024}))
+            for device, batch in (("cpu", 8), ("cpu", 32), ("cuda", 32))] == [True, False, True]  # fmt: skip
 
 
 def test_larger_models_of_equal_flops():

@@ -242,6 +242,27 @@ def test_the_logits_of_whole_passes(style, prefix, lockstep, chunk, max_batch):
     assert [counts[i] for i in range(len(PROMPTS))] == [len(one.tokens) for one in made]
 
 
+def test_prompts_are_read_first_come_first():
+    """The third, in the row that the first left, waits for the second."""
+    first = []
+    for token in engine_of(model_of(), max_batch=2).stream(["a", 8 * "b", 20 * "c"], max_new_tokens=2):
+        first += [token.sequence] * (token.sequence not in first)
+    assert first == [0, 1, 2]
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_pauses_of_others_leave_a_prompt_that_is_read_alone(lockstep):
+    """Of the third 13 tokens are read where the first held 6, while the second says its last, with pauses."""
+    model, policy, prompts = model_of(std=0.15, sharpness=1.0), BelowConfidence(1.0, 2), ["a", 14 * "b", 40 * "c"]
+    engine = engine_of(model, lockstep, max_batch=2, chunk=16)
+    *_, third = engine.generate(prompts, policy, temperature=0, max_new_tokens=2)
+    (alone,) = engine.generate(prompts[2:], policy, temperature=0, max_new_tokens=2)
+    assert third.ids == alone.ids
+    for name in ("logprob", "logprob_without"):
+        values = ([getattr(token, name) for token in one.tokens] for one in (third, alone))
+        assert next(values) == pytest.approx(next(values), abs=1e-5)
+
+
 def test_a_long_prompt_does_not_stop_the_others():
     model = model_of()
     order = [token.sequence for token in engine_of(model, chunk=4).stream(["x", "y" * 40], max_new_tokens=12)]
