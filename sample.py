@@ -170,7 +170,8 @@ def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> 
     """What prompts and steps with pauses took longer than without: of each the median of three differences of a typical
     one, by turns, times how many there were. It is measured afterwards, on the engine's cache."""
     at_prompt, per_token, n = policy.at_prompt, policy.per_token, engine.max_batch
-    context = min(round(statistics.mean(prompt_lengths)), engine.max_length - 1 - max(at_prompt, per_token))
+    room = engine.max_length - 1 - max(at_prompt, per_token)
+    context = max(1, min(round(statistics.mean(prompt_lengths)), room))
 
     def seconds(n: int, context: int, *counts: int) -> float:
         """Of appending counts[0], then counts[1], … tokens to n sequences that hold `context`."""

@@ -404,7 +404,6 @@ class Engine:
             generation.text = self.tokenizer.decode(generation.ids)
         return made
 
-    @torch.inference_mode()
     def _stream(
         self,
         waiting: deque[_Sequence],
@@ -427,27 +426,30 @@ class Engine:
         while waiting or running or in_flight:
             if self.current is not current:
                 raise UserError("the engine has begun another stream since: it serves one at a time")
-            at_prompt = 0 if off or (prefix and not policy.certain) else policy.at_prompt
-            for slot in sorted(set(range(self.max_batch)) - {sequence.slot for sequence in running})[: len(waiting)]:
-                running.append(waiting.popleft())
-                running[-1].slot = slot
-            n = self._close_ranks(running)
-            reading = [sequence for sequence in running if sequence.read < len(sequence.prompt)]
-            if reading:
-                in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
-            writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
-            if writing:
-                ride = 0 if off else policy.per_token
-                # The host knows that none has ended where it has seen all passes.
-                all_alive = self.lockstep and not reading
-                rows = self._run(("decode", n, ride, all_alive), partial(self._decode, n, ride, all_alive))
-                self.paused_steps += ride > 0 and not self.lockstep
-                in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
-            while in_flight and (len(in_flight) > lag or not running):
-                tokens, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops)
-                off |= now_off
-                yield from tokens
-                running = [sequence for sequence in running if not sequence.done]
+            tokens = []
+            with torch.inference_mode():  # not around the generator, which Python may close when PyTorch is gone
+                at_prompt = 0 if off or (prefix and not policy.certain) else policy.at_prompt
+                taken = {sequence.slot for sequence in running}
+                for slot in sorted(set(range(self.max_batch)) - taken)[: len(waiting)]:
+                    running.append(waiting.popleft())
+                    running[-1].slot = slot
+                n = self._close_ranks(running)
+                reading = [sequence for sequence in running if sequence.read < len(sequence.prompt)]
+                if reading:
+                    in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
+                writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
+                if writing:
+                    ride = 0 if off else policy.per_token
+                    # The host knows that none has ended where it has seen all passes.
+                    all_alive = self.lockstep and not reading
+                    rows = self._run(("decode", n, ride, all_alive), partial(self._decode, n, ride, all_alive))
+                    self.paused_steps += ride > 0 and not self.lockstep
+                    in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
+                while in_flight and (len(in_flight) > lag or not running):
+                    new, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops)
+                    tokens, off = tokens + new, off | now_off
+                    running = [sequence for sequence in running if not sequence.done]
+            yield from tokens
 
     def _bucket(self, n: int) -> int:
         """The size of a pass over n sequences or tokens: that of a graph."""

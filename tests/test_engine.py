@@ -1,6 +1,8 @@
 """Generation on the cache says what the model says without one, whoever shares the batch."""
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from nanopause.errors import UserError
 from nanopause.model import GPT, GPTConfig
 from nanopause.policy import AfterPrompt, BelowConfidence, Never, OnRequest, StopWhenUseless
 from nanopause.tokenizer import load_tokenizer
+from tests.conftest import ROOT
 
 BYTES = load_tokenizer("bytes")
 PAUSE, EOT = BYTES.pause_id, BYTES.eot_id
@@ -400,6 +403,23 @@ def test_an_engine_serves_again_after_an_abandoned_stream():
     assert [one.ids for one in again] == [
         one.ids for one in engine_of(model).generate(PROMPTS, temperature=0, max_new_tokens=9)
     ]
+
+
+ABANDONS = """
+from nanopause.engine import Engine
+from nanopause.model import GPT, GPTConfig
+from nanopause.tokenizer import load_tokenizer
+
+model = GPT(GPTConfig(vocab_size=258, block_size=16, n_layer=1, n_head=2, n_embd=8))
+stream = Engine(model, load_tokenizer("bytes")).stream(["a"])
+next(stream)
+"""
+
+
+def test_a_program_may_end_in_the_middle_of_a_stream():
+    """Python then closes the stream when PyTorch is gone already."""
+    ended = subprocess.run([sys.executable, "-c", ABANDONS], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and "Exception" not in ended.stderr
 
 
 # Sampling

@@ -110,6 +110,10 @@ def test_pauses_of_prompts_of_very_different_lengths_are_timed(run):
                                            "--stop_when_useless").err  # fmt: skip
 
 
+def test_the_most_pauses_that_have_room_are_timed(run):
+    assert "1 tokens" in (said := run("--prompt=a", "--pauses=63").err) and "63 pauses, which added" in said
+
+
 def test_prompt_styles(run):
     filled = json.loads(run("--prompt=Why?", "--filler=. ", "--n_filler=4", "--json").out)
     assert filled["prompt"] == "Why?. . . . "
