@@ -56,7 +56,7 @@ class Settings(PauseOptions):
     filler: str = "."
     """Text that is repeated n_filler times after the prompt: the baseline of pauses that nobody trained."""
     n_filler: int = 0
-    """How often the filler stands after the prompt."""
+    """How often the filler stands after the prompt. A tokenizer may make fewer tokens of it, which is told."""
     pauses: int | None = None
     """Pauses, wherever they go. None: after the prompt, as many as prompts had in finetuning."""
     attention: Literal["causal", "prefix"] | None = None
@@ -167,30 +167,31 @@ def as_json(prompt: str, generation: Generation, tokenizer: Tokenizer) -> str:
 
 
 def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> float:
-    """What prompts and steps with pauses took longer than without: of each the median of three differences of a typical
-    one, by turns, times how many there were. It is measured afterwards, on the engine's cache."""
+    """What passes with pauses took longer than without: of each kind the median of three differences of a typical one,
+    by turns, times how many there were. It is measured afterwards, on the engine's cache."""
     at_prompt, per_token, n = policy.at_prompt, policy.per_token, engine.max_batch
     room = engine.max_length - 1 - max(at_prompt, per_token)
     context = max(1, min(round(statistics.mean(prompt_lengths)), room))
 
-    def seconds(n: int, context: int, *counts: int) -> float:
-        """Of appending counts[0], then counts[1], … tokens to n sequences that hold `context`."""
+    @torch.no_grad()
+    def seconds(n: int, context: int, *passes: tuple[int, int]) -> float:
+        """Of passes over n sequences that hold `context`: tokens a sequence, and how many of their outputs are read."""
         engine.length[:n] = context
         start = time.perf_counter()
-        for count in counts:
+        for count, n_read in passes:
             x = engine.append(
                 torch.zeros(n, count, dtype=torch.int64, device=engine.device),
                 torch.full((n,), count, device=engine.device),
             )
-        x[0, 0, 0].item()  # waits
+            logits = engine.model.head(x[:, -n_read:])
+        logits[0, 0, 0].item()  # waits
         return time.perf_counter() - start
 
-    # On a CPU the pauses of a step are read in a pass of their own, where they are wanted.
-    step = (1, per_token) if engine.lockstep else (1 + per_token,)
-    added = 0.0
+    prompt, step, added = (1, 0, (context, 1)), (n, context, (1, 1)), 0.0
     for times, with_pauses, without in (
-        (engine.paused_prompts, (1, 0, context + at_prompt), (1, 0, context)),
-        (engine.paused_steps, (n, context, *step), (n, context, 1)),
+        (engine.paused_prompts, (1, 0, (context + at_prompt, 2)), prompt),
+        (engine.paused_steps, (n, context, (1 + per_token, 2)), step),
+        (engine.pause_passes, (*step, (per_token, 1)), step),
     ):
         if times:
             differences = [seconds(*with_pauses) - seconds(*without) for _ in range(4)]
@@ -202,6 +203,7 @@ def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python sample.py", __doc__)
     errors.check("batch_size", settings.batch_size, 1, 2**20)
     errors.check("n_filler", settings.n_filler, 0, 2**20)
+    errors.check("max_new_tokens", settings.max_new_tokens, 0, 2**31)
     if settings.trace:
         Path(settings.trace).touch()  # fails now rather than when all is said
     device = Processes(settings.device).device
@@ -221,7 +223,11 @@ def main() -> None:
         for group in read_prompts(settings):
             if settings.prompt_style == "stepwise":
                 group = [STEPWISE.format(prompt=prompt) for prompt in group]
-            group = [prompt + settings.filler * settings.n_filler for prompt in group]
+            if settings.n_filler and group:
+                filled = [prompt + settings.filler * settings.n_filler for prompt in group]
+                n = len(tokenizer.encode(filled[0])) - len(tokenizer.encode(group[0]))
+                print(f"filler: {settings.filler!r} × {settings.n_filler} makes {n} tokens", file=sys.stderr)
+                group = filled
             if engine is None:
                 # A conversation's prompts are not known yet.
                 longest = (
@@ -246,10 +252,12 @@ def main() -> None:
             printer = Printer(group, tokenizer, settings)
             prompts, generations = prompts + group, generations + printer.made
             start = time.perf_counter()
-            for token in tokens:
-                printer.add(token)
-            printer.close()
-            seconds += time.perf_counter() - start
+            try:
+                for token in tokens:
+                    printer.add(token)
+                printer.close()
+            finally:
+                seconds += time.perf_counter() - start
     except KeyboardInterrupt:
         print(file=sys.stderr)
     if settings.trace:
@@ -260,9 +268,9 @@ def main() -> None:
         return
     n_tokens, n_pauses = (sum(f(g) for g in generations) for f in (lambda g: len(g.tokens), lambda g: g.pauses))
     text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_pauses} pauses"
-    if engine.paused_prompts + engine.paused_steps:
+    if engine.paused_prompts + engine.paused_steps + engine.pause_passes:
         added = added_seconds(engine, policy, [max(1, len(tokenizer.encode(prompt))) for prompt in prompts])
-        text += f", which added {1000 * added:.1f} of {1000 * seconds:.0f} ms"
+        text += f", which added about {1000 * added:.1f} of {1000 * seconds:.0f} ms"
     print(text, file=sys.stderr)
     if isinstance(policy, StopWhenUseless):
         print(policy.report(), file=sys.stderr)

@@ -22,7 +22,7 @@ from bench.harness import DASH, NO_TIME, OURS, RESULTS, ROOT, Row, number
 from nanopause.errors import UserError
 
 PLACE = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-LONG = 18  # lines of a table that README shows without being asked
+LONG = 24  # lines of a table that README shows without being asked
 
 Result = dict
 Results = dict[str, dict[str, Result]]  # by bench, then by device's folder
@@ -83,12 +83,13 @@ def words(shape: dict) -> str:
     return ", ".join(value if isinstance(value, str) else f"{key} {value:g}" for key, value in shape.items())
 
 
-def markdown(head: list[str], lines: list[list[str]], folded: bool = False) -> str:
+def markdown(head: list[str], lines: list[list[str]], folded: str = "") -> str:
+    """A table; folded under its length if it is long, or under a title."""
     rows = [head, ["---"] * len(head), *lines]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     if len(lines) <= LONG and not folded:
         return table
-    return f"<details><summary>{len(lines)} lines</summary>\n\n{table}\n\n</details>"
+    return f"<details><summary>{folded or f'{len(lines)} lines'}</summary>\n\n{table}\n\n</details>"
 
 
 def varying(rows: list[Row]) -> tuple[list[str], dict]:
@@ -167,49 +168,61 @@ def peak(row: Row) -> str:
 
 
 def pause_cost_table(result: Result) -> str:
-    """Times that of the pass without pauses, a table for the contexts of 1024 tokens, or of what there is, and one for
-    the others."""
-    rows = [row for row in result["rows"] if row["name"] != "without"]
-    contexts = sorted({row["shape"]["context"] for row in rows})
-    shown = 1024 if 1024 in contexts else contexts[0]
-    pauses = [m for m in (1, 8, 50) if any(row["shape"]["pauses"] == m for row in rows)]
-    cells: dict[tuple, dict[int, str]] = {}
+    """Milliseconds of the pass without pauses, and times that of others: a table for each context, folded but for 1024
+    tokens, or the least."""
+    rows = result["rows"]
+    pauses = [m for m in (0, 1, 8, 50) if any(row["shape"]["pauses"] == m for row in rows)]
+    batches = sorted({row["shape"]["batch"] for row in rows})
     ours = {(row["what"], *row["shape"].values()): row for row in rows if row["name"] == OURS}
+    tables: dict[int, dict[tuple, dict[int | str, str]]] = {}  # by context; lines by what they are and their pauses
     for row in rows:
-        shape, cell = row["shape"], f"{row['ratio']:.2f} ({row['flops_ratio']:.2f})"
-        if row["ratio"] < ours[(row["what"], *shape.values())]["ratio"]:
-            cell = f"**{cell}**"
-        cells.setdefault((shape["context"], shape["batch"], row["what"], row["name"]), {})[shape["pauses"]] = cell
-    head = ["time (FLOPs), times that of the same without pauses", *(f"{m} pause{'s' * (m > 1)}" for m in pauses)]
-    tables = []
-    for some in ([shown], [context for context in contexts if context != shown]):
-        lines = [[f"{about}; batch {batch}, context {context}", *(at.get(m, DASH) for m in pauses)]
-                 for context, batch in dict.fromkeys(key[:2] for key in cells) if context in some
-                 for (what, name), about in PAUSE_LINES.items()
-                 if (at := cells.get((context, batch, what, name)))]  # fmt: skip
-        tables += [markdown(head, lines, folded=some != [shown])] * bool(lines)
-    if any("**" in table for table in tables):
-        tables.append("Bold: takes less time than the pauses in one pass.")
+        shape, kind = row["shape"], (row["what"], row["name"])
+        if shape["pauses"] not in pauses:
+            continue
+        context = around(shape["context"])
+        tokens = f" ({shape['context']} tokens)" * (shape["context"] < context)
+        key = list(PAUSE_LINES).index(kind), PAUSE_LINES[kind] + tokens, shape["pauses"]
+        line = tables.setdefault(context, {}).setdefault(key, {"FLOPs": f"{row['flops_ratio']:.2f}"})
+        if shape["pauses"] == 0:
+            line[shape["batch"]] = f"{number(row['p50_ms'])} ms"
+        else:
+            faster = row["ratio_p90"] < ours[(row["what"], *shape.values())]["ratio_p10"]
+            line[shape["batch"]] = f"**{row['ratio']:.2f}**" if faster else f"{row['ratio']:.2f}"
+    shown = 1024 if 1024 in tables else min(tables)
+    parts = []
+    for context in sorted(tables, key=lambda context: (context != shown, context)):
+        head = [f"context {context}; times that of the same without pauses", "pauses", "FLOPs"]
+        lines = [[about, str(m), line["FLOPs"], *(line.get(batch, DASH) for batch in batches)]
+                 for (_, about, m), line in sorted(tables[context].items())]  # fmt: skip
+        head += [f"batch {batch}" for batch in batches]
+        parts.append(markdown(head, lines, folded="" if context == shown else f"context {context}"))
+    if any("**" in part for part in parts):
+        parts.append("Bold: takes less time than the pauses in one pass, in nearly every round.")
+    rounds = [row["samples"] for row in rows]
+    parts.append(f"Medians of {min(rounds)} to {max(rounds)} rounds, the fewest of the longest prompts.")
     step = next((row for row in ours.values() if row["what"] == "step" and row["shape"]["pauses"] == pauses[-1]), None)
     if step:
         each, counted = (
             step[key] / 1e6 / step["shape"]["batch"] for key in ("flops_per_pause", "flops_per_pause_counted")
         )
-        tables.append(
+        parts.append(
             f"One of the {pauses[-1]} pauses of a token ({words(step['shape'])}) adds {number(each)} MFLOPs by "
             f"formula, {number(counted)} counted, and {number(step['added_ms_per_pause'])} ms."
         )
-    return "\n\n".join([*tables, *missing(result)])
+    return "\n\n".join([*parts, *missing(result)])
 
 
 PAUSE_LINES = {
+    ("step", "without"): "a token",
     ("step", OURS): "a token and its pauses in one pass",
     ("step", "sequential"): "a token, then its pauses one by one",
     ("step", "chain of thought"): "a token, and as many more of a chain of thought",
+    ("prefix", "without"): "a prompt",
     ("prefix", OURS): "a prompt and its pauses in one pass",
     ("prefix", "sequential"): "a prompt, then its pauses one by one",
     ("prefix", "more layers"): "the prompt alone, with more layers",
     ("prefix", "more heads"): "the prompt alone, with more heads",
+    ("decode", "without"): "a later token, without pauses",
     ("decode", OURS): "a later token, after the pauses",
     ("decode", "more layers"): "a later token of more layers",
     ("decode", "more heads"): "a later token of more heads",
@@ -385,34 +398,52 @@ def device(result: Result) -> str:
 
 
 def pause_cost_figure(result: Result) -> Figure:
-    """Time of a step with pauses over that without, a panel a batch size."""
-    rows = [row for row in result["rows"] if row["what"] == "step" and row["name"] in (OURS, "sequential")]
+    """Times that of the same without pauses: of steps above, of prompts below, a column a batch size."""
+    rows = [row for row in result["rows"] if row["what"] in PAUSED and row["name"] in (OURS, "sequential")]
     batches = sorted({row["shape"]["batch"] for row in rows})
-    size = (1.5 + 3.3 * len(batches), 3.9)
-    figure, all_axes = plt.subplots(1, len(batches), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    contexts = sorted({row["shape"]["context"] for row in rows})
+    size = (1.5 + 3.3 * len(batches), 6.6)
+    figure, grid = plt.subplots(2, len(batches), figsize=size, sharey="row", squeeze=False, layout="constrained")
+    contexts = sorted({around(row["shape"]["context"]) for row in rows})
     pauses = sorted({row["shape"]["pauses"] for row in rows})
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.8, len(contexts)))
-    for axes, batch in zip(all_axes[0], batches):
-        for context, colour, marker in zip(contexts, colours, "osD^"):
-            for name, style in (("sequential", "--"), (OURS, "-")):
-                points = [(row["shape"]["pauses"], row["ratio"]) for row in rows if row["name"] == name
-                          and row["shape"]["batch"] == batch and row["shape"]["context"] == context]  # fmt: skip
-                label = f"{'in one pass' if name == OURS else 'one by one'}, context {context}"
-                face = colour if name == OURS else "white"
-                if points:
-                    axes.plot(*zip(*points), style, color=colour, marker=marker, markersize=4, mfc=face, label=label)
-        axes.set(title=f"batch {batch}", xlabel="pauses", xscale="log", yscale="log")
-        axes.set_xticks(pauses, pauses)
-        axes.minorticks_off()
-        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if tick <= 1.2 * max(row["ratio"] for row in rows)]
-        axes.set_yticks(ticks, ticks)
-        axes.grid(alpha=0.3)
-    all_axes[0][0].set_ylabel("time of a step, times that without pauses")
-    handles = {text: handle for axes in all_axes[0] for handle, text in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"A token and its pauses: {result.get('model', 'GPT-2 124M')} on {result['device']}", fontsize=10)
+    for (what, about), panels in zip(PAUSED.items(), grid):
+        lines: dict[tuple, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row["what"] == what:
+                key = row["shape"]["batch"], around(row["shape"]["context"]), row["name"]
+                lines.setdefault(key, []).append((row["shape"]["pauses"], row["ratio"]))
+        most = 1.2 * max((ratio for points in lines.values() for _, ratio in points), default=1)
+        for axes, batch in zip(panels, batches):
+            for context, colour, marker in zip(contexts, colours, "osD^"):
+                for name, style in (("sequential", "--"), (OURS, "-")):
+                    label = f"{'in one pass' if name == OURS else 'one by one'}, context {context}"
+                    face = colour if name == OURS else "white"
+                    if points := sorted(lines.get((batch, context, name), [])):
+                        axes.plot(
+                            *zip(*points), style, color=colour, marker=marker, markersize=4, mfc=face, label=label
+                        )
+            axes.set(title=f"{about}, batch {batch}", xlabel="pauses", xscale="log", yscale="log")
+            axes.set_xticks(pauses, pauses)
+            axes.set_xlim(0.85 * pauses[0], 1.15 * pauses[-1])
+            ticks = [tick for tick in (1, 1.1, 1.2, 1.5, 2, 5, 10, 20, 50) if tick <= most]
+            axes.set_yticks([tick for tick in ticks if most < 5 or tick == int(tick)])
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("times that without pauses")
+    handles = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    title = f"Time with pauses: {result.get('model', 'GPT-2 124M')} on {result['device']}"
+    figure.suptitle(title, fontsize=10)
     return figure
+
+
+PAUSED = {"step": "a token and pauses", "prefix": "a prompt and pauses"}
+
+
+def around(context: int) -> int:
+    """The context with the room that a prompt leaves for its pauses on a GPU."""
+    return 1 << (context - 1).bit_length()
 
 
 def attention_figure(result: Result) -> Figure:
@@ -505,7 +536,8 @@ class Page(NamedTuple):
 
 PAGES = {
     "pause_cost": Page(pause_cost_table, {"": (
-        "Time of a step with pauses over that of one without, in one pass and one by one", pause_cost_figure)}),
+        "Time of a step and of a prompt with pauses over that without, in one pass and one by one",
+        pause_cost_figure)}),
     "attention": Page(
         lambda result: beside(result, result["rows"], "milliseconds", lambda row: row["p50_ms"]),
         {"": ("Speed of attention against the length of sequences, by implementation", attention_figure)}),

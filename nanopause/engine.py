@@ -6,17 +6,19 @@ weights takes the time. So pauses never are steps of their own:
     a prompt and its pauses     are one pass [Goyal et al. 2023, Algorithm 3];
     a token and M pauses        are one step. The model speaks at the token and at the last pause, the policy decides
                                 whose word counts, and pauses that do not are taken back: the next token takes their
-                                place in the cache.
+                                place in the cache. On a CPU, where every row costs time, they ride along where the last
+                                step paused; where it did not, and this one does, they are read in a pass of their own.
 
-Every decision falls on the device. On a GPU the host launches steps before it reads what the last ones said, and the
-device never waits for it. Sequences have a row each of a static cache, [n_layer, 2, max_batch, max_length + 1, G, D],
-whose last slot takes what padded queries write. Both layouts of a step are intervals of it (kernels.attention):
+What a step needs to know is on the device. On a GPU the host launches steps before it reads what the last ones said,
+and the device never waits for it. Sequences have a row each of a static cache, [n_layer, 2, max_batch, max_length + 1,
+G, D], whose last slot takes what padded queries write. Both layouts of a step are intervals of it (kernels.attention):
 
     decode     queries [n, 1 + M], a row a sequence: keys [0, length + j + 1) of the row
     prefill    queries [1, N], prompts one behind the other: the cache is one long row, and the prompt of sequence b
                reads [b·S, b·S + position + 1), or to the end of its prefix in a prefix-LM
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +90,8 @@ class Sampling(NamedTuple):
 class Token(NamedTuple):
     """A token that a sequence got. end is None, or why it is the last: "eot" (then this is the end of text itself),
     "until" (it completes one of those texts), "length" (max_new_tokens) or "context" (the engine's max_length).
-    Log-probabilities are in nats, of the model at temperature 1, among text."""
+    Log-probabilities are in nats, of the model at temperature 1, among text. What was likely before the pauses is not
+    known where the prompt of a prefix-LM has read them: logprob_without is then NaN, and top_without empty."""
 
     sequence: int
     id: int
@@ -124,8 +127,8 @@ class Generation:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A prompt on its way. read: how many of its tokens are in the cache; made: tokens it got; tail: their last bytes,
-    where a text of `until` may have begun."""
+    """A prompt on its way. read: how many of its tokens are in the cache; made: tokens it got; paused: pauses that it
+    had; tail: the last bytes of its text, where a text of `until` may have begun."""
 
     index: int
     prompt: list[int]
@@ -133,6 +136,7 @@ class _Sequence:
     slot: int = -1
     read: int = 0
     made: int = 0
+    paused: int = 0
     tail: bytes = b""
     done: bool = False
 
@@ -148,7 +152,8 @@ class _Pass(NamedTuple):
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
     included. chunk: tokens of prompts that are read before all others get a token more; the prefix of a prefix-LM is
-    not cut. It serves one stream at a time, and on a GPU captures its graphs anew for another policy or sampling."""
+    not cut, nor are pauses from the token before them. It serves one stream at a time, and on a GPU captures its graphs
+    anew for another policy or sampling."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
@@ -173,7 +178,8 @@ class Engine:
         self.lockstep = self.device.type != "cuda"
         self.graphs = {}
         self.settings = self.current = None  # of the graphs; the stream that runs
-        self.paused_prompts = self.paused_steps = 0  # that were read with pauses
+        # Prompts and steps that were read with pauses, and passes of pauses alone.
+        self.paused_prompts = self.paused_steps = self.pause_passes = 0
 
     # The operation
 
@@ -183,8 +189,9 @@ class Engine:
 
         tokens: int64 [n, Q]; counts: int64 [n], 0 to Q, for which there must be room: self.length is what they hold.
         Returns the residual stream after the last norm, [n, Q, C], up to the next call on a GPU; rows from counts[b]
-        on say nothing."""
+        on say nothing. Raises UserError where there are not so many sequences."""
         n, Q = tokens.shape
+        check_whole("sequences", n, 1, self.max_batch)
         rows, width = min(self._bucket(n), self.max_batch), self._bucket(Q)
         tokens, counts = F.pad(tokens, (0, width - Q, 0, rows - n)), F.pad(counts, (0, rows - n))
         return self._run(("append", rows, width), self._append, tokens, counts)[:n, :Q]
@@ -206,8 +213,9 @@ class Engine:
         self.length[:n] = end[:, 0]
         return x
 
-    def _decode(self, n: int, ride: int, all_alive: bool) -> Tensor:
-        """A token more for the first n sequences, with `ride` pauses behind the one before it where there is room."""
+    def _decode(self, n: int, ride: int, together: bool, all_alive: bool) -> Tensor:
+        """A token more for the first n sequences, with `ride` pauses behind the one before it where there is room.
+        together: in the same pass; else they are read afterwards, if any are wanted, which the host looks at."""
         who, head, pause_id = slice(0, n), self.model.head, self.tokenizer.pause_id
         token = self.token[who, None]
         counts = None if all_alive else self.left[who].clamp(0, 1)
@@ -215,17 +223,17 @@ class Engine:
             return self._settle(who, head(self._append(token, counts)[:, 0]))
         room = (self.budget[who] >= ride) & (self.length[who] + 1 + ride <= self.max_length)
         rode = ride * room if all_alive else ride * room * counts
-        if self.lockstep:
-            without = head(self._append(token, counts)[:, 0])
-            kept = rode * self._wants(who, without)
-            x = self._append(token.new_full((n, ride), pause_id), kept) if kept.any() else None
-            self.paused_steps += x is not None
-            behind = without if x is None else head(x[:, -1])
-        else:
-            x = self._append(F.pad(token, (0, ride), value=pause_id), counts + rode)
+        if together:
+            x = self._append(F.pad(token, (0, ride), value=pause_id), rode + (1 if all_alive else counts))
             without, behind = head(x[:, ::ride]).unbind(1)
             kept = rode * self._wants(who, without)
             self.length[who] += kept - rode
+        else:
+            without = behind = head(self._append(token, counts)[:, 0])
+            kept = rode * self._wants(who, without)
+            if kept.any():
+                self.pause_passes += 1
+                behind = head(self._append(token.new_full((n, ride), pause_id), kept)[:, -1])
         return self._settle(who, without, behind, kept)
 
     def _prefill(self, tokens: Tensor, sequences: Tensor, ride: int) -> Tensor:
@@ -313,7 +321,9 @@ class Engine:
 
     def _capture(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple:
         """The graph, its inputs and its result; the state is as before."""
-        static, state = [x.clone() for x in inputs], (self.state, *self.policy.tensors())
+        with torch.inference_mode(False):  # they are written to in and outside of it
+            static = [x.clone() for x in inputs]
+        state = self.state, *self.policy.tensors()
         before, side = [x.clone() for x in state], torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -417,10 +427,14 @@ class Engine:
         self.policy, self.sampling, self.trace = settings
         policy, running, in_flight, current = self.policy, [], deque(), object()
         policy.to(self.device)
-        if self.settings != (settings := (*settings, [tensor.data_ptr() for tensor in policy.tensors()])):
+        # A policy that has other numbers now, or measures elsewhere, is another one.
+        settings = (*settings, repr(policy), [tensor.data_ptr() for tensor in policy.tensors()])
+        if self.settings != settings:
             self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] == "append"}
         self.settings, self.current = settings, current
         lag = 0 if self.lockstep else 2  # passes that the host is ahead
+        per_token = policy.per_token if policy.per_token + 2 <= self.max_length else 0
+        together = not self.lockstep
         self.left.zero_()
         off = bool(policy.is_off())
         while waiting or running or in_flight:
@@ -439,15 +453,18 @@ class Engine:
                     in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
                 writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
                 if writing:
-                    ride = 0 if off else policy.per_token
+                    may_pause = any(policy.budget - sequence.paused >= per_token for sequence in writing)
+                    ride = per_token if may_pause and not off else 0
                     # The host knows that none has ended where it has seen all passes.
                     all_alive = self.lockstep and not reading
-                    rows = self._run(("decode", n, ride, all_alive), partial(self._decode, n, ride, all_alive))
-                    self.paused_steps += ride > 0 and not self.lockstep
+                    case = n, ride, together, all_alive
+                    rows = self._run(("decode", *case), partial(self._decode, *case))
+                    self.paused_steps += ride > 0 and together
                     in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
                 while in_flight and (len(in_flight) > lag or not running):
-                    new, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops)
+                    new, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops, prefix)
                     tokens, off = tokens + new, off | now_off
+                    together = not self.lockstep or any(token.pauses for token in new)
                     running = [sequence for sequence in running if not sequence.done]
             yield from tokens
 
@@ -525,7 +542,7 @@ class Engine:
         event.record(torch.cuda.current_stream(self.device))
         return _Pass(host, event, sequences)
 
-    def _receive(self, sent: _Pass, max_new_tokens: int, stops: list[bytes]) -> tuple[list[Token], bool]:
+    def _receive(self, sent: _Pass, max_new_tokens: int, stops: list[bytes], prefix: bool) -> tuple[list[Token], bool]:
         """The tokens of a pass, and whether the policy is off."""
         if sent.event is not None:
             sent.event.synchronize()  # others follow it: the device has work
@@ -534,7 +551,10 @@ class Engine:
             id, pauses, logprob, logprob_without, goes_on, off, *top = rows[i]
             if sequence.done:  # before this pass, which did not know
                 continue
-            sequence.made, sequence.done, end = sequence.made + 1, not goes_on, None
+            if prefix and pauses and not sequence.made:
+                logprob_without, top = math.nan, top[: 2 * N_TOP]
+            sequence.made, sequence.paused = sequence.made + 1, sequence.paused + int(pauses)
+            sequence.done, end = not goes_on, None
             if sequence.done and id in self.tokenizer.end_ids:
                 end = "eot"
             elif sequence.done:

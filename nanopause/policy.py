@@ -2,7 +2,8 @@
 
 A policy says how many pauses follow the prompt and how many ride along with every token; the engine reads them in the
 same step, and the policy then says, from what the model would say without them, whether they count. If not, they are
-taken back. All of it happens on the device, for all sequences of a batch at once.
+taken back. All of it happens on the device, for all sequences of a batch at once. (On a CPU the policy may be asked
+first, and pauses that do not count are then not read.)
 """
 
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ class StopWhenUseless(Policy):
 
     def to(self, device):
         self.sums = self.sums.to(device)
+        self.policy.to(device)
 
     def _mean_and_bound(self) -> tuple[Tensor, Tensor]:
         """The mean change, and by how much it may be off."""
@@ -140,11 +142,11 @@ class StopWhenUseless(Policy):
         return mean, self.z * (variance / count).sqrt()
 
     def tensors(self):
-        return [self.sums]
+        return [self.sums, *self.policy.tensors()]
 
     def is_off(self):
         mean, bound = self._mean_and_bound()
-        return (self.sums[0] >= self.min_count) & (mean + bound < self.min_change)
+        return self.policy.is_off() | (self.sums[0] >= self.min_count) & (mean + bound < self.min_change)
 
     def wants(self, logprobs, asks):
         return self.policy.wants(logprobs, asks) & ~self.is_off()
@@ -153,6 +155,7 @@ class StopWhenUseless(Policy):
         counts = paused & ~self.is_off()  # once it is off, the figures that turned it off stay
         change = torch.where(counts, gain.abs(), 0).double()
         self.sums += torch.stack((counts.sum(), change.sum(), (change**2).sum()))
+        self.policy.observe(gain, paused)
 
     def report(self) -> str:
         """What was measured, in a sentence."""

@@ -60,7 +60,8 @@ def _token(token: Token, piece: str, tokenizer: Tokenizer) -> str:
     tables = _table("after the pauses" if token.pauses else "likeliest", token.top, token.id, tokenizer)
     mark = ""
     if token.pauses:
-        tables = _table("before the pauses", token.top_without, token.id, tokenizer) + tables
+        if token.top_without:
+            tables = _table("before the pauses", token.top_without, token.id, tokenizer) + tables
         mark = f'<span class=pause title="{token.pauses} pauses">❚❚ {token.pauses}</span>'
     shade = 0.85 * min(-token.logprob / DARKEST, 1)
     text = html.escape(piece).replace("\n", "<i>↵</i>\n") if token.end != "eot" else "<i>end</i>"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nanopause.errors import UserError
 from nanopause.model import GPT, GPTConfig
 from nanopause.policy import AfterPrompt, BelowConfidence, Never, OnRequest, StopWhenUseless
 from nanopause.tokenizer import load_tokenizer
+from nanopause.trace import page
 from tests.conftest import ROOT
 
 BYTES = load_tokenizer("bytes")
@@ -291,6 +293,42 @@ def test_the_numbers_of_a_token():
     assert {token.pauses for token in made.tokens} == {0, 3}
 
 
+def test_nobody_knows_what_a_prefix_lm_would_have_said_without_pauses():
+    """The prompt has read them."""
+    for lockstep in (True, False):
+        for options in ({"attention": "prefix"}, {}):
+            engine = engine_of(model_of(), lockstep)
+            (made,) = engine.generate(["a prompt"], 3, max_new_tokens=2, trace=True, **options)
+            first, second = made.tokens
+            assert math.isnan(first.logprob_without) == (not first.top_without) == bool(options)
+            assert second.logprob_without == second.logprob and second.top_without == second.top
+            text = page("", ["a prompt"], [made], BYTES)
+            assert "after the pauses" in text and ("before the pauses" in text) == (not options)
+
+
+def test_pauses_ride_on_a_cpu_where_the_last_step_paused():
+    engine = engine_of(model_of())
+    (made,) = engine.generate(["a prompt"], BelowConfidence(0.7, 3), temperature=0, max_new_tokens=30)
+    # The first step follows the prompt before anybody has looked at what that said.
+    paused = [False, *(token.pauses > 0 for token in made.tokens[1:])]
+    assert engine.paused_steps == sum(paused[:-1]) > 0
+    assert engine.pause_passes == sum(now and not before for before, now in pairwise(paused)) > 0
+    assert not all(paused[1:])
+
+
+@pytest.mark.parametrize("lockstep, steps", [(True, 2), (False, 4)])
+def test_no_pauses_ride_where_nobody_has_any_left(lockstep, steps):
+    """Or where they never have room. With a budget for the prompt and two steps, of which a CPU reads the first in a
+    pass of its own; on a GPU the host hears of it two steps later."""
+    engine = engine_of(model_of(), lockstep)
+    (made,) = engine.generate(["ab"], BelowConfidence(1.0, 2, budget=7), max_new_tokens=9)
+    assert [token.pauses for token in made.tokens] == [2] * 3 + [0] * 6
+    assert engine.paused_steps + engine.pause_passes == steps
+    engine = engine_of(model_of(), lockstep, max_length=9)
+    engine.generate(["ab"], BelowConfidence(1.0, 8), max_new_tokens=6)
+    assert engine.paused_steps == 0
+
+
 # Ends and bad input
 
 
@@ -374,6 +412,7 @@ def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
     (lambda: engine_of(model_of()).stream(["x", "y"], seed=[1]), "1 seeds for 2 prompts: give one, or one a prompt"),
     (lambda: StopWhenUseless(Never(), min_count=1), "min_count=1 must be 2 to"),
     (lambda: Engine(model_of(), BYTES, max_length=65), "max_length=65 must be 1 to 64"),
+    (lambda: engine_of(model_of()).append(torch.zeros(4, 1).long(), torch.ones(4).long()), "sequences=4 must be 1 to"),
     (lambda: engine_of(model_of()).stream(["x"], attention="both"), "attention='both' is neither"),
     (lambda: engine_of(model_of()).stream(["x"], StopWhenUseless(AfterPrompt(2)), attention="prefix"), "taken back"),
 ])  # fmt: skip
@@ -488,6 +527,21 @@ def test_stop_when_useless_measures_and_stops(inner, lockstep):
     later = engine_of(model, lockstep).generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
     never = engine_of(model, lockstep).generate(PROMPTS, 0, temperature=0, max_new_tokens=12)
     assert [one.ids for one in later] == [one.ids for one in never]
+
+
+def test_a_policy_that_measures_is_told_by_the_one_that_turns_it_off():
+    class Counts(BelowConfidence):
+        seen = 0
+
+        def observe(self, gain, paused):
+            self.seen += int(paused.sum())
+
+        def is_off(self):
+            return torch.tensor(self.seen >= 5)
+
+    policy = Counts(1.0, 2)
+    (made,) = engine_of(model_of()).generate(["a prompt"], StopWhenUseless(policy), max_new_tokens=9)
+    assert policy.seen == 5 and [token.pauses for token in made.tokens] == [2] * 5 + [0] * 4
 
 
 def test_pauses_that_matter_stay():

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from itertools import count
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nanopause.config import load_config
 from nanopause.engine import Engine, Generation, Token
 from nanopause.errors import UserError
 from nanopause.model import GPT
+from nanopause.policy import BelowConfidence
 from nanopause.tokenizer import load_tokenizer
 from nanopause.trace import page
 
@@ -53,15 +55,12 @@ def test_several_prompts_are_printed_in_their_order(run):
     assert re.fullmatch(
         r"First<\|pause\|>×3[a-z]{6}\nSecond<\|pause\|>×3[a-z]{6}\nThird<\|pause\|>×3[a-z]{6}\n", printed.out
     )
-    assert re.search(r"18 tokens, \d+ tokens/s, 9 pauses, which added -?[\d.]+ of \d+ ms", printed.err)
+    assert re.search(r"18 tokens, \d+ tokens/s, 9 pauses, which added about -?[\d.]+ of \d+ ms", printed.err)
 
 
-@pytest.mark.parametrize("options, added", [
-    (["--pauses=5"], 3 * 5),
-    (["--pauses=5", "--pause_when=below_confidence", "--threshold=1", "--pause_budget=10"], 3 * 5 + 5),
-])  # fmt: skip
-def test_what_pauses_added(run, monkeypatch, options, added):
-    """Where a token takes a second: those of three prompts, and of the step in which all pause again."""
+@pytest.fixture
+def a_token_is_a_second(monkeypatch):
+    """Of the engine's public operation, which sample.py times."""
     now, append = [0.0], Engine.append
 
     def timed(engine, tokens, counts):
@@ -70,8 +69,35 @@ def test_what_pauses_added(run, monkeypatch, options, added):
 
     monkeypatch.setattr(Engine, "append", timed)
     monkeypatch.setattr(sample.time, "perf_counter", lambda: now[0])
+
+
+@pytest.mark.parametrize("options, added", [
+    (["--pauses=5"], 3 * 5),
+    (["--pauses=5", "--pause_when=below_confidence", "--threshold=1", "--pause_budget=10"], 3 * 5 + 5),
+])  # fmt: skip
+def test_what_pauses_added(run, a_token_is_a_second, options, added):
+    """To three prompts, and to the step in which all pause again."""
     printed = run("--prompt=First", "--prompt=Second", "--prompt=Third", "--batch_size=3", *options)
-    assert f"which added {1000 * added:.1f} of" in printed.err
+    assert f"which added about {1000 * added:.1f} of" in printed.err
+
+
+def test_every_kind_of_pass_with_pauses_is_timed(out_dir, a_token_is_a_second):
+    engine = Engine(checkpoint.load(out_dir, torch.device("cpu"))[0], BYTES)
+    engine.paused_prompts, engine.paused_steps, engine.pause_passes = 1, 10, 100
+    assert sample.added_seconds(engine, BelowConfidence(0.5, 3), [8, 10]) == 111 * 3
+
+
+def test_an_interrupted_text_has_its_time(run, monkeypatch):
+    now, add = count(), sample.Printer.add
+
+    def add_three(printer, token):
+        add(printer, token)
+        if len(printer.made[0].tokens) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(sample.Printer, "add", add_three)
+    assert "\n3 tokens, 3 tokens/s, 0 pauses\n" in run("--prompt=a").err
 
 
 def test_prompts_of_a_file_and_of_standard_input_as_json(run, tmp_path, monkeypatch):
@@ -115,8 +141,8 @@ def test_the_most_pauses_that_have_room_are_timed(run):
 
 
 def test_prompt_styles(run):
-    filled = json.loads(run("--prompt=Why?", "--filler=. ", "--n_filler=4", "--json").out)
-    assert filled["prompt"] == "Why?. . . . "
+    filled = run("--prompt=Why?", "--filler=. ", "--n_filler=4", "--json")
+    assert json.loads(filled.out)["prompt"] == "Why?. . . . " and "filler: '. ' × 4 makes 8 tokens\n" in filled.err
     with pytest.raises(UserError, match="at most 64 can be read"):  # the longer prompt has no room here
         run("--prompt=Why?", "--prompt_style=stepwise", "--json")
     asked = sample.STEPWISE.format(prompt="Why?")
@@ -142,6 +168,7 @@ def test_policies_from_the_command_line(run):
     (["--prompt=x", "--prompt_file=y"], "leave one out"),
     (["--prompt=x", "--pauses=64"], "1 \\+ 64 tokens, and at most 64"),
     (["--batch_size=0"], "batch_size=0 must be 1 to"),
+    (["--max_new_tokens=-1"], "max_new_tokens=-1 must be 0 to"),
     (["--n_filler=-1"], "n_filler=-1 must be 0 to"),
     (["--prompt_file=LATIN"], "LATIN is not UTF-8 text"),
 ])  # fmt: skip
