@@ -220,7 +220,7 @@ def main(quick: bool = False, minutes: float = 7) -> None:
 
     Args:
         quick: A small model and two shapes, and 40 seconds.
-        minutes: No shape is begun after them. With 100 two cores measure all, in 130; half of them are the largest prompts'.
+        minutes: No shape is begun after them. With 100 two cores measure all, in 130.
     """
     bench = Bench("pause_cost", quick, minutes)
     bench.versions |= dict.fromkeys((WITHOUT, SEQUENTIAL, THOUGHT, LAYERS, HEADS), torch.__version__)
