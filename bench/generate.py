@@ -30,7 +30,9 @@ from bench.harness import (
     label,
     nanogpt,
     number,
+    race,
     transformers_gpt2,
+    wall_clock,
 )
 from nanopause.engine import Engine
 from nanopause.model import GPT, GPTConfig
@@ -184,16 +186,16 @@ def measure(bench: Bench, shape: Shape, nanogpt: str) -> None:
                 raise
             bench.lack(name, shape, first_line(error))
             del calls[name]
-    seconds, after = ({name: [] for name in calls} for _ in "ab")
-    for _ in range(3):
-        for name, generate in calls.items():
-            start = perf_counter()
-            _, first = generate(n_of[name])  # its tokens come to the host: nothing is left to wait for
-            end = perf_counter()
-            seconds[name].append((end - start) / n_of[name])
-            # Without a cache there is no other pass than that over everything.
-            after[name].append(seconds[name][-1] if name in WITHOUT_CACHE else (end - first) / (n_of[name] - 1))
+    late = {name: [] for name in calls}  # seconds a token from the first on
 
+    def whole(name: str) -> None:
+        _, first = calls[name](n_of[name])  # its tokens come to the host: nothing is left to wait for
+        late[name].append((perf_counter() - first) / max(n_of[name] - 1, 1))
+
+    samples = race({name: partial(whole, name) for name in calls}, wall_clock, 10 * bench.seconds)
+    seconds = {name: [x / n_of[name] for x in samples[name]] for name in calls}
+    # Without a cache there is no other pass than that over everything.
+    after = {name: (seconds if name in WITHOUT_CACHE else late)[name][-len(samples[name]) :] for name in calls}
     peak, read = bench.header["peak_bytes_per_second"], bytes_of_a_step(problem)
     for name in calls:
         speed = None if name in WITHOUT_CACHE else read / median(after[name])
