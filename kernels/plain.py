@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,17 +47,17 @@ def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
     return Part(0, S, False, mask[:, None], empty)
 
 
-def _part(lo: Tensor, hi: Tensor, dtype: torch.dtype) -> Part:
+def _part(lo: np.ndarray, hi: np.ndarray, dtype: torch.dtype) -> Part:
     """Without the keys that nobody reads, such as a cache's unused slots, and without a mask that would hide nothing,
     or what plain causal hides. The mask is in `dtype`: SDPA would turn one in bool into that every time."""
     # Neither decreases along t.
     (lo_min, lo_max), (hi_min, hi_max) = ((min(x[:, 0].tolist()), max(x[:, -1].tolist())) for x in (lo, hi))
     last = max(hi_max, 1)
     first = min(lo_min, last - 1)
-    causal = 1 < hi.shape[1] == last - first and lo_max <= first and bool((hi == torch.arange(first, last) + 1).all())
+    causal = 1 < hi.shape[1] == last - first and lo_max <= first and bool((hi == np.arange(first, last) + 1).all())
     if causal or (lo_max <= first and hi_min >= last):
         return Part(first, last, causal, None, None)
-    s = torch.arange(first, last, dtype=hi.dtype)
+    lo, hi, s = torch.from_numpy(lo), torch.from_numpy(hi), torch.arange(first, last, dtype=torch.int32)
     hides, empty = s >= hi[..., None], None
     if lo_max > first:
         hides = hides | (s < lo[..., None])
@@ -75,15 +76,17 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
     if lo is None and hi is None and T in (1, S):
         return 0, [B], [B], [Part(0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is no bool
     n = B if lo is not None or hi is not None else 1  # whose masks differ
-    lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
     hi = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=q.device)[None] if hi is None else hi
-    lo, hi = lo.expand(n, T).clamp(0, S), hi.expand(n, T).clamp(0, S)
     if not (S and _visible(hi)):
-        return 0, [B], [B], [_whole(lo, hi, S)]
+        lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
+        return 0, [B], [B], [_whole(lo.expand(n, T).clamp(0, S), hi.expand(n, T).clamp(0, S), S)]
+    # NumPy, whose operations on a few numbers take a third of torch's time.
+    lo = np.zeros((n, T), np.int32) if lo is None else lo.numpy().clip(0, S)
+    hi = hi.expand(n, T).numpy().clip(0, S)
     if T > 1:
         # A part begins with a query that reads something, and nothing that was read before it.
-        ends = hi[:, :-1].amax(0)
-        begins = ((lo[:, 1:].amin(0) >= ends) & (ends > 0) & (lo < hi).any(0)[1:]).nonzero()[:, 0]
+        ends = hi[:, :-1].max(0)
+        (begins,) = ((lo[:, 1:].min(0) >= ends) & (ends > 0) & (lo < hi).any(0)[1:]).nonzero()
         if len(begins):
             t, s = (0, *(begins + 1).tolist(), T), (0, *ends[begins].tolist(), S)
             parts = [_part(lo[:, i:j] - key, hi[:, i:j] - key, q.dtype) for (i, j), key in zip(pairwise(t), s)]
@@ -91,7 +94,7 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
     if H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
         ends = hi[:, -1].tolist()
         if (n * max(ends) - sum(ends)) * G * D > n * WASTE:
-            return 0, [1] * n, [1] * n, [_part(*bounds, q.dtype) for bounds in zip(lo.split(1), hi.split(1))]
+            return 0, [1] * n, [1] * n, [_part(lo[i : i + 1], hi[i : i + 1], q.dtype) for i in range(n)]
     return 0, [B], [B], [_part(lo, hi, q.dtype)]
 
 

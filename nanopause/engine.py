@@ -142,9 +142,10 @@ class _Sequence:
 
 
 class _Pass(NamedTuple):
-    """What a pass says, which the device may not have finished: a row a sequence."""
+    """What a pass says, which the device may not have finished: a row a sequence. paused: with columns of pauses."""
 
     rows: Tensor
+    paused: bool
     event: torch.cuda.Event | None
     sequences: dict[int, _Sequence]
 
@@ -255,11 +256,11 @@ class Engine:
         return self._settle(who, without, behind, kept)
 
     def _logprobs(self, logits: Tensor, n_ids: int) -> Tensor:
-        """Of the first n_ids alone, float32 [n, V], −∞ for others: pauses and padded ids are no text. Overwrites the
-        others' logits: a copy without them takes as long as the rest."""
+        """Of the first n_ids alone, float32 [n, V], −∞ for others: pauses and padded ids are no text. Logits in float32
+        become them in place: other memory would have to be written too."""
         logits = logits.float()
-        logits[:, n_ids:] = -torch.inf
-        return logits.log_softmax(-1)
+        logits[:, n_ids:].fill_(-torch.inf)
+        return torch.log_softmax(logits, -1, out=logits)
 
     def _sample(self, logprobs: Tensor, seed: Tensor, place: Tensor) -> Tensor:
         noise = gumbel(seed, place, logprobs.shape[-1]) if self.sampling.temperature else None
@@ -281,30 +282,31 @@ class Engine:
         """The next token of the sequences `who`, from their logits [n, V] without pauses, and behind them where `kept`,
         the number of pauses, int64 [n], is not 0.
 
-        Returns what the host reads, float32 [n, 6 + …]: id, pauses, log-probability with and without them,
-        whether the sequence goes on, whether the policy is off, and with trace the likeliest tokens of both."""
-        length, _, place, left, budget, seed = self.state[:, who]
+        Returns what the host reads, float32 [n, 3 + …]: id, its log-probability, tokens left to make; with `behind`
+        pauses, the log-probability without them, whether the policy is off; with trace the likeliest tokens."""
+        state = self.state[:, who]
+        length, token, place, left, budget, seed = state
         pause_id = self.tokenizer.pause_id
         said = logprobs = self._logprobs(without, pause_id)
         if behind is not None:
             said = torch.where(kept[:, None] > 0, self._logprobs(behind, pause_id), logprobs)
-        choice = self._sample(said, seed, place)
-        of_choice = of_choice_without = said.gather(1, choice[:, None])[:, 0]
-        if behind is None:
-            kept = torch.zeros_like(choice)
-        else:
-            of_choice_without = logprobs.gather(1, choice[:, None])[:, 0]
-            self.policy.observe(of_choice - of_choice_without, kept > 0)
-            budget = budget - kept
-        ended = (choice[:, None] == self.ends).any(1) | (length >= self.max_length)
-        left = torch.where(ended, 0, left - 1)
-        self.state[:, who] = torch.stack((length, choice, place + 1, left, budget, seed))
-        goes_on = left > 0
-        off = torch.zeros_like(goes_on) | self.policy.is_off()
-        columns = torch.stack([choice, kept, of_choice, of_choice_without, goes_on, off], 1)
-        if not self.trace:
-            return columns
-        return torch.cat((columns, *(torch.stack(x.topk(N_TOP)[::-1], 2).flatten(1) for x in (said, logprobs))), 1)
+        choice = self._sample(said, seed, place)[:, None]
+        of_choice = said.gather(1, choice)
+        token.copy_(choice[:, 0])
+        place += 1
+        left -= 1
+        left.masked_fill_((choice == self.ends).any(1) | (length >= self.max_length), 0)
+        columns, likely = [choice, of_choice, left[:, None]], [said]
+        if behind is not None:
+            of_choice_without = logprobs.gather(1, choice)
+            self.policy.observe((of_choice - of_choice_without)[:, 0], kept > 0)
+            budget -= kept
+            off = torch.zeros_like(choice) | self.policy.is_off()
+            columns, likely = [*columns, kept[:, None], of_choice_without, off], [said, logprobs]
+        self.state[:, who] = state  # where `who` are indices it was a copy
+        if self.trace:
+            columns += [torch.stack(x.topk(N_TOP)[::-1], 2).flatten(1) for x in likely]
+        return torch.cat([column.float() for column in columns], 1)
 
     def _run(self, key: tuple, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """function(*inputs), on a GPU by the CUDA graph of `key`, which is captured the first time."""
@@ -460,7 +462,7 @@ class Engine:
                     case = n, ride, together, all_alive
                     rows = self._run(("decode", *case), partial(self._decode, *case))
                     self.paused_steps += ride > 0 and together
-                    in_flight.append(self._send(rows, {sequence.slot: sequence for sequence in writing}))
+                    in_flight.append(self._send(rows, ride > 0, {sequence.slot: sequence for sequence in writing}))
                 while in_flight and (len(in_flight) > lag or not running):
                     new, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops, prefix)
                     tokens, off = tokens + new, off | now_off
@@ -526,21 +528,21 @@ class Engine:
             ("prefill", tokens.shape[1], at_prompt), partial(self._prefill, ride=at_prompt),
             self._to_device(tokens), self._to_device(sequences),
         )  # fmt: skip
-        return self._send(rows, begun)
+        return self._send(rows, at_prompt > 0, begun)
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
-    def _send(self, rows: Tensor, sequences: dict[int, _Sequence]) -> _Pass:
+    def _send(self, rows: Tensor, paused: bool, sequences: dict[int, _Sequence]) -> _Pass:
         """Set out to bring a pass's rows to the host."""
         if self.device.type != "cuda":
-            return _Pass(rows, None, sequences)
+            return _Pass(rows, paused, None, sequences)
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         host.copy_(rows, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
-        return _Pass(host, event, sequences)
+        return _Pass(host, paused, event, sequences)
 
     def _receive(self, sent: _Pass, max_new_tokens: int, stops: list[bytes], prefix: bool) -> tuple[list[Token], bool]:
         """The tokens of a pass, and whether the policy is off."""
@@ -548,13 +550,18 @@ class Engine:
             sent.event.synchronize()  # others follow it: the device has work
         rows, tokens, off = sent.rows.tolist(), [], False
         for i, sequence in sent.sequences.items():
-            id, pauses, logprob, logprob_without, goes_on, off, *top = rows[i]
+            id, logprob, left, *top = rows[i]
+            pauses, logprob_without = 0, logprob
+            if sent.paused:
+                pauses, logprob_without, off, *top = top
+            else:
+                top *= 2
             if sequence.done:  # before this pass, which did not know
                 continue
             if prefix and pauses and not sequence.made:
                 logprob_without, top = math.nan, top[: 2 * N_TOP]
             sequence.made, sequence.paused = sequence.made + 1, sequence.paused + int(pauses)
-            sequence.done, end = not goes_on, None
+            sequence.done, end = left <= 0, None
             if sequence.done and id in self.tokenizer.end_ids:
                 end = "eot"
             elif sequence.done:

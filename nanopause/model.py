@@ -128,8 +128,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             keys, values = cache
-            keys[slots], values[slots] = k.to(keys.dtype), v.to(values.dtype)
-            k, v = keys, values
+            k, v = keys.index_put_(slots, k.to(keys.dtype)), values.index_put_(slots, v.to(values.dtype))
         return self.out(attend(q, k, v).flatten(2))
 
 

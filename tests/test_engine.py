@@ -228,8 +228,8 @@ def test_the_logits_of_whole_passes(style, prefix, lockstep, chunk, max_batch):
         return torch.cat((settle(who, without, behind, kept), logits[:, :PAUSE]), 1)  # behind what the host reads
 
     def receiving(sent, *rest):
-        seen.extend((one.index, sent.rows[row, 6:]) for row, one in sent.sequences.items() if not one.done)
-        return receive(sent._replace(rows=sent.rows[:, :6]), *rest)
+        seen.extend((one.index, sent.rows[row, -PAUSE:]) for row, one in sent.sequences.items() if not one.done)
+        return receive(sent._replace(rows=sent.rows[:, :-PAUSE]), *rest)
 
     engine._settle, engine._receive = settling, receiving
     options = dict(temperature=0, max_new_tokens=6, attention="prefix" if prefix else "causal")
