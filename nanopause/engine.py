@@ -551,11 +551,10 @@ class Engine:
         rows, tokens, off = sent.rows.tolist(), [], False
         for i, sequence in sent.sequences.items():
             id, logprob, left, *top = rows[i]
-            pauses, logprob_without = 0, logprob
             if sent.paused:
                 pauses, logprob_without, off, *top = top
             else:
-                top *= 2
+                pauses, logprob_without, top = 0, logprob, 2 * top
             if sequence.done:  # before this pass, which did not know
                 continue
             if prefix and pauses and not sequence.made:
