@@ -68,6 +68,12 @@ def _part(lo: np.ndarray, hi: np.ndarray, dtype: torch.dtype) -> Part:
     return Part(first, last, False, mask[:, None].to(dtype), empty)
 
 
+def _within(S: int, bounds: Tensor) -> np.ndarray:
+    """Bounds of S keys, for NumPy: in a step of generation each operation of torch takes 10 μs. A list has them under
+    torch.func too."""
+    return np.minimum(np.maximum(bounds.tolist(), 0), S).astype(np.int32)
+
+
 def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Parts:
     """What queries read: documents of packed rows, or prompts in a cache, that share no key; sequences of a batch whose
     keys differ much in number; or one part. Plain causal needs no mask in memory; other intervals take a dense one, on
@@ -77,12 +83,11 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
         return 0, [B], [B], [Part(0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is no bool
     n = B if lo is not None or hi is not None else 1  # whose masks differ
     hi = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=q.device)[None] if hi is None else hi
-    if not (S and _visible(hi)):
+    if not (n and S and _visible(hi)):
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         return 0, [B], [B], [_whole(lo.expand(n, T).clamp(0, S), hi.expand(n, T).clamp(0, S), S)]
-    # NumPy, as this is done in every step of a generation, where an operation of torch takes 10 μs.
-    lo = np.zeros((n, T), np.int32) if lo is None else np.minimum(np.maximum(lo.numpy(), 0), S)
-    hi = np.minimum(np.maximum(hi.expand(n, T).numpy(), 0), S)
+    lo = np.zeros((n, T), np.int32) if lo is None else _within(S, lo)
+    hi = _within(S, hi.expand(n, T))
     if T > 1:
         # A part begins with a query that reads something, and nothing that was read before it.
         ends = hi[:, :-1].max(0)

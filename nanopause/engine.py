@@ -226,7 +226,7 @@ class Engine:
         rode = ride * room if all_alive else ride * room * counts
         if together:
             x = self._append(F.pad(token, (0, ride), value=pause_id), rode + (1 if all_alive else counts))
-            without, behind = head(x[:, ::ride]).unbind(1)
+            without, behind = head(x[:, ::ride].transpose(0, 1))
             kept = rode * self._wants(who, without)
             self.length[who] += kept - rode
         else:

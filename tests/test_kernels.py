@@ -303,6 +303,28 @@ def test_masks_are_of_the_queries_dtype():
         check_attention(lambda q, k, v, *_: attend(q, k, v), attention_inputs(1, 9, 9, 2, 1, 8, dtype), None, hi)
 
 
+@pytest.mark.parametrize("bounds", [(False, True), (True, False), (True, True)], ids=str)
+def test_plain_attention_under_torch_func(bounds):
+    """Whose tensors have no memory that NumPy could look at."""
+    q, k, v, _ = attention_inputs(2, 9, 9, 2, 1, 8, torch.float32)
+
+    def total(q):
+        lo, hi = (x + torch.zeros(2, 9, dtype=torch.int32, device=DEVICE) for x in intervals("window", 2, 9, 9))
+        return attention(q, k, v, *(x if given else None for x, given in zip((lo, hi), bounds)), impl="torch").sum()
+
+    q = q.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(total(q), q)
+    torch.testing.assert_close(torch.func.grad(total)(q.detach()), expected)
+
+
+@IMPLS
+def test_no_sequence(impl):
+    q, k, v, _ = attention_inputs(0, 9, 9, 2, 1, 8, torch.float32)
+    lo = torch.zeros(0, 9, dtype=torch.int32, device=DEVICE)
+    for bounds in (None, None), (lo, None), (None, lo), (lo, lo):
+        assert attention(q, k, v, *bounds, impl=impl).shape == q.shape
+
+
 @IMPLS
 def test_intervals_far_outside_of_the_keys(impl):
     """Where a document's would wrap around, and where a query reads only what is not there."""
