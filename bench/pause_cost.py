@@ -7,13 +7,16 @@
     decode    a later token, behind the pauses or of those models: pauses are paid once, layers and heads for ever
 
 All are passes of the engine (nanopause.engine.Engine.append) over `batch` sequences, and the likeliest next token at
-the end of the last, in GPT-2 124M with random weights. The cache holds random keys and values of `context` tokens
-before a step; the prompt is `context` tokens, and the cache empty before it.
+the end of the last, in GPT-2 124M with random weights; what is fed or said one by one is one chain, timed on its way.
+The cache holds random keys and values of `context` tokens before a step; the prompt is `context` tokens, and the cache
+empty before it.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import GPT2, OURS, TOLERANCE, Bench, Candidate, Shape, check, label, number, race
+from bench.harness import GPT2, OURS, TOLERANCE, Bench, Shape, check, label, number, race
 from nanopause.engine import Engine
 from nanopause.flops import forward_flops
 from nanopause.model import GPT, GPTConfig
@@ -48,15 +51,6 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     room = 64 if device == "cuda" else 0
     return [{"what": what, "batch": batch, "context": context - room * (what == "prefix")}
             for what, batch, context in first + rest]  # fmt: skip
-
-
-def one_by_one_of(device: str, shape: Shape) -> tuple[int, ...]:
-    """How many pauses are fed one by one: on a CPU not of all numbers, so that all shapes can be measured."""
-    if device == "cuda":
-        return PAUSES
-    if shape["what"] == "prefix":
-        return (8,)
-    return (1, 8, 50) if shape["batch"] == 1 and shape["context"] == 1024 else (1, 8)
 
 
 def larger_of(device: str, shape: Shape) -> tuple[str, ...]:
@@ -96,6 +90,9 @@ def of_equal_flops(config: GPTConfig, name: str, n: int, m: int) -> GPTConfig:
     return min(larger, key=lambda each: abs(forward_flops(each, n, n_live=1) - goal))
 
 
+Moment = float | torch.cuda.Event
+
+
 class Run:
     """An engine of `batch` sequences whose cache is full of random numbers, and what may follow them."""
 
@@ -107,71 +104,92 @@ class Run:
         self.pauses = torch.full((batch, max(PAUSES)), tokenizer.pause_id, device=bench.device)
         self.engine.cache.normal_()
 
-    def _append(self, tokens: Tensor) -> Tensor:
+    def append(self, tokens: Tensor) -> Tensor:
         return self.engine.append(tokens, torch.full((self.n,), tokens.shape[1], device=self.device))
 
-    def call(self, held: int, *parts: Tensor, thoughts: int = 0) -> Candidate:
-        """After `held` tokens append parts one after the other, and then the likeliest token again and again; returns
-        the last hidden state and the tokens that were said but for the last."""
-        head = self.engine.model.head
+    def now(self) -> Moment:
+        if self.device.type != "cuda":
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-        @torch.no_grad()
-        def run() -> dict[str, Tensor]:
-            self.engine.length[: self.n] = held
-            said = self.text[:, :0]
-            for part in parts:
-                x = self._append(part)
-            token = head(x[:, -1]).argmax(-1, keepdim=True)
-            for _ in range(thoughts):
-                said = torch.cat((said, token), 1)
-                x = self._append(token)
-                token = head(x[:, -1]).argmax(-1, keepdim=True)
-            return {"hidden": x[:, -1].clone(), "said": said}
 
-        return run
+def between(begin: Moment, end: Moment) -> float:
+    """Seconds."""
+    return end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1e3
+
+
+class Chain:
+    """A candidate: passes one behind the other, after `held` tokens. parts: the tokens of each, or None for those that
+    the pass before it said.
+
+    It is timed on its way, behind the passes that `looks` numbers: what so many passes take and the likeliest token
+    behind them. That of an earlier look is taken out, unless it was read: so one chain has the times of all lengths."""
+
+    def __init__(self, run: Run, held: int, parts: list[Tensor | None], looks: Sequence[int] = (0,)):
+        self.run, self.held, self.parts, self.looks = run, held, parts, looks
+        self.said: list[Tensor] = []  # tokens that were read
+        self.hidden: dict[int, Tensor] = {}  # by look: the last hidden state, [batch, C]
+        self.calls: list[tuple[Moment, list[tuple[int, bool, Moment, Moment]]]] = []
 
     @torch.no_grad()
-    def after(self, held: int, last: Tensor) -> dict[int, Tensor]:
-        """After `held` tokens and `last` the hidden state at each number of pauses, which are fed from one to the
-        next."""
-        self.engine.length[: self.n] = held
-        self._append(last)
-        pieces = pairwise((0, *PAUSES))
-        return {m: self._append(self.pauses[:, before:m])[:, -1].clone() for before, m in pieces}
+    def __call__(self) -> dict[str, Tensor]:
+        run, spoken, self.said = self.run, [], []
+        run.engine.length[: run.n] = self.held
+        start = run.now()
+        for i, part in enumerate(self.parts):
+            x = run.append(self.said[-1] if part is None else part)[:, -1]
+            is_read = i + 1 < len(self.parts) and self.parts[i + 1] is None
+            if i in self.looks or is_read:
+                begin = run.now()
+                self.hidden[i] = x.clone()
+                token = run.engine.model.head(x).argmax(-1, keepdim=True)
+                spoken.append((i, is_read, begin, run.now()))
+                self.said += [token] * is_read
+        self.calls.append((start, spoken))
+        return self.hidden
+
+    def seconds(self, look: int) -> list[float]:
+        """Of every call so far."""
+        samples = []
+        for start, spoken in self.calls:
+            unread = 0.0
+            for i, is_read, begin, end in spoken:
+                if i == look:
+                    samples.append(between(start, end) - unread)
+                unread += 0 if is_read else between(begin, end)
+        return samples
 
 
 class Case(NamedTuple):
-    """flops: by formula, and counted. truth: the last hidden state, found in another way."""
+    """What a row is of: a chain up to a look. flops: by formula, and counted. truth: the last hidden state in another
+    way, by chain and look."""
 
-    call: Candidate
+    chain: Chain
+    look: int
     flops: np.ndarray
-    config: GPTConfig
-    truth: Tensor | None = None
+    truth: tuple[Chain, int] | None = None
 
 
 def compete(bench: Bench, what: str, shape: Shape, cases: dict[tuple[int, str], Case]) -> None:
     """Rows of cases by pauses and name; (0, WITHOUT) is what all are compared with. Raises Wrong where a timed call
-    returned something else than its truth."""
-    returned, errors = {}, {}
-
-    def keeps(key: tuple[int, str], call: Candidate) -> Candidate:
-        return lambda: returned.update({key: call()["hidden"]})
-
-    samples = race({key: keeps(key, case.call) for key, case in cases.items()}, bench.sample, bench.seconds)
-    for key, case in cases.items():
-        if case.truth is not None:
-            errors[key] = check({"hidden": returned[key]}, {"hidden": case.truth}, TOLERANCE[bench.dtype])
-    base, without = samples[0, WITHOUT], cases[0, WITHOUT].flops
-    for (m, name), seconds in samples.items():
-        case, its = cases[m, name], {key: shape[key] for key in ("batch", "context")} | {"pauses": m}
-        added = (case.flops - without) / m if m else (None, None)
+    came to another state than its truth."""
+    samples = race({case.chain: case.chain for case in cases.values()}, bench.sample, bench.seconds)
+    times = {key: case.chain.seconds(case.look)[-len(samples[case.chain]) :] for key, case in cases.items()}
+    base, without = times[0, WITHOUT], cases[0, WITHOUT].flops
+    for (m, name), (chain, look, flops, truth) in cases.items():
+        its, seconds = {key: shape[key] for key in ("batch", "context")} | {"pauses": m}, times[m, name]
+        added, error = (flops - without) / m if m else (None, None), None
+        if truth is not None:
+            expected = {"hidden": truth[0].hidden[truth[1]]}
+            error = check({"hidden": chain.hidden[look]}, expected, TOLERANCE[bench.dtype])
         bench.rows.append(bench.row(
             what, its, name, seconds, base,
             added_ms_per_pause=1e3 * float(np.median(np.subtract(seconds, base))) / m if m else None,
-            flops=int(case.flops[0]), flops_counted=int(case.flops[1]),
-            flops_ratio=float(case.flops[0] / without[0]),
+            flops=int(flops[0]), flops_counted=int(flops[1]), flops_ratio=float(flops[0] / without[0]),
             flops_per_pause=added[0], flops_per_pause_counted=added[1],
-            n_layer=case.config.n_layer, n_head=case.config.n_head, error=errors.get((m, name)),
+            n_layer=chain.run.config.n_layer, n_head=chain.run.config.n_head, error=error,
         ))  # fmt: skip
     print(
         f"pause_cost: {label(shape | {'what': what})}: {1e3 * np.median(base):.1f} ms without pauses", file=sys.stderr
@@ -182,35 +200,37 @@ def measure(bench: Bench, shape: Shape) -> None:
     """Rows for every number of pauses, of ours and of the other ways."""
     n, context, what = shape["batch"], shape["context"], shape["what"]
     held, new = (context, 1) if what == "step" else (0, context)
-    config = config_of(bench.quick, context + max(PAUSES) + 1)
+    m = max(PAUSES)
+    config = config_of(bench.quick, context + m + 1)
     run = Run(bench, config, n)
     last, pauses = run.text[:, held : held + new], run.pauses
-    cases = {(0, WITHOUT): Case(run.call(held, last), flops(config, n, held, new), config)}
-    truths = run.after(held, last)
-    for m, truth in truths.items():
-        call = run.call(held, torch.cat((last, pauses[:, :m]), 1))
-        cases[m, OURS] = Case(call, flops(config, n, held, new + m), config, truth)
-    for m in one_by_one_of(bench.device.type, shape):
-        call = run.call(held, last, *[pauses[:, :1]] * m)
-        cost = cases[0, WITHOUT].flops + flops_one_by_one(config, n, held + new, m, logits=False)
-        cases[m, SEQUENTIAL] = Case(call, cost, config, truths[m])
-        if what == "step":
-            cost = cases[0, WITHOUT].flops + flops_one_by_one(config, n, held + new, m, logits=True)
-            call = run.call(held, last, thoughts=m)
-            # What was said must end in the same state when it is read in one pass.
-            again = run.call(held, torch.cat((last, call()["said"]), 1))
-            cases[m, THOUGHT] = Case(call, cost, config, again()["hidden"])
+    alone = flops(config, n, held, new)
+    one_by_one = Chain(run, held, [last, *[pauses[:, :1]] * m], (0, *PAUSES))
+    cases = {(0, WITHOUT): Case(one_by_one, 0, alone)}
+    for i in PAUSES:
+        one_pass = Chain(run, held, [torch.cat((last, pauses[:, :i]), 1)])
+        cases[i, OURS] = Case(one_pass, 0, flops(config, n, held, new + i), (one_by_one, i))
+        more = flops_one_by_one(config, n, held + new, i, logits=False)
+        cases[i, SEQUENTIAL] = Case(one_by_one, i, alone + more, (one_pass, 0))
     if what == "step":
+        thought = Chain(run, held, [last, *[None] * m], PAUSES)
+        thought()
+        # What was said must come to the same states where it is read in a few passes.
+        said, pieces = torch.cat(thought.said, 1), list(pairwise((0, *PAUSES)))
+        again = Chain(run, held, [last, *(said[:, i:j] for i, j in pieces)], range(1, 1 + len(PAUSES)))
+        again()
+        for look, i in enumerate(PAUSES, 1):
+            more = flops_one_by_one(config, n, held + new, i, logits=True)
+            cases[i, THOUGHT] = Case(thought, i, alone + more, (again, look))
         return compete(bench, what, shape, cases)
-    m = max(PAUSES)
     token = last[:, -1:]
-    later = {(0, WITHOUT): Case(run.call(context, token), flops(config, n, context, 1), config),
-             (m, OURS): Case(run.call(context + m, token), flops(config, n, context + m, 1), config)}  # fmt: skip
+    later = {(0, WITHOUT): Case(Chain(run, context, [token]), 0, flops(config, n, context, 1)),
+             (m, OURS): Case(Chain(run, context + m, [token]), 0, flops(config, n, context + m, 1))}  # fmt: skip
     for name in larger_of(bench.device.type, shape):
         larger = of_equal_flops(config, name, context, m)
         other = Run(bench, larger, n)
-        cases[m, name] = Case(other.call(0, last), flops(larger, n, 0, context), larger)
-        later[m, name] = Case(other.call(context, token), flops(larger, n, context, 1), larger)
+        cases[m, name] = Case(Chain(other, 0, [last]), 0, flops(larger, n, 0, context))
+        later[m, name] = Case(Chain(other, context, [token]), 0, flops(larger, n, context, 1))
     compete(bench, "decode", shape, later)
     compete(bench, what, shape, cases)
 
@@ -220,7 +240,7 @@ def main(quick: bool = False, minutes: float = 7) -> None:
 
     Args:
         quick: A small model and two shapes, and 40 seconds.
-        minutes: No shape is begun after them. With 100 two cores measure all, in 130.
+        minutes: No shape is begun after them. With 100 two cores measure all, in about two hours.
     """
     bench = Bench("pause_cost", quick, minutes)
     bench.versions |= dict.fromkeys((WITHOUT, SEQUENTIAL, THOUGHT, LAYERS, HEADS), torch.__version__)

@@ -20,6 +20,7 @@ from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
 from nanopause.errors import UserError
 from nanopause.flops import forward_flops, training_flops
 from nanopause.model import GPTConfig
+from nanopause.packed import PackedLinear
 from nanopause.prepare import prepare
 from nanopause.tokenizer import load_tokenizer
 
@@ -438,14 +439,19 @@ def test_truth_in_pieces_is_the_whole():
 def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(pause_cost, "PAUSES", (1, 3))
-    monkeypatch.setattr(pause_cost, "one_by_one_of", lambda *_: (1, 3))
+    seconds, append, product = [0.0], pause_cost.Run.append, PackedLinear.forward
 
-    def raced(calls, *_):
-        for call in calls.values():
-            call()
-        return {name: [1.0 + name[0]] * 3 for name in calls}
+    def a_second_a_token(run, tokens):
+        seconds.append(tokens.shape[1])
+        return append(run, tokens)
 
-    monkeypatch.setattr(pause_cost, "race", raced)
+    def a_hundred_for_logits(linear, x):
+        seconds.append(100 * (len(linear.weight) == 50304))
+        return product(linear, x)
+
+    monkeypatch.setattr(pause_cost.Run, "append", a_second_a_token)
+    monkeypatch.setattr(PackedLinear, "forward", a_hundred_for_logits)
+    monkeypatch.setattr(pause_cost, "perf_counter", lambda: sum(seconds))
     pause_cost.main(quick=True)
     (file,) = tmp_path.glob("*/pause_cost.quick.json")
     result = json.loads(file.read_text())
@@ -460,22 +466,29 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
         assert row["flops"] == row["flops_counted"]
         compared = row["what"] != "decode" and row["name"] in ("ours", "sequential", "chain of thought")
         assert row["error"] < 1e-5 if compared else row["error"] is None
-        if m := row["shape"]["pauses"]:
-            assert row["ratio"] == 1 + m and row["added_ms_per_pause"] == 1000
+        if row["shape"]["pauses"]:
             assert row["flops_per_pause"] == row["flops_per_pause_counted"]
             assert row["flops_per_pause"] > 0 or row["name"].startswith("more")
+    alone = {"step": 101, "prefix": 164, "decode": 101}
+    for row in rows:
+        added = 0 if row["what"] == "decode" or row["name"].startswith("more") else row["shape"]["pauses"]
+        added *= 101 if row["name"] == "chain of thought" else 1  # whose logits are part of it
+        assert row["p10_ms"] == row["p90_ms"] == 1000 * (alone[row["what"]] + added)
+        assert row["ratio"] == pytest.approx(1 + added / alone[row["what"]])
+        if row["shape"]["pauses"]:
+            assert row["added_ms_per_pause"] == pytest.approx(1000 * added / row["shape"]["pauses"])
     one = {row["name"]: row["flops"] for row in rows if row["what"] == "step" and row["shape"]["pauses"] == 1}
     head = 2 * 2 * 64 * 50304  # two sequences, one more row of logits each
     assert one["chain of thought"] - one["sequential"] == head
     step = next(row for row in rows if row["what"] == "step" and row["name"] == OURS)
-    line = f"| a token and its pauses in one pass | 1 | {step['flops_ratio']:.2f} | 2.00 |"
-    assert {line, "| a token | 0 | 1.00 | 1000 ms |"} <= set(shown("pause_cost", result).splitlines())
+    line = f"| a token and its pauses in one pass | 1 | {step['flops_ratio']:.2f} | 1.01 |"
+    assert {line, "| a token | 0 | 1.00 | 101000 ms |"} <= set(shown("pause_cost", result).splitlines())
 
 
 def test_pause_cost_keeps_no_time_of_a_wrong_call(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    after = pause_cost.Run.after
-    monkeypatch.setattr(pause_cost.Run, "after", lambda *args: {m: x * 1.1 for m, x in after(*args).items()})
+    append = pause_cost.Run.append
+    monkeypatch.setattr(pause_cost.Run, "append", lambda run, tokens: append(run, tokens) * tokens.shape[1] ** 0.1)
     with pytest.raises(UserError, match="2 shapes failed, .*: Wrong: hidden is off by"):
         pause_cost.main(quick=True)
 
