@@ -47,11 +47,13 @@ def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
     return Part(0, S, False, mask[:, None], empty)
 
 
-def _part(lo: np.ndarray, hi: np.ndarray, dtype: torch.dtype) -> Part:
+def _part(lo: np.ndarray | None, hi: np.ndarray, dtype: torch.dtype) -> Part:
     """Without the keys that nobody reads, such as a cache's unused slots, and without a mask that would hide nothing,
     or what plain causal hides. The mask is in `dtype`: SDPA would turn one in bool into that every time."""
     # Neither decreases along t.
-    (lo_min, lo_max), (hi_min, hi_max) = ((min(x[:, 0].tolist()), max(x[:, -1].tolist())) for x in (lo, hi))
+    (lo_min, lo_max), (hi_min, hi_max) = (
+        (0, 0) if x is None else (min(x[:, 0].tolist()), max(x[:, -1].tolist())) for x in (lo, hi)
+    )
     last = max(hi_max, 1)
     first = min(lo_min, last - 1)
     causal = 1 < hi.shape[1] == last - first and lo_max <= first and bool((hi == np.arange(first, last) + 1).all())
@@ -61,9 +63,9 @@ def _part(lo: np.ndarray, hi: np.ndarray, dtype: torch.dtype) -> Part:
     hides, empty = s >= hi[..., None], None
     if lo_max > first:
         hides = hides | (s < lo[..., None])
-    if lo_max >= hi_min and (hi <= lo).any():
-        hides = hides & ~((hi <= lo)[..., None] & (s == first))
-        empty = torch.from_numpy(hi <= lo)
+    if lo_max >= hi_min and (none := hi <= (0 if lo is None else lo)).any():
+        hides = hides & ~(none[..., None] & (s == first))
+        empty = torch.from_numpy(none)
     mask = torch.from_numpy(np.where(hides, np.float32(-np.inf), np.float32(0)))
     return Part(first, last, False, mask[:, None].to(dtype), empty)
 
@@ -86,9 +88,8 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
     if not (n and S and _visible(hi)):
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         return 0, [B], [B], [_whole(lo.expand(n, T).clamp(0, S), hi.expand(n, T).clamp(0, S), S)]
-    lo = np.zeros((n, T), np.int32) if lo is None else _within(S, lo)
-    hi = _within(S, hi.expand(n, T))
-    if T > 1:
+    lo, hi = None if lo is None else _within(S, lo), _within(S, hi.expand(n, T))
+    if lo is not None and T > 1:
         # A part begins with a query that reads something, and nothing that was read before it.
         ends = hi[:, :-1].max(0)
         (begins,) = ((lo[:, 1:].min(0) >= ends) & (ends > 0) & (lo < hi).any(0)[1:]).nonzero()
@@ -99,14 +100,16 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
     if H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
         ends = hi[:, -1].tolist()
         if (n * max(ends) - sum(ends)) * G * D > n * WASTE:
-            return 0, [1] * n, [1] * n, [_part(lo[i : i + 1], hi[i : i + 1], q.dtype) for i in range(n)]
+            rows = [None] * n if lo is None else np.split(lo, n)
+            return 0, [1] * n, [1] * n, [_part(*row, q.dtype) for row in zip(rows, np.split(hi, n))]
     return 0, [B], [B], [_part(lo, hi, q.dtype)]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor:
-    keys = slice(None), slice(part.first, part.last)
+    if part.last - part.first < k.shape[1]:
+        k, v = (x.narrow(1, part.first, part.last - part.first) for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k[keys].transpose(1, 2), v[keys].transpose(1, 2), attn_mask=part.mask, is_causal=part.causal,
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=part.mask, is_causal=part.causal,
         scale=scale, enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)  # fmt: skip
     return out if part.empty is None else out.masked_fill(part.empty[..., None, None], 0)

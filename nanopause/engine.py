@@ -177,6 +177,7 @@ class Engine:
         # The host sees every pass before it starts the next, and pads nothing. On a GPU it runs ahead, with graphs of
         # a few sizes.
         self.lockstep = self.device.type != "cuda"
+        self.layers = 0, []  # a number of rows, and their keys and values in every layer
         self.graphs = {}
         self.settings = self.current = None  # of the graphs; the stream that runs
         # Prompts and steps that were read with pauses, and passes of pauses alone.
@@ -197,19 +198,22 @@ class Engine:
         tokens, counts = F.pad(tokens, (0, width - Q, 0, rows - n)), F.pad(counts, (0, rows - n))
         return self._run(("append", rows, width), self._append, tokens, counts)[:n, :Q]
 
-    def _append(self, tokens: Tensor, counts: Tensor | None) -> Tensor:
-        """See append. counts None: all of the tokens."""
+    def _append(self, tokens: Tensor, counts: Tensor | None, rows: slice | None = None) -> Tensor:
+        """See append. counts None: all of the tokens. rows: which of their states are returned."""
         n, Q = tokens.shape
-        length, cache = self.length[:n, None], self.cache[:, :, :n]
+        if self.layers[0] != n:
+            with torch.inference_mode(False):
+                self.layers = n, [tuple(layer) for layer in self.cache[:, :, :n]]
+        length, cache = self.length[:n, None], self.layers[1]
         places = length + torch.arange(Q, device=self.device)
         if counts is None:
             length += Q
-            return self.model.hidden(tokens, positions=places, cache=cache)
+            return self.model.hidden(tokens, positions=places, cache=cache, rows=rows)
         end = length + counts[:, None]
         new, hi = places < end, torch.minimum(places + 1, end).int()
         x = self.model.hidden(
             tokens, positions=torch.where(new, places, 0), slots=torch.where(new, places, self.max_length),
-            lo=torch.where(new, 0, hi), hi=hi, cache=cache,
+            lo=torch.where(new, 0, hi), hi=hi, cache=cache, rows=rows,
         )  # fmt: skip
         self.length[:n] = end[:, 0]
         return x
@@ -221,21 +225,22 @@ class Engine:
         token = self.token[who, None]
         counts = None if all_alive else self.left[who].clamp(0, 1)
         if not ride:
-            return self._settle(who, head(self._append(token, counts)[:, 0]))
+            return self._settle(who, self._logprobs(head(self._append(token, counts)[:, 0])))
         room = (self.budget[who] >= ride) & (self.length[who] + 1 + ride <= self.max_length)
         rode = ride * room if all_alive else ride * room * counts
         if together:
-            x = self._append(F.pad(token, (0, ride), value=pause_id), rode + (1 if all_alive else counts))
-            without, behind = head(x[:, ::ride].transpose(0, 1))
-            kept = rode * self._wants(who, without)
+            tokens, counts = F.pad(token, (0, ride), value=pause_id), rode + (1 if all_alive else counts)
+            without, behind = head(self._append(tokens, counts, slice(None, None, ride)).transpose(0, 1))
+            logprobs, wanted = self._wants(who, without)
+            kept = rode * wanted
             self.length[who] += kept - rode
         else:
-            without = behind = head(self._append(token, counts)[:, 0])
-            kept = rode * self._wants(who, without)
+            logprobs, wanted = self._wants(who, head(self._append(token, counts)[:, 0]))
+            kept, behind = rode * wanted, None
             if kept.any():
                 self.pause_passes += 1
-                behind = head(self._append(token.new_full((n, ride), pause_id), kept)[:, -1])
-        return self._settle(who, without, behind, kept)
+                behind = head(self._append(token.new_full((n, ride), pause_id), kept, slice(-1, None))[:, 0])
+        return self._settle(who, logprobs, kept, behind)
 
     def _prefill(self, tokens: Tensor, sequences: Tensor, ride: int) -> Tensor:
         """Read prompts, and begin the sequences whose prompts end here.
@@ -243,53 +248,56 @@ class Engine:
         tokens: int64 [5, N]: ids, positions, slots of the cache as one row, lo, hi. sequences: int64 [8, n]: columns of
         the state, rows of the prompts' last tokens and of the last pauses, pauses, and the state."""
         ids, positions, slots, lo, hi = tokens[:, None]
-        row = self.cache.flatten(2, 3).unsqueeze(2)  # a view
-        x = self.model.hidden(ids, positions=positions, slots=slots, lo=lo.int(), hi=hi.int(), cache=row)[0]
         who, first, last, rode, length, left, budget, seed = sequences
+        row = self.cache.flatten(2, 3).unsqueeze(2)  # a view
+        x = self.model.hidden(
+            ids, positions=positions, slots=slots, lo=lo.int(), hi=hi.int(), cache=row,
+            rows=torch.stack((first, last), 1).flatten() if ride else first,
+        )[0]  # fmt: skip
         zero = torch.zeros_like(length)
         self.state[:, who] = torch.stack((length, zero, zero, left, budget, seed))
         if not ride:
-            return self._settle(who, self.model.head(x[first]))
-        without, behind = self.model.head(x[torch.stack((first, last))])
-        kept = rode * self._wants(who, without)
+            return self._settle(who, self._logprobs(self.model.head(x)))
+        without, behind = self.model.head(x.unflatten(0, (-1, 2)).transpose(0, 1))
+        logprobs, wanted = self._wants(who, without)
+        kept = rode * wanted
         self.length[who] += kept
-        return self._settle(who, without, behind, kept)
+        return self._settle(who, logprobs, kept, behind)
 
-    def _logprobs(self, logits: Tensor, n_ids: int) -> Tensor:
-        """Of the first n_ids alone, float32 [n, V], −∞ for others: pauses and padded ids are no text. Logits in float32
+    def _logprobs(self, logits: Tensor, n_more: int = 0) -> Tensor:
+        """Of text, and of n_more ids behind it, float32 [n, V]; −∞ for others, pauses and padded ids. Logits in float32
         become them in place: other memory would have to be written too."""
         logits = logits.float()
-        logits[:, n_ids:].fill_(-torch.inf)
+        logits[:, self.tokenizer.pause_id + n_more :].fill_(-torch.inf)
         return torch.log_softmax(logits, -1, out=logits)
 
     def _sample(self, logprobs: Tensor, seed: Tensor, place: Tensor) -> Tensor:
         noise = gumbel(seed, place, logprobs.shape[-1]) if self.sampling.temperature else None
         return self.sampling.choose(logprobs, noise)
 
-    def _wants(self, who: slice | Tensor, logits: Tensor) -> Tensor:
-        """Which of the sequences `who` pause, bool [n], by their logits [n, V] without pauses."""
-        pause_id = self.tokenizer.pause_id
+    def _wants(self, who: slice | Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """_logprobs of the logits [n, V] without pauses, and which of the sequences `who` pause by them, bool [n]."""
         asks = None
         if self.policy.asks:
             # With noise of its own: what is said after the pauses must not depend on that which asked for them.
-            said = self._sample(self._logprobs(logits, pause_id + 1), ~self.seed[who], self.place[who])
-            asks = said == pause_id
-        return self.policy.wants(self._logprobs(logits, pause_id), asks)
+            said = self._sample(self._logprobs(logits, 1), ~self.seed[who], self.place[who])
+            asks = said == self.tokenizer.pause_id
+        logprobs = self._logprobs(logits)
+        return logprobs, self.policy.wants(logprobs, asks)
 
     def _settle(
-        self, who: slice | Tensor, without: Tensor, behind: Tensor | None = None, kept: Tensor | None = None
+        self, who: slice | Tensor, logprobs: Tensor, kept: Tensor | None = None, behind: Tensor | None = None
     ) -> Tensor:
-        """The next token of the sequences `who`, from their logits [n, V] without pauses, and behind them where `kept`,
-        the number of pauses, int64 [n], is not 0.
+        """The next token of the sequences `who`, from _logprobs without pauses. kept: their pauses, int64 [n], where
+        they might have some; behind: the logits [n, V] behind these, None if there are none.
 
-        Returns what the host reads, float32 [n, 3 + …]: id, its log-probability, tokens left to make; with `behind`
+        Returns what the host reads, float32 [n, 3 + …]: id, its log-probability, tokens left to make; with `kept`
         pauses, the log-probability without them, whether the policy is off; with trace the likeliest tokens."""
         state = self.state[:, who]
         length, token, place, left, budget, seed = state
-        pause_id = self.tokenizer.pause_id
-        said = logprobs = self._logprobs(without, pause_id)
+        said = logprobs
         if behind is not None:
-            said = torch.where(kept[:, None] > 0, self._logprobs(behind, pause_id), logprobs)
+            said = torch.where(kept[:, None] > 0, self._logprobs(behind), logprobs)
         choice = self._sample(said, seed, place)[:, None]
         of_choice = said.gather(1, choice)
         token.copy_(choice[:, 0])
@@ -297,13 +305,14 @@ class Engine:
         left -= 1
         left.masked_fill_((choice == self.ends).any(1) | (length >= self.max_length), 0)
         columns, likely = [choice, of_choice, left[:, None]], [said]
-        if behind is not None:
-            of_choice_without = logprobs.gather(1, choice)
+        if kept is not None:
+            of_choice_without = of_choice if behind is None else logprobs.gather(1, choice)
             self.policy.observe((of_choice - of_choice_without)[:, 0], kept > 0)
             budget -= kept
             off = torch.zeros_like(choice) | self.policy.is_off()
             columns, likely = [*columns, kept[:, None], of_choice_without, off], [said, logprobs]
-        self.state[:, who] = state  # where `who` are indices it was a copy
+        if not isinstance(who, slice):  # it was a copy
+            self.state[:, who] = state
         if self.trace:
             columns += [torch.stack(x.topk(N_TOP)[::-1], 2).flatten(1) for x in likely]
         return torch.cat([column.float() for column in columns], 1)
@@ -445,8 +454,7 @@ class Engine:
             tokens = []
             with torch.inference_mode():  # not around the generator, which Python may close when PyTorch is gone
                 at_prompt = 0 if off or (prefix and not policy.certain) else policy.at_prompt
-                taken = {sequence.slot for sequence in running}
-                for slot in sorted(set(range(self.max_batch)) - taken)[: len(waiting)]:
+                for slot in self._free(self.max_batch, running)[: len(waiting)] if waiting else ():
                     running.append(waiting.popleft())
                     running[-1].slot = slot
                 n = self._close_ranks(running)
@@ -474,13 +482,16 @@ class Engine:
         """The size of a pass over n sequences or tokens: that of a graph."""
         return n if self.lockstep else 1 << (n - 1).bit_length()
 
+    def _free(self, n: int, running: list[_Sequence]) -> list[int]:
+        """Rows below n that no sequence has."""
+        return sorted(set(range(n)) - {sequence.slot for sequence in running})
+
     def _close_ranks(self, running: list[_Sequence]) -> int:
         """How many rows a step needs. Sequences beyond them move to rows that others left."""
         n = min(self._bucket(len(running)), self.max_batch)
-        free = sorted(set(range(n)) - {sequence.slot for sequence in running})
         for sequence in running:
             if sequence.slot >= n:
-                slot = free.pop(0)
+                slot = self._free(n, running)[0]
                 for tensor in (self.cache, self.state[:, None]):
                     tensor[:, :, slot] = tensor[:, :, sequence.slot]
                 self.left[sequence.slot] = 0
@@ -522,8 +533,11 @@ class Engine:
         if not self.lockstep:
             end = self.max_batch * S
             columns.append(np.repeat([[pause_id], [0], [end - 1], [end], [end]], self._bucket(n) - n, axis=1))
-            numbers += [(self.max_batch, *[0] * 7)] * (self.max_batch - len(numbers))
-        tokens, sequences = np.concatenate(columns, 1), np.reshape(numbers, (-1, 8)).T
+        tokens = np.concatenate(columns, 1)
+        # Sequences that are no one's: rows that are read must ascend, and there is one at least.
+        last = tokens.shape[1] - 1
+        numbers += [(self.max_batch, last, last, *[0] * 5)] * ((1 if self.lockstep else self.max_batch) - len(numbers))
+        sequences = np.transpose(numbers)
         rows = self._run(
             ("prefill", tokens.shape[1], at_prompt), partial(self._prefill, ride=at_prompt),
             self._to_device(tokens), self._to_device(sequences),
@@ -570,7 +584,7 @@ class Engine:
                 sequence.tail = text[-max(map(len, stops)) :]
                 if any(stop in text for stop in stops):  # which the device does not know
                     sequence.done, self.left[sequence.slot], end = True, 0, "until"
-            pairs = [(int(id), logprob) for id, logprob in zip(top[::2], top[1::2])]
+            pairs = [(int(id), logprob) for id, logprob in zip(top[::2], top[1::2])] if top else []
             tokens.append(Token(sequence.index, int(id), int(pauses), logprob, logprob_without, end, pairs[:N_TOP],
                                 pairs[N_TOP:]))  # fmt: skip
         return tokens, bool(off)

@@ -221,17 +221,22 @@ def test_the_logits_of_whole_passes(style, prefix, lockstep, chunk, max_batch):
     """Of every token, before its pauses and behind them, to 1e-5: prompts whole and in chunks, alone and in a batch."""
     model, policy = model_of(style, std=0.15, sharpness=1.0), AfterPrompt(6)
     engine, seen = engine_of(model, lockstep, chunk=chunk, max_batch=max_batch), []
-    receive, settle = engine._receive, engine._settle
+    receive, settle, logprobs_of, without = engine._receive, engine._settle, engine._logprobs, None
 
-    def settling(who, without, behind=None, kept=None):
-        logits = without.clone() if behind is None else torch.where(kept[:, None] > 0, behind, without)
-        return torch.cat((settle(who, without, behind, kept), logits[:, :PAUSE]), 1)  # behind what the host reads
+    def logits_become(logits, n_more=0):
+        nonlocal without
+        without = logits.clone()
+        return logprobs_of(logits, n_more)
+
+    def settling(who, logprobs, kept=None, behind=None):
+        logits = without if behind is None else torch.where(kept[:, None] > 0, behind, without)
+        return torch.cat((settle(who, logprobs, kept, behind), logits[:, :PAUSE]), 1)  # behind what the host reads
 
     def receiving(sent, *rest):
         seen.extend((one.index, sent.rows[row, -PAUSE:]) for row, one in sent.sequences.items() if not one.done)
         return receive(sent._replace(rows=sent.rows[:, :-PAUSE]), *rest)
 
-    engine._settle, engine._receive = settling, receiving
+    engine._settle, engine._receive, engine._logprobs = settling, receiving, logits_become
     options = dict(temperature=0, max_new_tokens=6, attention="prefix" if prefix else "causal")
     made = engine.generate(PROMPTS, policy, **options)
     assert [one.pauses for one in made] == [6] * len(PROMPTS)
@@ -314,6 +319,14 @@ def test_pauses_ride_on_a_cpu_where_the_last_step_paused():
     assert engine.paused_steps == sum(paused[:-1]) > 0
     assert engine.pause_passes == sum(now and not before for before, now in pairwise(paused)) > 0
     assert not all(paused[1:])
+
+
+def test_a_step_on_a_cpu_that_does_not_pause_makes_log_probabilities_once():
+    engine, made = engine_of(model_of()), []
+    logprobs_of = engine._logprobs
+    engine._logprobs = lambda logits: made.append(logits.shape) or logprobs_of(logits)
+    engine.generate(["ab"], BelowConfidence(0.0, 3), max_new_tokens=5)
+    assert len(made) == 2 + 4  # the prompt's pauses are read in its pass, before anybody knows
 
 
 @pytest.mark.parametrize("lockstep, steps", [(True, 2), (False, 4)])

@@ -41,9 +41,9 @@ def clock(monkeypatch):
     """Seconds that a product takes, by layout and number of rows."""
     seconds, now, product = {}, [0.0], PackedLinear._product
 
-    def timed(self, x, layout):
+    def timed(self, x, layout, weight):
         now[0] += seconds[layout, len(x)]
-        return product(self, x, layout)
+        return product(self, x, layout, weight)
 
     monkeypatch.setattr(PackedLinear, "_product", timed)
     monkeypatch.setattr("nanopause.packed.perf_counter", lambda: now[0])
