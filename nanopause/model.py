@@ -161,8 +161,8 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = norm(config, config.n_embd), MLP(config)
 
     def forward(self, x, rope, attend, cache, slots, rows=None):
-        read = self.attention(self.attention_norm(x), rope, attend, cache, slots, rows)
-        x = (x if rows is None else x[:, rows]) + read
+        kept = x if rows is None else x[:, rows]
+        x = kept + self.attention(self.attention_norm(x), rope, attend, cache, slots, rows)
         return x + self.mlp(self.mlp_norm(x))
 
 

@@ -96,7 +96,8 @@ def packed(model: nn.Module) -> nn.Module:
     """What to generate with: the model itself, or on a CPU in float32 a copy that shares its parameters and has its
     linear layers packed, whose matrices take as much memory again. Two processes may find different layouts fastest,
     and then round in different ways: nothing is packed where PyTorch shall use deterministic algorithms. Parameters
-    made in inference mode do not tell that they were written to, and are not packed either."""
+    made in inference mode do not tell that they were written to, and are not packed either. The copy is not to be moved
+    or rewired: its modules have their parts as plain attributes too."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model

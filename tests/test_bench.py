@@ -491,6 +491,8 @@ def test_pause_cost_keeps_no_time_of_a_wrong_call(monkeypatch, tmp_path):
     monkeypatch.setattr(pause_cost.Run, "append", lambda run, tokens: append(run, tokens) * tokens.shape[1] ** 0.1)
     with pytest.raises(UserError, match="2 shapes failed, .*: Wrong: hidden is off by"):
         pause_cost.main(quick=True)
+    (file,) = tmp_path.glob("*/pause_cost.quick.failed.json")
+    assert {row["what"] for row in json.loads(file.read_text())["rows"]} == {"decode"}  # which nothing is held to
 
 
 def test_a_cpu_reads_the_longest_prompts_without_larger_models():
