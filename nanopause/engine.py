@@ -177,7 +177,6 @@ class Engine:
         # The host sees every pass before it starts the next, and pads nothing. On a GPU it runs ahead, with graphs of
         # a few sizes.
         self.lockstep = self.device.type != "cuda"
-        self.layers = 0, []  # a number of rows, and their keys and values in every layer
         self.graphs = {}
         self.settings = self.current = None  # of the graphs; the stream that runs
         # Prompts and steps that were read with pauses, and passes of pauses alone.
@@ -201,10 +200,7 @@ class Engine:
     def _append(self, tokens: Tensor, counts: Tensor | None, rows: slice | None = None) -> Tensor:
         """See append. counts None: all of the tokens. rows: which of their states are returned."""
         n, Q = tokens.shape
-        if self.layers[0] != n:
-            with torch.inference_mode(False):
-                self.layers = n, [tuple(layer) for layer in self.cache[:, :, :n]]
-        length, cache = self.length[:n, None], self.layers[1]
+        length, cache = self.length[:n, None], self.cache[:, :, :n]
         places = length + torch.arange(Q, device=self.device)
         if counts is None:
             length += Q

@@ -43,7 +43,6 @@ class PackedLinear(nn.Module):
         self.weight, self.bias, self.gelu = linear.weight, linear.bias, gelu
         self.kind = (*linear.weight.shape, gelu)
         self.made, self.version = {}, None
-        self.case = self.ready = None  # of the last call: what it was, the layout and the matrix
 
     def _laid(self, layout: Layout) -> Tensor:
         weight = self.weight
@@ -77,19 +76,13 @@ class PackedLinear(nn.Module):
         self.made = {layout: laid for layout, laid in self.made.items() if layout in (*kept, fastest)}
         return fastest
 
-    def _choose(self, rows: int, threads: int) -> Layout:
-        case = *self.kind, threads, (rows - 1).bit_length()
+    def forward(self, x):
+        rows = min(x.numel() // x.shape[-1], MOST_ROWS)
+        case = *self.kind, torch.get_num_threads(), (rows - 1).bit_length()
         if case not in FASTEST:
             FASTEST[case] = self._fastest(1 << case[-1])
-        return FASTEST[case]
-
-    def forward(self, x):
-        weight = self.weight
-        case = x.shape, torch.get_num_threads(), weight._version, weight.data_ptr()
-        if case != self.case:
-            layout = self._choose(min(x.numel() // x.shape[-1], MOST_ROWS), case[1])
-            self.case, self.ready = case, (layout, self._laid(layout))
-        return self._product(x, *self.ready)
+        layout = FASTEST[case]
+        return self._product(x, layout, self._laid(layout))
 
 
 def packed(model: nn.Module) -> nn.Module:
