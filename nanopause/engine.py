@@ -152,9 +152,9 @@ class _Pass(NamedTuple):
 
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
-    included. chunk: tokens of prompts that are read before all others get a token more; the prefix of a prefix-LM is
-    not cut, nor are pauses from the token before them. It serves one stream at a time, and on a GPU captures its graphs
-    anew for another policy or sampling."""
+    included. chunk: tokens of prompts that are read before all others get a token more, or two chunks where all
+    have just begun; the prefix of a prefix-LM is not cut, nor are pauses from the token before them. It serves one
+    stream at a time, and on a GPU captures its graphs anew for another policy or sampling."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
@@ -458,7 +458,11 @@ class Engine:
                 if reading:
                     in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
                 writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
-                if writing:
+                unread = sum(len(sequence.prompt) - sequence.read for sequence in running)
+                # A batch that begins waits for the pass that reads the last of its prompts: a step for some of them
+                # costs as much as one for all.
+                waits = 0 < unread <= self.chunk and not any(sequence.made for sequence in writing)
+                if writing and not waits:
                     may_pause = any(policy.budget - sequence.paused >= per_token for sequence in writing)
                     ride = per_token if may_pause and not off else 0
                     # The host knows that none has ended where it has seen all passes.

@@ -24,19 +24,20 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 Layout = Callable[[Tensor], Tensor]
-SMALL = 1 << 19  # elements from which on no matrix was ever fastest by columns
-MOST_ROWS = 256  # of x in a measurement
-FASTEST: dict[tuple, Layout] = {}  # by a layer's kind, threads, and the logarithm of the number of rows
+SMALL = 1 << 19  # elements below which a call of oneDNN costs more than its blocks save
+FEW = 3  # rows up to which some CPUs' BLAS reads a matrix by rows as fast as memory gives it
+FASTEST: dict[tuple, Layout] = {}  # for few rows of x: by a layer's kind, threads, and the number of rows
 
 
 class PackedLinear(nn.Module):
     """A linear layer that shares its parameters with `linear`, and has its matrix in other layouts too. gelu: what it
     returns goes through GELU (tanh), which oneDNN has for free and PyTorch takes long for.
 
-    BLAS copies a matrix that lies by rows into blocks for products of a few rows, which takes as long as reading it;
-    how many are few differs between CPUs. So the layouts are timed, once a process for a kind of matrix and a number of
-    rows up to the next power of two, and the fastest is taken from then on. Layouts are made when they are first tried
-    or used, and again after the parameter was written to (which shows, unless it was through `.data`)."""
+    BLAS copies a matrix that lies by rows into blocks for products of a few rows, which takes as long as reading it. In
+    oneDNN's blocks a large one is as fast or faster for any number of rows, but for the fewest on some CPUs: there both
+    are timed, once a process for a kind of matrix. A small one lies by columns, or before GELU of many rows in blocks.
+    Layouts are made when they are first used, and again after the parameter was written to (which shows, unless it was
+    through `.data`)."""
 
     def __init__(self, linear: nn.Linear, gelu: bool = False):
         super().__init__()
@@ -63,34 +64,35 @@ class PackedLinear(nn.Module):
         return F.gelu(x, approximate="tanh") if self.gelu else x
 
     def _fastest(self, rows: int) -> Layout:
-        """by_rows, which needs no copy, unless another takes a tenth less time. Copies that lose are dropped."""
-        x, kept = self.weight.new_ones(rows, self.weight.shape[1]), set(self.made)
-        layouts = (by_rows, in_blocks, by_columns) if self.weight.numel() < SMALL else (by_rows, in_blocks)
-        times, start = {layout: [] for layout in layouts}, perf_counter()
-        while len(times[by_rows]) < 10 and (len(times[by_rows]) < 3 or perf_counter() - start < 0.02):
-            for layout in layouts:
-                began = perf_counter()
-                self._product(x, layout, self._laid(layout))
-                times[layout].append(perf_counter() - began)
-        fastest = min(layouts, key=lambda layout: min(times[layout]) * (0.9 if layout is by_rows else 1))
-        self.made = {layout: laid for layout, laid in self.made.items() if layout in (*kept, fastest)}
-        return fastest
+        x, times, start = self.weight.new_ones(rows, self.weight.shape[1]), {by_rows: [], in_blocks: []}, perf_counter()
+        while len(times[by_rows]) < 3 or perf_counter() - start < 0.02:
+            for layout, seconds in times.items():
+                laid, began = self._laid(layout), perf_counter()
+                self._product(x, layout, laid)
+                seconds.append(perf_counter() - began)
+        return min(times, key=lambda layout: min(times[layout]))
+
+    def _layout(self, rows: int) -> Layout:
+        if self.weight.numel() < SMALL:
+            return in_blocks if self.gelu and rows >= 64 else by_columns
+        if rows > FEW:
+            return in_blocks
+        case = *self.kind, torch.get_num_threads(), rows
+        if case not in FASTEST:
+            FASTEST[case] = self._fastest(rows)
+        return FASTEST[case]
 
     def forward(self, x):
-        rows = min(x.numel() // x.shape[-1], MOST_ROWS)
-        case = *self.kind, torch.get_num_threads(), (rows - 1).bit_length()
-        if case not in FASTEST:
-            FASTEST[case] = self._fastest(1 << case[-1])
-        layout = FASTEST[case]
+        layout = self._layout(x.numel() // x.shape[-1])
         return self._product(x, layout, self._laid(layout))
 
 
 def packed(model: nn.Module) -> nn.Module:
     """What to generate with: the model itself, or on a CPU in float32 a copy that shares its parameters and has its
-    linear layers packed, whose matrices take as much memory again. Two processes may find different layouts fastest,
-    and then round in different ways: nothing is packed where PyTorch shall use deterministic algorithms. Parameters
-    made in inference mode do not tell that they were written to, and are not packed either. The copy is not to be moved
-    or rewired: its modules have their parts as plain attributes too."""
+    linear layers packed, whose matrices take as much memory again. Two processes may find different layouts fastest
+    for a few rows, and then round in different ways: nothing is packed where PyTorch shall use deterministic
+    algorithms. Parameters made in inference mode do not tell that they were written to, and are not packed either. The
+    copy is not to be moved or rewired: its modules have their parts as plain attributes too."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model

@@ -279,6 +279,20 @@ def test_a_long_prompt_does_not_stop_the_others():
     assert order.index(1) >= 8  # ten chunks, and a token of the first prompt after each
 
 
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_a_batch_begins_together(lockstep):
+    """Where two passes read its prompts, nobody gets a second token before all have their first."""
+    engine = engine_of(model_of(), lockstep, max_batch=3, chunk=8)
+    order = [token.sequence for token in engine.stream(["x" * 5, "y" * 5, "z" * 5], max_new_tokens=6)]
+    assert order == 6 * [0, 1, 2]
+    alone = [token.sequence for token in engine.stream(["x" * 5, "y" * 13], max_new_tokens=6)]
+    assert alone[:2] == [0, 0]  # who would wait for more than a pass does not
+    engine = engine_of(model_of(), lockstep, max_batch=2, chunk=8, max_length=24)
+    order = [token.sequence for token in engine.stream(["x" * 22, "y", "z" * 13], max_new_tokens=15)]
+    *_, since = "".join(map(str, order[: order.index(2)])).split("0")
+    assert len(since) >= 2  # tokens of the second while the third was read: nor does who is in the middle of its text
+
+
 def test_the_numbers_of_a_token():
     model = model_of()
     policy = BelowConfidence(0.5, 3)
