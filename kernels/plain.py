@@ -97,7 +97,7 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
             t, s = (0, *(begins + 1).tolist(), T), (0, *ends[begins].tolist(), S)
             parts = [_part(lo[:, i:j] - key, hi[:, i:j] - key, q.dtype) for (i, j), key in zip(pairwise(t), s)]
             return 1, [j - i for i, j in pairwise(t)], [j - i for i, j in pairwise(s)], parts
-    if H >= 2 * torch.get_num_threads():  # a row's heads occupy every thread
+    if (G if T == 1 else H) >= 2 * torch.get_num_threads():  # a row's heads, or groups of them, occupy every thread
         ends = hi[:, -1].tolist()
         if (n * max(ends) - sum(ends)) * G * D > n * WASTE:
             rows = [None] * n if lo is None else np.split(lo, n)
@@ -108,10 +108,14 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor:
     if part.last - part.first < k.shape[1]:
         k, v = (x.narrow(1, part.first, part.last - part.first) for x in (k, v))
+    (B, T, H, D), G = q.shape, k.shape[2]
+    # The heads of a group, of one query each, are as many queries of one head: so its keys are read once.
+    group = T == 1 and G < H
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=part.mask, is_causal=part.causal,
-        scale=scale, enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)  # fmt: skip
+        q.reshape(B, G, H // G, D) if group else q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=part.mask, is_causal=part.causal, scale=scale, enable_gqa=G < H and not group,
+    )  # fmt: skip
+    out = out.reshape(B, T, H, D) if group else out.transpose(1, 2)
     return out if part.empty is None else out.masked_fill(part.empty[..., None, None], 0)
 
 

@@ -24,7 +24,8 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 Layout = Callable[[Tensor], Tensor]
-SMALL = 1 << 19  # elements below which a call of oneDNN costs more than its blocks save
+# Elements of a matrix, and multiply-adds with it, below which a call of oneDNN costs more than its blocks save.
+SMALL, LITTLE = 1 << 18, 1 << 23
 FEW = 3  # rows up to which some CPUs' BLAS reads a matrix by rows as fast as memory gives it
 FASTEST: dict[tuple, Layout] = {}  # for few rows of x: by a layer's kind, threads, and the number of rows
 
@@ -35,9 +36,9 @@ class PackedLinear(nn.Module):
 
     BLAS copies a matrix that lies by rows into blocks for products of a few rows, which takes as long as reading it. In
     oneDNN's blocks a large one is as fast or faster for any number of rows, but for the fewest on some CPUs: there both
-    are timed, once a process for a kind of matrix. A small one lies by columns, or before GELU of many rows in blocks.
-    Layouts are made when they are first used, and again after the parameter was written to (which shows, unless it was
-    through `.data`)."""
+    are timed, once a process for a kind of matrix. A small one lies by columns, and in blocks for many rows. Layouts
+    are made when they are first used, and again after the parameter was written to (which shows, unless it was through
+    `.data`)."""
 
     def __init__(self, linear: nn.Linear, gelu: bool = False):
         super().__init__()
@@ -73,8 +74,9 @@ class PackedLinear(nn.Module):
         return min(times, key=lambda layout: min(times[layout]))
 
     def _layout(self, rows: int) -> Layout:
-        if self.weight.numel() < SMALL:
-            return in_blocks if self.gelu and rows >= 64 else by_columns
+        size = self.weight.numel()
+        if size < SMALL and rows * size < LITTLE >> self.gelu:
+            return by_columns
         if rows > FEW:
             return in_blocks
         case = *self.kind, torch.get_num_threads(), rows

@@ -175,6 +175,24 @@ def test_attention_of_packed_prefixes(impl, dtype, padding):
     check_attention(attention, inputs, *packed_prefixes(lengths, prefixes, padding), impl=impl)
 
 
+@DTYPES
+@pytest.mark.parametrize("kind", ["causal", "ragged", "padding"])
+@pytest.mark.parametrize("H, G", [(6, 2), (4, 1)])
+def test_one_query_reads_the_keys_of_a_group_once(kind, H, G, dtype, monkeypatch):
+    shapes, dense = [], F.scaled_dot_product_attention
+
+    def counted(q, k, *args, **options):
+        shapes.append((q.shape[1:3], k.shape[1], options["enable_gqa"]))
+        return dense(q, k, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    inputs = attention_inputs(3, 1, 40, H, G, 16, dtype)
+    check_attention(attention, inputs, *intervals(kind, 3, 1, 40), impl="torch")
+    assert ((G, H // G), G, False) in shapes
+    attention(*attention_inputs(3, 2, 40, H, G, 16, dtype)[:3], impl="torch")
+    assert shapes[-1] == ((H, 2), G, True)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
 def test_packed_rows_cost_what_their_documents_do(monkeypatch):
     """Also where two rows have borders in common, and others of their own, and where keys lie between that nobody
@@ -186,22 +204,22 @@ def test_packed_rows_cost_what_their_documents_do(monkeypatch):
         return dense(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    q, k, v, _ = attention_inputs(1, 30, 30, 2, 1, 8, torch.float32)
+    q, k, v, _ = attention_inputs(1, 30, 30, 2, 2, 8, torch.float32)
     attention(q, k, v, *packed_prefixes((10, 12, 3), (0, 4, 0), 5), impl="torch")
     assert masks == [(10, 10, False), (12, 12, True), (8, 3, True)]
     masks.clear()
     gaps = torch.tensor(2 * [0] + 10 * [2] + 12 * [5] + [9], dtype=torch.int32)
     lo, hi = (bound + gaps for bound in packed_prefixes((2, 10, 12, 1), 4 * [0], 0))
-    check_attention(attention, attention_inputs(1, 25, 40, 2, 1, 8, torch.float32), lo, hi, impl="torch")
+    check_attention(attention, attention_inputs(1, 25, 40, 2, 2, 8, torch.float32), lo, hi, impl="torch")
     assert masks[:4] == [(2, 2, False), (10, 10, False), (12, 12, False), (1, 1, False)]
     masks.clear()
     lo, hi = torch.tensor([[[0, 0, 3, 6], [0, 0, 5, 6]], [[2, 2, 5, 8], [2, 3, 6, 9]]], dtype=torch.int32)
-    check_attention(attention, attention_inputs(2, 4, 12, 2, 1, 8, torch.float32), lo, hi, impl="torch")
+    check_attention(attention, attention_inputs(2, 4, 12, 2, 2, 8, torch.float32), lo, hi, impl="torch")
     assert [(q, k) for q, k, _ in masks[:3]] == [(2, 3), (1, 3), (1, 3)]  # the rows part where neither reads across
     masks.clear()
     one, two = (packed_prefixes(lengths, (0, 0, 0), 0) for lengths in ((10, 12, 8), (10, 5, 15)))
     lo, hi = (torch.cat(bounds) for bounds in zip(one, two))
-    inputs = attention_inputs(2, 30, 30, 2, 1, 8, torch.float32)
+    inputs = attention_inputs(2, 30, 30, 2, 2, 8, torch.float32)
     check_attention(attention, inputs, lo, hi, impl="torch")
     assert masks[0] == (10, 10, False) and masks[1] == (20, 20, True)
 
