@@ -88,6 +88,10 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
     if not (n and S and _visible(hi)):
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
         return 0, [B], [B], [_whole(lo.expand(n, T).clamp(0, S), hi.expand(n, T).clamp(0, S), S)]
+    if T == 1 and lo is None:
+        ends = hi.flatten().tolist()
+        if 0 < ends[0] <= S and ends.count(ends[0]) == len(ends):  # sequences of one length, or just one
+            return 0, [B], [B], [Part(0, ends[0], False, None, None)]
     lo, hi = None if lo is None else _within(S, lo), _within(S, hi.expand(n, T))
     if lo is not None and T > 1:
         # A part begins with a query that reads something, and nothing that was read before it.

@@ -38,7 +38,7 @@ def generate(
         del options["custom_generate"]  # this file, where it is the model's generate already
     if not (isinstance(pauses, int) and pauses >= 0):
         raise ValueError(f"pauses={pauses!r} must be 0 or more")
-    for key in ("inputs_embeds", "position_ids", "token_type_ids", "past_key_values"):
+    for key in ("inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "cache"):
         if options.get(key) is not None:
             raise ValueError(f"generation with pauses takes no {key}: give whole prompts as input_ids")
     pause_id = model.config.pause_token_id

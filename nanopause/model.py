@@ -221,7 +221,7 @@ class GPT(nn.Module):
             x = x + self.position_embedding(positions)
         else:
             rope = self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
-        layers = [None] * len(self.blocks) if cache is None else cache
+        layers = [None] * len(self.blocks) if cache is None else zip(*cache.unbind(1))
         for i, (block, layer) in enumerate(zip(self.blocks, layers, strict=True), 1):
             if rows is None or i < len(self.blocks):
                 x = block(x, rope, attend, layer, slots)
