@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bench.harness import DASH, GPT2, OURS, Bench, Candidate, Rival, Shape, number, transformers_gpt2, wall_clock
+from bench.harness import DASH, GPT2, OURS, Bench, Candidate, Rival, Shape, number, transformers_model, wall_clock
 from nanopause import flops
 from nanopause.data import ROW_MULTIPLE, Batch
 from nanopause.finetune import Pair, encode, pack
@@ -97,7 +97,7 @@ def padded(problem: Problem, length: int | None = None) -> Candidate:
 
 def transformers(problem: Problem) -> Candidate:
     """Its own model and loss, on rows as long as the longest."""
-    theirs = transformers_gpt2(problem.model).train()
+    theirs = transformers_model(problem.model).train()
     forward = torch.compile(theirs) if problem.device.type == "cuda" else theirs
     batches = [problem.padded(batch, max(len(pair.tokens) for pair in batch) - 1) for batch in problem.batches]
 

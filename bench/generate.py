@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.harness import (
     DASH,
     GPT2,
+    LLAMA,
     OURS,
     Bench,
     Rival,
@@ -31,23 +32,25 @@ from bench.harness import (
     nanogpt,
     number,
     race,
-    transformers_gpt2,
+    transformers_model,
     wall_clock,
 )
 from nanopause.engine import Engine
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import load_tokenizer
 
-SMALL = dict(n_layer=3, n_head=4, n_embd=128)  # that of `train.py config/gpt2.py`
+SMALL = GPT2 | dict(n_layer=3, n_head=4, n_embd=128)  # that of `train.py config/gpt2.py`
+SMOLLM2 = LLAMA | dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_mlp=1536)  # SmolLM2-135M's shape
 MODELS = {
-    "124M": ("gpt2", dict(n_layer=12, n_head=12, n_embd=768)),
+    "124M": ("gpt2", GPT2 | dict(n_layer=12, n_head=12, n_embd=768)),
     "small": ("bytes", SMALL),
     "small, GPT-2's vocabulary": ("gpt2", SMALL),
+    "Llama 135M": ("gpt2", SMOLLM2),
 }
 
 
 class Problem:
-    """A model of GPT-2's shape with random weights, and prompts [batch, context], or with their pauses behind them,
+    """A model with random weights, and prompts [batch, context], or with their pauses behind them,
     [batch, context + pauses]."""
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
@@ -56,7 +59,7 @@ class Problem:
         length = shape["context"] + shape["pauses"] + shape["new"]
         name, size = MODELS[shape["model"]]
         self.tokenizer = load_tokenizer(name)
-        self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, block_size=length, **size, **GPT2)).eval()
+        self.model = GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, block_size=length, **size)).eval()
         with torch.no_grad():
             for parameter in self.model.parameters():  # initial weights repeat one token
                 if parameter.ndim == 2:
@@ -88,7 +91,7 @@ def ours(problem: Problem) -> Generate:
 def transformers(problem: Problem, **options) -> Generate:
     from transformers import StoppingCriteriaList
 
-    theirs = transformers_gpt2(problem.model).eval()
+    theirs = transformers_model(problem.model).eval()
 
     def generate(n: int) -> tuple[Tensor, float]:
         times = []

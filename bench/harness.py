@@ -63,18 +63,20 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
 RIVALS_TOLERANCE = {dtype: 4 * tolerance for dtype, tolerance in TOLERANCE.items()}
 
 
-# GPT-2's block, for models with random weights.
+# Blocks, for models with random weights.
 GPT2 = dict(position="learned", norm="layer", qk_norm=False, mlp="gelu", tied=True, bias=True, zero_init=False)
+LLAMA = dict(position="rope", norm="rms", qk_norm=False, mlp="swiglu", tied=True, bias=False, zero_init=False)
 
 # Rivals that several benches have
 
 
-def transformers_gpt2(model: GPT) -> nn.Module:
-    """transformers' GPT2LMHeadModel with the weights of ours, in their dtype and on their device."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def transformers_model(model: GPT) -> nn.Module:
+    """transformers' model with the weights of ours, in their dtype and on their device. Raises UserError where it has
+    none of this kind."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = dict(bos_token_id=None, eos_token_id=None, attn_implementation="sdpa")
-    theirs = GPT2LMHeadModel(GPT2Config(**transformers_config(model.config), **options))
+    config = AutoConfig.for_model(**transformers_config(model.config), bos_token_id=None, eos_token_id=None)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     theirs.loss_type = "ForCausalLM"  # which it takes anyway, with a warning
     theirs.load_state_dict(their_tensors(model), strict=False)  # the head is the embedding
     return theirs.to(model.head.weight)
@@ -83,10 +85,12 @@ def transformers_gpt2(model: GPT) -> nn.Module:
 def nanogpt(path: str, model: GPT) -> nn.Module:
     """The GPT of model.py in a checkout of nanoGPT, with the weights of ours, in their dtype and on their device.
 
-    Raises UserError where there is no such file."""
+    Raises UserError where there is no such file, and for another model than GPT-2's."""
     file = Path(path, "model.py")
     if not path or not file.exists():
         raise UserError(f"{file if path else 'no checkout'}: give --nanogpt=PATH to one of karpathy/nanoGPT")
+    if model.config.norm != "layer":
+        raise UserError("nanoGPT has GPT-2's model alone")
     spec = importlib.util.spec_from_file_location("nanogpt_model", file)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)

@@ -33,7 +33,7 @@ from bench.harness import (
     nanogpt,
     number,
     race,
-    transformers_gpt2,
+    transformers_model,
     wall_clock,
 )
 from data.pydocs import prepare_pydocs
@@ -169,7 +169,7 @@ def rival(
 def transformers(problem: Problem, compiled: bool) -> Candidate:
     if compiled and problem.device.type == "cpu":
         raise NotImplementedError("on a CPU compiling takes longer than a minute: only on a GPU")
-    model, config = transformers_gpt2(problem.model).train(), problem.config
+    model, config = transformers_model(problem.model).train(), problem.config
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)  # fmt: skip
     forward = torch.compile(model) if compiled else model

@@ -19,7 +19,7 @@ from bench.__main__ import run_all
 from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
 from nanopause.errors import UserError
 from nanopause.flops import forward_flops, training_flops
-from nanopause.model import GPTConfig
+from nanopause.model import GPT, GPTConfig
 from nanopause.packed import PackedLinear
 from nanopause.prepare import prepare
 from nanopause.tokenizer import load_tokenizer
@@ -510,9 +510,15 @@ def test_larger_models_of_equal_flops():
     assert wider.head_width == config.head_width and wider.n_mlp == config.n_mlp
 
 
-def test_all_generators_say_the_same(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "block, weights, keys",
+    [(harness.GPT2, 12 * 16**2, 16), (harness.LLAMA | dict(n_kv_head=1, n_mlp=24), 3 * 16**2 + 3 * 16 * 24, 8)],
+    ids=["gpt2", "llama"],
+)
+def test_all_generators_say_the_same(block, weights, keys, monkeypatch, tmp_path):
+    """weights: of the layer's matrices. keys: a token's width of them."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setitem(generate.MODELS, "small", ("bytes", dict(n_layer=1, n_head=2, n_embd=16)))
+    monkeypatch.setitem(generate.MODELS, "small", ("bytes", block | dict(n_layer=1, n_head=2, n_embd=16)))
     shape = {"model": "small", "batch": 3, "context": 9, "new": 4}
     monkeypatch.setattr(generate, "shapes", lambda *_: [shape | {"pauses": pauses} for pauses in (0, 2)])
     generate.main(quick=True)
@@ -526,8 +532,8 @@ def test_all_generators_say_the_same(monkeypatch, tmp_path):
     assert [lack["name"] for lack in result["missing"]] == 2 * ["nanoGPT"]
     for row in result["rows"]:
         if row["name"] == OURS:  # reads its layers, its head and the cache
-            cached = 3 * (9 + row["shape"]["pauses"] + 2) * 2 * 16
-            read = 4 * (12 * 16**2 + load_tokenizer("bytes").vocab_size * 16 + cached)
+            cached = 3 * (9 + row["shape"]["pauses"] + 2) * 2 * keys
+            read = 4 * (weights + load_tokenizer("bytes").vocab_size * 16 + cached)
             assert row["percent_of_peak"] == pytest.approx(1e11 * row["gbps"] / result["peak_bytes_per_second"])
             if row["what"] == "after the prompts":
                 assert row["gbps"] == pytest.approx(read * row["tokens_per_second"] / 3 / 1e9)
@@ -711,6 +717,13 @@ def test_a_checkout_that_is_not_there_is_missing(bench):
     for path, why in (("", "no checkout: give --nanogpt=PATH"), ("/nowhere", "/nowhere/model.py: give --nanogpt=PATH")):
         rivals = [Rival("nanoGPT", "torch", lambda problem, path=path: harness.nanogpt(path, None))]
         assert not bench.functions(rivals, None, SHAPE) and why in bench.missing[-1]["reason"]
+
+
+def test_nano_gpt_has_no_other_model(tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    llama = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, **harness.LLAMA))
+    with pytest.raises(UserError, match="nanoGPT has GPT-2's model alone"):
+        harness.nanogpt(str(tmp_path), llama)
 
 
 def test_the_memory_s_speed_is_that_of_a_data_sheet_or_measured(monkeypatch):
