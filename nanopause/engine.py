@@ -127,14 +127,16 @@ class Generation:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A prompt on its way. read: how many of its tokens are in the cache; made: tokens it got; paused: pauses that it
-    had; tail: the last bytes of its text, where a text of `until` may have begun."""
+    """A prompt on its way. read: how many of its tokens are in the cache; asked: passes for a token of its; made: those
+    that the host has seen; paused: pauses that it had; tail: the last bytes of its text, where a text of `until` may
+    have begun."""
 
     index: int
     prompt: list[int]
     seed: int
     slot: int = -1
     read: int = 0
+    asked: int = 0
     made: int = 0
     paused: int = 0
     tail: bytes = b""
@@ -152,9 +154,9 @@ class _Pass(NamedTuple):
 
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
-    included. chunk: tokens of prompts that are read before all others get a token more, or two chunks where all
-    have just begun; the prefix of a prefix-LM is not cut, nor are pauses from the token before them. It serves one
-    stream at a time, and on a GPU captures its graphs anew for another policy or sampling."""
+    included. chunk: tokens of prompts, about, that are read before all others get a token more, or three times as many
+    where all have just begun; the prefix of a prefix-LM is not cut, nor are pauses from the token before them. It
+    serves one stream at a time, and on a GPU captures its graphs anew for another policy or sampling."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
@@ -457,12 +459,14 @@ class Engine:
                 reading = [sequence for sequence in running if sequence.read < len(sequence.prompt)]
                 if reading:
                     in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
-                writing = [sequence for sequence in running if sequence.read == len(sequence.prompt)]
+                writing = [sequence for sequence in running if 0 < sequence.asked < max_new_tokens]
                 unread = sum(len(sequence.prompt) - sequence.read for sequence in running)
-                # A batch that begins waits for the pass that reads the last of its prompts: a step for some of them
-                # costs as much as one for all.
-                waits = 0 < unread <= self.chunk and not any(sequence.made for sequence in writing)
+                # A batch that begins waits for the last two passes over its prompts: a step for some of them costs as
+                # much as one for all.
+                waits = 0 < unread <= 2 * self.chunk and not any(sequence.asked > 1 for sequence in writing)
                 if writing and not waits:
+                    for sequence in writing:
+                        sequence.asked += 1
                     may_pause = any(policy.budget - sequence.paused >= per_token for sequence in writing)
                     ride = per_token if may_pause and not off else 0
                     # The host knows that none has ended where it has seen all passes.
@@ -471,7 +475,7 @@ class Engine:
                     rows = self._run(("decode", *case), partial(self._decode, *case))
                     self.paused_steps += ride > 0 and together
                     in_flight.append(self._send(rows, ride > 0, {sequence.slot: sequence for sequence in writing}))
-                while in_flight and (len(in_flight) > lag or not running):
+                while in_flight and (len(in_flight) > lag or not (reading or writing)):
                     new, now_off = self._receive(in_flight.popleft(), max_new_tokens, stops, prefix)
                     tokens, off = tokens + new, off | now_off
                     together = not self.lockstep or any(token.pauses for token in new)
@@ -499,9 +503,12 @@ class Engine:
         return n
 
     def _read_prompts(self, reading: list[_Sequence], max_new_tokens: int, at_prompt: int, prefix: bool) -> _Pass:
-        """Read the next tokens of prompts, the first come first, up to `chunk`. The last token of a prompt and its
+        """Read the next tokens of prompts, the first come first, about `chunk`. The last token of a prompt and its
         pauses are not parted, for the policy compares them."""
         S, pause_id, room, parts = self.max_length + 1, self.tokenizer.pause_id, self.chunk, []
+        if self.lockstep:  # where no graph has a size of its own, passes are even: the last is not for a few tokens
+            unread = sum(len(sequence.prompt) - sequence.read + at_prompt for sequence in reading)
+            room = math.ceil(unread / max(1, round(unread / self.chunk)))
         for sequence in reading:
             length = len(sequence.prompt)
             room_for_pauses = at_prompt <= self.policy.budget and length + at_prompt <= self.max_length
@@ -526,6 +533,7 @@ class Engine:
             columns.append(np.stack((ids, positions, slots, lo, hi)))
             n += len(ids)
             if ends:
+                sequence.asked = 1
                 begun[len(numbers)] = sequence
                 numbers.append((sequence.slot, n - 1 - n_pauses, n - 1, n_pauses, length, max_new_tokens,
                                 self.policy.budget, sequence.seed))  # fmt: skip

@@ -151,7 +151,7 @@ def test_prompts_and_their_pauses_are_one_pass():
     (made,) = engine.generate(["a"], BelowConfidence(1.0, 3), max_new_tokens=3, temperature=0)
     hook.remove()
     assert [token.pauses for token in made.tokens] == [3, 3, 3]
-    assert passes == [4] * 5  # a token and three pauses are a step, and the host runs two ahead
+    assert passes == [4] * 3  # a token and three pauses are a step
 
 
 def test_m_pauses_in_a_step_are_m_steps():
@@ -279,14 +279,39 @@ def test_a_long_prompt_does_not_stop_the_others():
     assert order.index(1) >= 8  # ten chunks, and a token of the first prompt after each
 
 
+def test_passes_over_prompts_are_even(monkeypatch):
+    """No second pass for what is left over, and no pass of twice the chunk."""
+    engine, read, hidden = engine_of(model_of(), max_batch=4, chunk=8), [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, x, **options: read.append(x.shape[1]) or hidden(self, x, **options))
+    for prompts, pauses, passes in (
+        (["x" * 8, "y"], 0, [9]),
+        (4 * ["x" * 5], 0, [10, 10]),
+        (["x" * 30], 1, [8, 8, 8, 7]),
+    ):
+        read.clear()
+        engine.generate(prompts, pauses, max_new_tokens=1)
+        assert read == passes
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_no_step_makes_a_token_too_many(lockstep, n, monkeypatch):
+    """Also where the host starts steps before it has seen the last ones."""
+    engine, steps, decode = engine_of(model_of(), lockstep), [], Engine._decode
+    monkeypatch.setattr(Engine, "_decode", lambda self, *case: steps.append(case) or decode(self, *case))
+    made = engine.generate(["x", "yy"], max_new_tokens=n, temperature=0)
+    assert [len(one.tokens) for one in made] == [n, n] and len(steps) == n - 1
+
+
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_a_batch_begins_together(lockstep):
-    """Where two passes read its prompts, nobody gets a second token before all have their first."""
+    """Where two or three passes read its prompts, nobody gets a second token before all have their first."""
     engine = engine_of(model_of(), lockstep, max_batch=3, chunk=8)
-    order = [token.sequence for token in engine.stream(["x" * 5, "y" * 5, "z" * 5], max_new_tokens=6)]
-    assert order == 6 * [0, 1, 2]
-    alone = [token.sequence for token in engine.stream(["x" * 5, "y" * 13], max_new_tokens=6)]
-    assert alone[:2] == [0, 0]  # who would wait for more than a pass does not
+    for n in (5, 7):
+        order = [token.sequence for token in engine.stream(["x" * n, "y" * n, "z" * n], max_new_tokens=6)]
+        assert order == 6 * [0, 1, 2]
+    alone = [token.sequence for token in engine.stream(["x" * 5, "y" * 29], max_new_tokens=6)]
+    assert alone[:2] == [0, 0]  # who would wait for more than two passes does not
     engine = engine_of(model_of(), lockstep, max_batch=2, chunk=8, max_length=24)
     order = [token.sequence for token in engine.stream(["x" * 22, "y", "z" * 13], max_new_tokens=15)]
     *_, since = "".join(map(str, order[: order.index(2)])).split("0")
