@@ -218,7 +218,7 @@ def main(quick: bool = False, nanogpt: str = "") -> None:
         quick: A small model, two shapes.
         nanogpt: A checkout of github.com/karpathy/nanoGPT. Empty: it is missing.
     """
-    bench = Bench("generate", quick, minutes=9)
+    bench = Bench("generate", quick, minutes=15)
     for shape in shapes(bench.device.type, quick):
         bench.attempt(measure, shape, nanogpt)
     bench.write()
