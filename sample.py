@@ -204,8 +204,6 @@ def main() -> None:
     errors.check("batch_size", settings.batch_size, 1, 2**20)
     errors.check("n_filler", settings.n_filler, 0, 2**20)
     errors.check("max_new_tokens", settings.max_new_tokens, 0, 2**31)
-    if settings.trace:
-        Path(settings.trace).touch()  # fails now rather than when all is said
     device = Processes(settings.device).device
     model, tokenizer, state = hub.load(settings.out_dir, device)
     trained = Config(**state["config"]) if state else Config()
@@ -214,6 +212,8 @@ def main() -> None:
     if not settings.pauses and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
         raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=5, say")
     policy = settings.policy(settings.pauses)
+    if settings.trace:
+        Path(settings.trace).touch()  # fails now rather than when all is said
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark

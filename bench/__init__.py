@@ -1,5 +1,5 @@
 """How fast the parts are, beside everyone else's: `python -m bench NAME [--quick]`, or `all` for every one that times
-something. `report` makes figures and README's tables of what they found, `compare` sets two findings side by side.
+something. `report` makes figures and tables of what they found, `compare` sets two findings side by side.
 
 A bench is a module of this folder. Its name is its file's; what it runs is its function `main(quick: bool = False)`,
 whose further arguments, if any, become options of the command. `harness.py` is what all of them share: candidates take

@@ -1,8 +1,8 @@
-"""The figures and README's tables, from the JSON in bench/results/<device>/.
+"""The figures and the tables in Markdown, from the JSON in bench/results/<device>/.
 
 README.md has a place for each bench, from `<!-- bench: NAME -->` to `<!-- end -->`: what stands between is written
-here, a part for every device that the bench has run on, folded but for that measured last. Figures lie beside the JSON,
-as PNG and SVG. Quick results are left out of both.
+here, of the device that was measured last. bench/results/README.md has all devices. Figures lie beside the JSON, as PNG
+and SVG. Quick results are left out of everything.
 """
 
 import json
@@ -22,7 +22,7 @@ from bench.harness import DASH, NO_TIME, OURS, RESULTS, ROOT, Row, number
 from nanopause.errors import UserError
 
 PLACE = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-LONG = 24  # lines of a table that README shows without being asked
+LONG = 24  # lines of a table that are shown without being asked
 
 Result = dict
 Results = dict[str, dict[str, Result]]  # by bench, then by device's folder
@@ -50,21 +50,38 @@ def text(readme: str, results: Results) -> str:
         raise UserError("README.md has a place `<!-- bench: NAME -->` without `<!-- end -->`: close it")
 
     def filled(place: re.Match) -> str:
-        devices = sorted(results.get(place[2], {}).items(), key=lambda item: item[1]["date"], reverse=True)
-        parts = [part(place[2], *item) for item in devices]
-        for i, (_, result) in enumerate(devices[1:], 1):
-            parts[i] = f"<details><summary>{named_device(result)}</summary>\n\n{parts[i]}\n\n</details>"
+        bench, devices = place[2], by_date(results.get(place[2], {}))
+        parts = [part(bench, *devices[0], "bench/results/")] if devices else []
+        if len(devices) > 1:
+            others = "; ".join(named_device(result) for _, result in devices[1:])
+            parts.append(f"Also measured: [{others}](bench/results/README.md#{bench}).")
         return place[1] + "\n\n".join(parts) + "\n" * bool(parts) + place[4]
 
     return PLACE.sub(filled, readme)
+
+
+def all_devices(results: Results) -> str:
+    """bench/results/README.md."""
+    lines = ["# What was measured", "", "Written by `python -m bench report` from the JSON in the folders beside it."]
+    for bench in PAGES:
+        if bench in results:
+            lines += ["", f"## {bench}"]
+        for device, result in by_date(results.get(bench, {})):
+            lines += ["", f"### {named_device(result)}", "", part(bench, device, result)]
+    return "\n".join(lines) + "\n"
+
+
+def by_date(devices: dict[str, Result]) -> list[tuple[str, Result]]:
+    """The last first."""
+    return sorted(devices.items(), key=lambda item: item[1]["date"], reverse=True)
 
 
 def named_device(result: Result) -> str:
     return result["device"] + f", {result['threads']} threads" * (result["device"] == result["cpu"])
 
 
-def part(bench: str, device: str, result: Result) -> str:
-    """What README says of a bench on a device."""
+def part(bench: str, device: str, result: Result, folder: str = "") -> str:
+    """What is said of a bench on a device. folder: of results, from where the text will lie."""
     commit = f"commit {result['commit'][:7]}{' with changes' * bool(result['dirty'])}" if result["commit"] else ""
     lines = [
         f"{named_device(result)}, {result['dtype']}, torch {result['torch']} "
@@ -72,7 +89,7 @@ def part(bench: str, device: str, result: Result) -> str:
     ]
     page = PAGES[bench]
     for suffix, (about, _) in page.figures.items():
-        lines += ["", f"![{about}](bench/results/{device}/{bench}{suffix}.png)"]
+        lines += ["", f"![{about}]({folder}{device}/{bench}{suffix}.png)"]
     return "\n".join([*lines, "", page.table(result)])
 
 
@@ -575,11 +592,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Draw the figures and write README's tables anew."""
-    results = load(RESULTS)
-    readme = ROOT / "README.md"
-    written = text(readme.read_text(), results)
-    for file in draw(results, RESULTS):
+    """Draw the figures and write the tables anew."""
+    results, readme = load(RESULTS), ROOT / "README.md"
+    written = {readme: text(readme.read_text(), results), RESULTS / "README.md": all_devices(results)}
+    files = draw(results, RESULTS)
+    for file, content in written.items():
+        file.write_text(content)
+    for file in (*files, *written):
         print(f"written: {file.relative_to(ROOT)}")
-    readme.write_text(written)
-    print("written: README.md")

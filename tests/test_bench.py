@@ -766,6 +766,7 @@ def test_the_readme_says_what_was_measured():
     readme = (ROOT / "README.md").read_text()
     results = report.load(harness.RESULTS)
     assert report.text(readme, results) == readme, "run: python -m bench report"
+    assert report.all_devices(results) == (harness.RESULTS / "README.md").read_text(), "run: python -m bench report"
     for bench, devices in results.items():
         assert f"<!-- bench: {bench} -->" in readme
         for device in devices:
@@ -782,18 +783,19 @@ def test_a_damaged_result_is_one_sentence(tmp_path):
         report.load(tmp_path)
 
 
-def test_a_place_is_filled_for_every_device():
-    """That measured last is to be seen, others are folded."""
+def test_a_place_is_filled_by_the_device_measured_last():
     readme = "before\n<!-- bench: finetune -->\nstale\n<!-- end -->\n<!-- bench: loss -->\nstale\n<!-- end -->\nafter\n"
     older = a_result(device="B chip", cpu="B chip", dirty=True, date="2025-12-31T03:04:05+00:00")
     results = {"finetune": {"b-chip": older, "c-chip": a_result()}}
-    said = report.text(readme, results)
+    said, everything = report.text(readme, results), report.all_devices(results)
     assert said.startswith(
         "before\n<!-- bench: finetune -->\nA chip, 2 threads, float32, torch 2 (`python -m bench data`"
     )
-    assert "commit 0123456):" in said and "commit 0123456 with changes):" in said
-    assert "<details><summary>B chip, 2 threads</summary>\n\nB chip, 2 threads, float32" in said
-    assert said.count("<details>") == said.count("</details>") == 1
+    assert "commit 0123456):" in said and "(bench/results/c-chip/finetune.png)" in said
+    assert "Also measured: [B chip, 2 threads](bench/results/README.md#finetune).\n<!-- end -->" in said
+    assert "## finetune\n\n### A chip, 2 threads\n\nA chip" in everything and "(c-chip/finetune.png)" in everything
+    assert "\n\n### B chip, 2 threads\n\nB chip" in everything and "commit 0123456 with changes):" in everything
+    assert "## loss" not in everything
     assert said.endswith("<!-- end -->\n<!-- bench: loss -->\n<!-- end -->\nafter\n") and "stale" not in said
     assert report.text(said, results) == said
     lines = said.splitlines()
