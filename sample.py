@@ -212,8 +212,6 @@ def main() -> None:
     if not settings.pauses and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
         raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=5, say")
     policy = settings.policy(settings.pauses)
-    if settings.trace:
-        Path(settings.trace).touch()  # fails now rather than when all is said
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
@@ -248,6 +246,8 @@ def main() -> None:
                     raise
                 print(f"error: {error}", file=sys.stderr)  # the conversation goes on
                 continue
+            if settings.trace:
+                Path(settings.trace).touch()  # fails now rather than when all is said
             kernels.choose(None, device)  # says which, before the text
             printer = Printer(group, tokenizer, settings)
             prompts, generations = prompts + group, generations + printer.made

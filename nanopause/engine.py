@@ -127,9 +127,9 @@ class Generation:
 
 @dataclass(eq=False)
 class _Sequence:
-    """A prompt on its way. read: how many of its tokens are in the cache; asked: passes for a token of its; made: those
-    that the host has seen; paused: pauses that it had; tail: the last bytes of its text, where a text of `until` may
-    have begun."""
+    """A prompt on its way. read: how many of its tokens are in the cache; asked: tokens that passes have begun to make;
+    made: those that the host has seen; paused: pauses that it had; tail: the last bytes of its text, where a text of
+    `until` may have begun."""
 
     index: int
     prompt: list[int]
@@ -154,9 +154,10 @@ class _Pass(NamedTuple):
 
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
-    included. chunk: tokens of prompts, about, that are read before all others get a token more, or three times as many
-    where all have just begun; the prefix of a prefix-LM is not cut, nor are pauses from the token before them. It
-    serves one stream at a time, and on a GPU captures its graphs anew for another policy or sampling."""
+    included. chunk: tokens of prompts that a pass reads, after which all others get a token more; on a CPU passes are
+    even, and up to half as long again, and a batch that has just begun waits for two passes more. The prefix of a
+    prefix-LM is not cut, nor are pauses from the token before them. It serves one stream at a time, and on a GPU
+    captures its graphs anew for another policy or sampling."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
@@ -441,7 +442,7 @@ class Engine:
         if self.settings != settings:
             self.graphs = {key: graph for key, graph in self.graphs.items() if key[0] == "append"}
         self.settings, self.current = settings, current
-        lag = 0 if self.lockstep else 2  # passes that the host is ahead
+        lag, waited = 0 if self.lockstep else 2, 0  # passes that the host is ahead, and that a batch has waited for
         per_token = policy.per_token if policy.per_token + 2 <= self.max_length else 0
         together = not self.lockstep
         self.left.zero_()
@@ -463,8 +464,9 @@ class Engine:
                 unread = sum(len(sequence.prompt) - sequence.read for sequence in running)
                 # A batch that begins waits for the last two passes over its prompts: a step for some of them costs as
                 # much as one for all.
-                waits = 0 < unread <= 2 * self.chunk and not any(sequence.asked > 1 for sequence in writing)
-                if writing and not waits:
+                begins = writing and waited < 2 and all(sequence.asked == 1 for sequence in writing)
+                waited = waited + 1 if begins and 0 < unread <= 2 * self.chunk else 0
+                if writing and not waited:
                     for sequence in writing:
                         sequence.asked += 1
                     may_pause = any(policy.budget - sequence.paused >= per_token for sequence in writing)

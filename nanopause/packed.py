@@ -24,7 +24,8 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 Layout = Callable[[Tensor], Tensor]
-# Elements of a matrix, and multiply-adds with it, below which a call of oneDNN costs more than its blocks save.
+# Elements of a matrix, and multiply-adds with it (half as many before GELU), below which a call of oneDNN costs more
+# than its blocks save.
 SMALL, LITTLE = 1 << 18, 1 << 23
 FEW = 3  # rows up to which some CPUs' BLAS reads a matrix by rows as fast as memory gives it
 FASTEST: dict[tuple, Layout] = {}  # for few rows of x: by a layer's kind, threads, and the number of rows
@@ -91,10 +92,10 @@ class PackedLinear(nn.Module):
 
 def packed(model: nn.Module) -> nn.Module:
     """What to generate with: the model itself, or on a CPU in float32 a copy that shares its parameters and has its
-    linear layers packed, whose matrices take as much memory again. Two processes may find different layouts fastest
-    for a few rows, and then round in different ways: nothing is packed where PyTorch shall use deterministic
-    algorithms. Parameters made in inference mode do not tell that they were written to, and are not packed either. The
-    copy is not to be moved or rewired: its modules have their parts as plain attributes too."""
+    linear layers packed, whose matrices take as much memory again, small ones up to twice. Two processes may find
+    different layouts fastest for a few rows, and then round in different ways: nothing is packed where PyTorch shall
+    use deterministic algorithms. Parameters made in inference mode do not tell that they were written to, and are not
+    packed either. The copy is not to be moved or rewired: its modules have their parts as plain attributes too."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model

@@ -280,7 +280,7 @@ def test_a_long_prompt_does_not_stop_the_others():
 
 
 def test_passes_over_prompts_are_even(monkeypatch):
-    """No second pass for what is left over, and no pass of twice the chunk."""
+    """No second pass for what is left over, and none of more than one and a half chunks."""
     engine, read, hidden = engine_of(model_of(), max_batch=4, chunk=8), [], GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, x, **options: read.append(x.shape[1]) or hidden(self, x, **options))
     for prompts, pauses, passes in (
@@ -291,6 +291,17 @@ def test_passes_over_prompts_are_even(monkeypatch):
         read.clear()
         engine.generate(prompts, pauses, max_new_tokens=1)
         assert read == passes
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_a_text_that_has_begun_does_not_wait_for_all_who_come(lockstep):
+    """Others end at their first token, and the next come."""
+    model = model_of()
+    (first,) = engine_of(model).generate(["a prompt"], max_new_tokens=1, temperature=0)
+    engine = engine_of(model, lockstep, chunk=8)
+    stream = engine.stream(["x", *12 * ["a prompt"]], max_new_tokens=4, temperature=0, until=[first.text])
+    order = [token.sequence for token in stream]
+    assert order.count(0) == 4 and order.index(0, 1) <= 4 and sorted(set(order)) == [*range(13)]
 
 
 @pytest.mark.parametrize("lockstep", [True, False])

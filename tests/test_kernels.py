@@ -175,6 +175,16 @@ def test_attention_of_packed_prefixes(impl, dtype, padding):
     check_attention(attention, inputs, *packed_prefixes(lengths, prefixes, padding), impl=impl)
 
 
+@IMPLS
+@pytest.mark.parametrize("end", [-2, 0, 1, 40, 55])
+def test_one_query_with_one_bound_for_all(impl, end):
+    """Bounds beyond the keys are those of the keys."""
+    hi = torch.full((3, 1), end, dtype=torch.int32, device=DEVICE)
+    q, k, v, _ = attention_inputs(3, 1, 40, 4, 2, 16, torch.float32)
+    got = attention(q, k, v, None, hi, impl=impl)
+    torch.testing.assert_close(got, kernels.reference.attention(q, k, v, torch.zeros_like(hi), hi.clamp(0, 40), 0.25))
+
+
 @DTYPES
 @pytest.mark.parametrize("kind", ["causal", "ragged", "padding"])
 @pytest.mark.parametrize("H, G", [(6, 2), (4, 1)])
@@ -256,10 +266,14 @@ def test_sequences_of_a_cache_cost_what_their_own_keys_do(monkeypatch):
         keys.clear()
         attention(*inputs[:3], None, hi // 16 + 7, impl="torch")
         assert keys == [(3, 8)]
-    with threads(3):
         keys.clear()
-        attention(*inputs[:3], None, hi, impl="torch")
-        assert keys == [(3, 30)]
+        attention(*(x[:, -1:] if x.shape[1] == 2 else x for x in inputs[:3]), None, hi[:, 1:], impl="torch")
+        assert len(keys) == 3
+    for n_threads, queries in ((3, slice(None)), (2, slice(1, None))):  # a query's groups are two
+        with threads(n_threads):
+            keys.clear()
+            attention(inputs[0][:, queries], *inputs[1:3], None, hi[:, queries], impl="torch")
+            assert keys == [(3, 30)]
 
 
 @contextmanager

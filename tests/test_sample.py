@@ -164,7 +164,7 @@ def test_policies_from_the_command_line(run):
     (["--pause_when=on_request"], "add --pauses=5"),
     (["--threshold=0.3"], "threshold=0.3 is of below_confidence: add --pause_when=below_confidence"),
     (["--pauses=2", "--pause_budget=9"], "pause_budget=9 is of below_confidence and on_request: add --pause_when"),
-    (["--stop_when_useless", "--trace=t.html"], "add --pauses=5"),
+    (["--stop_when_useless"], "add --pauses=5"),
     (["--prompt=x", "--prompt_file=y"], "leave one out"),
     (["--prompt=x", "--pauses=64"], "1 \\+ 64 tokens, and at most 64"),
     (["--batch_size=0"], "batch_size=0 must be 1 to"),
@@ -176,7 +176,7 @@ def test_bad_input_is_one_sentence(run, arguments, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "LATIN").write_bytes("ä".encode("latin-1"))
     with pytest.raises(UserError, match=text):
-        run(*arguments)
+        run(*arguments, "--trace=t.html")
     assert not (tmp_path / "t.html").exists()
 
 
