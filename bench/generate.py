@@ -41,10 +41,12 @@ from nanopause.tokenizer import load_tokenizer
 
 SMALL = GPT2 | dict(n_layer=3, n_head=4, n_embd=128)  # that of `train.py config/gpt2.py`
 SMOLLM2 = LLAMA | dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_mlp=1536)  # SmolLM2-135M's shape
+# Small ones first: memory that large ones free stays with the process, and whoever asks for more at every step, as
+# transformers' growing cache does, is spared the page faults that it has in a process of its own.
 MODELS = {
-    "124M": ("gpt2", GPT2 | dict(n_layer=12, n_head=12, n_embd=768)),
     "small": ("bytes", SMALL),
     "small, GPT-2's vocabulary": ("gpt2", SMALL),
+    "124M": ("gpt2", GPT2 | dict(n_layer=12, n_head=12, n_embd=768)),
     "Llama 135M": ("gpt2", SMOLLM2),
 }
 
@@ -155,6 +157,7 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     cases += [(swept, 8, 512, pauses) for pauses in (10, 50)]
     cases += [(swept, batch, 512, 0) for batch in ((32, 128) if large else (32,))]
     cases += [(swept, 8, context, 0) for context in ((4096, 16384) if large else (128, 2048))]
+    cases.sort(key=lambda case: list(MODELS).index(case[0]))
     return [dict(zip(("model", "batch", "context", "pauses", "new"), (*case, new))) for case in cases]
 
 
