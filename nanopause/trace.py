@@ -17,7 +17,7 @@ body { font: 16px/1.9 Georgia, serif; color: var(--ink); background: var(--paper
   margin: 2rem auto 14rem; padding: 0 1rem; }
 h1 { font-size: 1.1rem; } h1, .legend, .facts, .tip { font-family: system-ui, sans-serif; }
 .legend, .facts { font-size: .8rem; color: var(--faint); } .facts { margin: 0 0 .4rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; border-top: 1px solid var(--line); padding: .6rem 0 1rem; }
+.text { white-space: break-spaces; overflow-wrap: anywhere; border-top: 1px solid var(--line); padding: .6rem 0 1rem; }
 .prompt, .token i { color: var(--faint); } .token i { font-style: normal; }
 .token { position: relative; border-radius: 2px; background: rgba(var(--doubt), var(--d)); }
 .token:hover, .token:focus { outline: 2px solid var(--ink); }
