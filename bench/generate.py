@@ -41,8 +41,8 @@ from nanopause.tokenizer import load_tokenizer
 
 SMALL = GPT2 | dict(n_layer=3, n_head=4, n_embd=128)  # that of `train.py config/gpt2.py`
 SMOLLM2 = LLAMA | dict(n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_mlp=1536)  # SmolLM2-135M's shape
-# Small ones first: memory that large ones free stays with the process, and whoever asks for more at every step, as
-# transformers' growing cache does, is spared the page faults that it has in a process of its own.
+# Small ones first: memory that large ones free stays with the process, and who allocates much anew, as transformers
+# does for prompts and its growing cache, is spared the page faults that it has in a process of its own.
 MODELS = {
     "small": ("bytes", SMALL),
     "small, GPT-2's vocabulary": ("gpt2", SMALL),

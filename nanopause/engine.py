@@ -154,10 +154,10 @@ class _Pass(NamedTuple):
 
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
-    included. chunk: tokens of prompts that a pass reads, after which all others get a token more; on a CPU passes are
-    even, and up to half as long again, and a batch that has just begun waits for two passes more. The prefix of a
-    prefix-LM is not cut, nor are pauses from the token before them. It serves one stream at a time, and on a GPU
-    captures its graphs anew for another policy or sampling."""
+    included. chunk: tokens of prompts that a pass reads (on a CPU passes are even, and up to half as long again), after
+    which all others get a token more; who has just begun waits for up to two passes more. The prefix of a prefix-LM is
+    not cut, nor are pauses from the token before them. It serves one stream at a time, and on a GPU captures its graphs
+    anew for another policy or sampling."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
@@ -461,7 +461,7 @@ class Engine:
                 if reading:
                     in_flight.append(self._read_prompts(reading, max_new_tokens, at_prompt, prefix))
                 writing = [sequence for sequence in running if 0 < sequence.asked < max_new_tokens]
-                unread = sum(len(sequence.prompt) - sequence.read for sequence in running)
+                unread = sum(len(sequence.prompt) - sequence.read for sequence in reading)
                 # A batch that begins waits for the last two passes over its prompts: a step for some of them costs as
                 # much as one for all.
                 begins = writing and waited < 2 and all(sequence.asked == 1 for sequence in writing)

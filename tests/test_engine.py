@@ -113,6 +113,27 @@ def test_a_batch_says_what_whole_passes_say(style, policy, prefix, lockstep):
     assert (sum(one.pauses for one in made) > 0) == (policy.budget >= max(policy.at_prompt, 1))
 
 
+@pytest.mark.parametrize("lockstep", [True, False])
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    pauses=st.integers(0, 6),
+    chunk=st.integers(1, 40),
+    max_batch=st.integers(1, 4),
+    n=st.integers(1, 6),
+)
+def test_any_schedule_says_what_whole_passes_say(lockstep, lengths, pauses, chunk, max_batch, n):
+    model, prompts = (
+        model_of("llama"),
+        ["".join(chr(97 + (i + j) % 26) for j in range(m)) for i, m in enumerate(lengths)],
+    )
+    made = engine_of(model, lockstep, chunk=chunk, max_batch=max_batch).generate(
+        prompts, pauses, temperature=0, max_new_tokens=n
+    )
+    expected = [generate_without_cache(model, prompt, n, AfterPrompt(pauses)) for prompt in prompts]
+    assert [([token.id for token in one.tokens], [token.pauses for token in one.tokens]) for one in made] == expected
+
+
 @pytest.mark.parametrize("style", STYLES)
 @settings(max_examples=30, deadline=None)
 @given(
