@@ -21,7 +21,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -31,12 +33,12 @@ from torch.optim import Optimizer
 import kernels
 from data.pydocs import prepare_pydocs
 from nanopause import checkpoint, errors, flops, hub, metrics
-from nanopause.config import load_config
-from nanopause.data import Batch, Corpus, TrainingBatches, prefetch, validation_batches
+from nanopause.config import Config, load_config
+from nanopause.data import Batch, Corpus, Insertion, TrainingBatches, prefetch, validation_batches
 from nanopause.distributed import Processes
 from nanopause.engine import Engine
 from nanopause.errors import UserError
-from nanopause.finetune import TargetPauses, TaskBatches, described, load_pairs, task_validation_batches
+from nanopause.finetune import TargetPauses, TaskBatches, described, load_pairs, n_generated, task_validation_batches
 from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
@@ -91,26 +93,39 @@ def train_step(
     return loss, norm, finite
 
 
+class Scores(NamedTuple):
+    """loss: nats per target. bpb: bits per byte of the targets' text. accuracy: share of a task's examples whose target
+    greedy decoding generates; None for a corpus."""
+
+    loss: float
+    bpb: float
+    accuracy: float | None
+
+
 @torch.no_grad()
 def evaluate(
     model: GPT, batches: Iterable[Batch], tokenizer: Tokenizer, autocast: torch.autocast, processes: Processes
-) -> tuple[float, float]:
-    """Loss of all processes' batches: nats a live target, and bits a byte of their text."""
-    nats = n_live = n_bytes = 0
+) -> Scores:
+    """The scores of the batches of all processes."""
+    nats = n_live = n_bytes = n_examples = n_right = 0
     for batch in batches:
         live = batch.targets[batch.targets != IGNORE]
         n_live, n_bytes = n_live + batch.n_live, n_bytes + int(tokenizer.token_bytes[live].sum())
         batch = batch.to(processes.device)
         with autocast:
-            nats += model(batch.inputs, batch.targets, reduction="sum", **batch.layout).item()
-    nats, n_live, n_bytes = processes.sum(nats, n_live, n_bytes)
-    return nats / n_live, nats / math.log(2) / n_bytes
+            x, targets = model.hidden(batch.inputs, **batch.layout).flatten(0, 1), batch.targets.flatten()
+            nats += kernels.linear_cross_entropy(x, model.head.weight, targets, reduction="sum").item()
+            if batch.ends:
+                n_examples += len(batch.ends)
+                n_right += n_generated(model.head, x, targets, batch.ends)
+    nats, n_live, n_bytes, n_examples, n_right = processes.sum(nats, n_live, n_bytes, n_examples, n_right)
+    return Scores(nats / n_live, nats / math.log(2) / n_bytes, n_right / n_examples if n_examples else None)
 
 
-def main():
+def train(config: Config) -> None:
+    """Train as the config says, in this process or in those that torchrun started."""
     stop = []  # SIGTERM ends the run after the step it arrives in
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    config = load_config(sys.argv[1:])
     processes = Processes(config.device)
     device, out_dir = processes.device, Path(config.out_dir)
     if config.batch_size % processes.count:
@@ -148,11 +163,11 @@ def main():
             if config.dataset == "pydocs" and not folder.exists() and processes.is_main:
                 prepare_pydocs(tokenizer.source)
             processes.wait()
-            training, held_out = (Corpus(folder, split, tokenizer, config.block_size) for split in ("train", "val"))
-            batches = TrainingBatches(training, config.batch_size, config.pause_rate, config.seed, *share_of)
+            training, held_out = (Corpus(folder, split, tokenizer, config.text_length) for split in ("train", "val"))
+            batches = TrainingBatches(training, config.batch_size, config.insertion, config.seed, *share_of)
             about = (
                 f"{folder.relative_to(DATA.parent) if folder.is_relative_to(DATA) else folder}, "
-                f"{len(training):,} blocks to train on, {len(held_out):,} held out; pause_rate {config.pause_rate}"
+                f"{len(training):,} blocks to train on, {len(held_out):,} held out; {config.insertion}"
             )
 
         # A new model where there is none, and optimizers, as new or from the newest intact checkpoint.
@@ -165,11 +180,11 @@ def main():
             ticker.say(f"{config.init_from} has not seen a pause: the pause's row begins as the mean embedding")
         set_trainable(model, config.trainable, tokenizer.pause_id)
         optimizers = make_optimizers(model, config)
-        start = n_tokens = 0
+        start = n_tokens = n_flops = 0
         if config.resume:
             if found:
                 state = checkpoint.restore(found, model, optimizers, config, warn=ticker.say)
-                start, n_tokens = state["step"], state["tokens"]
+                start, n_tokens, n_flops = state["step"], state["tokens"], state["flops"]
             ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
         kernels.choose(None, device)  # says which
         forward = model
@@ -192,15 +207,15 @@ def main():
             f"{peak / 1e12:.3g} TFLOP/s each ({peak_source})"
         )
 
-        def validation(n_blocks: int, pause_rate: float) -> Iterable[Batch]:
+        def validation(n_blocks: int, insertion: Insertion) -> Iterable[Batch]:
             if config.task:
                 return task_validation_batches(held_out, n_blocks, config.micro_batch_size, *of_task, *share_of)
-            return validation_batches(held_out, n_blocks, config.micro_batch_size, pause_rate, config.seed, *share_of)
+            return validation_batches(held_out, n_blocks, config.micro_batch_size, insertion, config.seed, *share_of)
 
         def save(best: bool = False) -> None:
             knows_pauses = pausing or knew_pauses
-            checkpoint.save(out_dir, done, model, optimizers, config, tokens=n_tokens, knows_pauses=knows_pauses,
-                            best=best)  # fmt: skip
+            checkpoint.save(out_dir, done, model, optimizers, config, tokens=n_tokens, flops=n_flops,
+                            knows_pauses=knows_pauses, best=best)  # fmt: skip
 
         evaluation = tokenizer, autocast, processes
         n_bad, done = 0, start
@@ -236,11 +251,12 @@ def main():
 
             n_tokens, tokens_since = n_tokens + int(n_new), tokens_since + n_new
             length = n_pairs / n_new  # sequences of this length, as many tokens of them, have as many pairs to attend
-            flops_since += flops.training_flops(model.config, length, batch_size=n_new / length, n_live=int(n_live))
+            n_step_flops = flops.training_flops(model.config, length, batch_size=n_new / length, n_live=int(n_live))
             if n_scored:  # the pass that finds the least likely targets
                 length = n_scored_pairs / n_scored
-                flops_since += flops.forward_flops(model.config, length, batch_size=n_scored / length,
-                                                   n_live=int(n_scored_live))  # fmt: skip
+                n_step_flops += flops.forward_flops(model.config, length, batch_size=n_scored / length,
+                                                    n_live=int(n_scored_live))  # fmt: skip
+            n_flops, flops_since = n_flops + n_step_flops, flops_since + n_step_flops
             rate, mfu = tokens_since / seconds, flops_since / seconds / peak / processes.count
             last = done == config.max_steps
             logged, evaluated = done % config.log_interval == 0 or last, done % config.eval_interval == 0 or last
@@ -251,6 +267,7 @@ def main():
                 "step": done,
                 "loss": loss,
                 "tokens": n_tokens,
+                "flops": n_flops,
                 "tokens_per_second": rate,
                 "mfu": mfu,
                 "learning_rate": config.learning_rate * share,
@@ -260,12 +277,17 @@ def main():
             best = False
             if evaluated:
                 n_blocks = len(held_out) if last and not config.task else config.eval_blocks
-                row["val_loss"], row["val_bpb"] = evaluate(model, validation(n_blocks, 0.0), *evaluation)
-                text = f"loss {row['val_loss']:.3f}, {row['val_bpb']:.3f} bits per byte"
-                if config.pause_rate:
-                    pauses = validation(n_blocks, config.pause_rate)
-                    row["val_loss_pauses"], row["val_bpb_pauses"] = evaluate(model, pauses, *evaluation)
-                    text += f"; with pauses {row['val_loss_pauses']:.3f}, {row['val_bpb_pauses']:.3f}"
+                scores = evaluate(model, validation(n_blocks, Insertion()), *evaluation)
+                row["val_loss"], row["val_bpb"] = scores.loss, scores.bpb
+                text = f"loss {scores.loss:.3f}, {scores.bpb:.3f} bits per byte"
+                if scores.accuracy is not None:
+                    row["val_accuracy"] = scores.accuracy
+                    text += f", accuracy {scores.accuracy:.3f}"
+                if config.pausing and not config.task:
+                    pauses = validation(n_blocks, replace(config.insertion, all_slots=False))
+                    scores = evaluate(model, pauses, *evaluation)
+                    row["val_loss_pauses"], row["val_bpb_pauses"] = scores.loss, scores.bpb
+                    text += f"; with pauses {scores.loss:.3f}, {scores.bpb:.3f}"
                 if config.task and processes.is_main:
                     best = all(row["val_loss"] < before.get("val_loss", math.inf) for before in log.rows)
                     text += ", the lowest so far" if best else ""
@@ -295,6 +317,10 @@ def main():
         if processes.is_main:
             log.finish()
         processes.close()
+
+
+def main() -> None:
+    train(load_config(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from bench import train
 from bench.harness import OURS, Bench, Candidate, Rival, Shape, number, race, wall_clock
 from data.pydocs import documents
-from nanopause.data import TrainingBatches
+from nanopause.data import Insertion, TrainingBatches
 from nanopause.pauses import insert_random, targets_of
 from nanopause.prepare import prepare
 from nanopause.tokenizer import Tokenizer, load_tokenizer
@@ -37,7 +37,8 @@ class Reading:
     def __init__(self, problem: train.Problem):
         config, self.corpus = problem.config, problem.corpus
         self.seed, self.pause_rate, self.T = config.seed, config.pause_rate, config.block_size
-        self.batches = TrainingBatches(self.corpus, config.batch_size, self.pause_rate, self.seed, rank=0, n_ranks=1)
+        insertion = Insertion(self.pause_rate)
+        self.batches = TrainingBatches(self.corpus, config.batch_size, insertion, self.seed, rank=0, n_ranks=1)
         (self.shard,) = self.corpus.shards
 
     def places(self, step: int) -> list[int]:

@@ -105,7 +105,7 @@ class Problem:
 
     def batches(self) -> Iterator[Batch]:
         config = self.config
-        batches = TrainingBatches(self.corpus, config.batch_size, config.pause_rate, config.seed, rank=0, n_ranks=1)
+        batches = TrainingBatches(self.corpus, config.batch_size, config.insertion, config.seed, rank=0, n_ranks=1)
         return prefetch(batches, 0, config.max_steps, self.device)
 
     def compiled(self, model: nn.Module) -> nn.Module:

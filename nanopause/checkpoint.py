@@ -38,10 +38,10 @@ def _folders(out_dir: Path) -> list[Path]:
 
 def save(
     out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config, *,
-    tokens: int = 0, knows_pauses: bool | None = None, best: bool = False,
+    tokens: int = 0, flops: float = 0.0, knows_pauses: bool | None = None, best: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the state after `step` steps; best: `best` names it from here on. tokens: read so far. knows_pauses:
-    whether the weights have learned from pauses, in this run (None: as config says) or in one before it.
+    """Write the state after `step` steps; best: `best` names it from here on. tokens, flops: of training so far.
+    knows_pauses: whether the weights have learned from pauses, in this run (None: as config says) or before it.
 
     Raises UserError where a weight is not finite, and OSError on a full disk, with the half-written folder removed;
     either way the checkpoints before it stand."""
@@ -60,6 +60,7 @@ def save(
         state = {
             "step": step,
             "tokens": tokens,
+            "flops": flops,
             "config": asdict(config),
             "model": asdict(model.config),
             "knows_pauses": config.pausing if knows_pauses is None else knows_pauses,
@@ -130,7 +131,7 @@ def read_state(folder: Path) -> dict:
     """checkpoint.json: step, config, the model's own, versions. What an earlier version lacks has its default."""
     state = json.loads((folder / "checkpoint.json").read_text())
     defaults = {part: asdict(kind()) | state[part] for part, kind in PARTS.items()}
-    return {"tokens": 0, "knows_pauses": state["config"]["pause_rate"] > 0} | state | defaults
+    return {"tokens": 0, "flops": 0.0, "knows_pauses": state["config"]["pause_rate"] > 0} | state | defaults
 
 
 def restore(
@@ -144,8 +145,8 @@ def restore(
         raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
     fixed = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
     data = {"init_from", "dataset", "tokenizer", "batch_size", "optimizer", "seed"}
-    finetuning = {"task", "limit", "pauses", "placement", "consecutive", "pause_loss", "focal", "pause_position",
-                  "attention", "cut", "trainable"}  # fmt: skip
+    finetuning = {"task", "limit", "pauses", "placement", "hints", "consecutive", "pause_loss", "focal",
+                  "pause_position", "attention", "cut", "trainable"}  # fmt: skip
     for key in sorted(fixed | data | finetuning):
         then, now = state["config"][key], getattr(config, key)
         if then != now:

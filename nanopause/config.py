@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import tyro
 
 from nanopause.cli import parse
+from nanopause.data import Insertion
 from nanopause.errors import UserError
 from nanopause.model import GPTConfig
 from nanopause.tokenizer import Tokenizer, load_tokenizer
@@ -60,18 +61,23 @@ class Config(GPTConfig):
     that a share of rate/(1+rate) of its positions are pauses. 0: standard pretraining."""
 
     task: str = ""
-    """Finetune on it, instead of pretraining: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq, aqua
-    or mbpp."""
+    """Train on it, instead of a corpus: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq, aqua or mbpp;
+    parity_16 and mod3_16 (any number of bits) are computed and need no data."""
     data_dir: str = ""
     """Folder with the task's files, such as gsm8k_train.jsonl.gz. Empty: the hub."""
     limit: int | None = None
     """Only the first so many examples of the task's training split. None: all."""
     pauses: int = 0
-    """Pauses of an example."""
-    placement: Literal["appd", "sft", "ran", "aaw", "dit"] = "appd"
-    """Where an example's pauses go. appd: to its prefix [Goyal et al. 2023]; dit: before the `pauses` least likely
-    tokens of its target, found anew every step [Kim et al. 2025]; ran: before as many random ones; aaw: after every
-    word of the target; sft: nowhere."""
+    """Pauses of an example; with placement=between those after each token of a corpus."""
+    placement: Literal["appd", "sft", "ran", "aaw", "dit", "between"] = "appd"
+    """Where the pauses go. Of an example, appd: to its prefix [Goyal et al. 2023]; dit: before the `pauses` least
+    likely tokens of its target, found again every step [Kim et al. 2025]; ran: before as many random ones; aaw: after
+    every word of the target; sft: nowhere. Of a corpus, between: `pauses` of them between neighbouring tokens; they
+    count towards block_size."""
+    hints: str = ""
+    """Targets of positions that have none otherwise, in training alone. Of a task: its intermediate results, such as
+    count of parity_16. Of a corpus: next_token gives the next text token to every token and pause before it. Empty:
+    none."""
     consecutive: int = 1
     """Pauses in a row at each place of dit, ran and aaw."""
     pause_loss: bool = False
@@ -142,12 +148,21 @@ class Config(GPTConfig):
                 raise UserError(f"{key}={value} must be " + (f"{low} to {high}" if high < BIG else f"at least {low}"))
         if self.block_size == 0 and not (self.init_from or self.resume):
             raise UserError("block_size=0 is all that the model of init_from reads: name one with --init_from")
-        if self.pauses and not self.task:
+        between = self.placement == "between"
+        if self.pauses and not self.task and not between:
             raise UserError(f"pauses={self.pauses} stand between the prefix and the target of a task: add "
                             f"--task=gsm8k, say, or use pause_rate for pretraining")  # fmt: skip
+        if between and (self.task or not self.pauses or self.pause_rate or 0 < self.block_size <= self.pauses):
+            raise UserError("placement=between is for pretraining with 1 or more pauses and no pause_rate: add "
+                            "--pauses=1 and leave out --task and --pause_rate")  # fmt: skip
         if (self.pause_loss or self.consecutive > 1) and self.placement in ("appd", "sft"):
             raise UserError(f"pause_loss and consecutive are of pauses in a target, and placement={self.placement} has "
                             f"none: use --placement=dit, ran or aaw")  # fmt: skip
+        if self.hints and self.task and self.placement not in ("appd", "sft"):
+            raise UserError(f"hints={self.hints} are for the prefix of a task and its pauses: use --placement=appd")
+        if self.hints and not self.task and (self.hints != "next_token" or not self.pausing):
+            raise UserError(f"hints={self.hints} need a task, --task=parity_16, say; a corpus has --hints=next_token, "
+                            f"with --pause_rate or --placement=between")  # fmt: skip
         if self.trainable == "pause" and not self.pausing:
             raise UserError("trainable=pause and no pause: nothing would learn; add --pauses=10, say")
         if self.focal and not self.task:
@@ -161,6 +176,17 @@ class Config(GPTConfig):
     def prefix_pauses(self) -> int:
         """Pauses of an example that are in its prompt, and at inference too."""
         return self.pauses if self.placement == "appd" else 0
+
+    @property
+    def insertion(self) -> Insertion:
+        """How the blocks of a corpus get their pauses."""
+        between = self.pauses if self.placement == "between" else 0
+        return Insertion(self.pause_rate, between, all_slots=self.hints == "next_token")
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of text in a block of a corpus, which fill block_size together with the pauses between them."""
+        return self.block_size // (1 + self.insertion.between)
 
     @property
     def pausing(self) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanopause.errors import UserError
-from nanopause.pauses import IGNORE, insert_random, targets_of
+from nanopause.pauses import IGNORE, insert_between, insert_random, next_tokens, targets_of
 from nanopause.tokenizer import Tokenizer
 
 ROW_MULTIPLE = 256  # tokens; on a GPU packed rows are padded to it, so that kernels are compiled for few lengths
@@ -76,7 +76,7 @@ class Batch:
     many inputs are pauses; both of the whole batch, known here so that nobody asks a GPU.
 
     ends: in a packed batch, whose documents lie one behind the other in one row, where each of them ends; lives: how
-    many targets each has that are live. layout: what the model must know of them then: positions, int64 [1, T], and lo
+    many tokens the target of each has. layout: what the model must know of them then: positions, int64 [1, T], and lo
     and hi, int32 [1, T], as GPT.hidden takes them."""
 
     inputs: Tensor
@@ -134,15 +134,33 @@ class Batch:
         return replace(self, inputs=pad(self.inputs, 0), targets=pad(self.targets, IGNORE), layout=layout)
 
 
-def make_batch(blocks: list[np.ndarray], pause_rate: float, tokenizer: Tokenizer, keys: list[tuple]) -> Batch:
+@dataclass(frozen=True)
+class Insertion:
+    """How a block of text gets its pauses. rate: pauses per token at random places, after which the block is trimmed
+    back to its length. between: pauses between neighbouring tokens, which lengthen it. all_slots: the target of a
+    token before pauses, and of every pause, is the next text token; otherwise only the last of them has it."""
+
+    rate: float = 0.0
+    between: int = 0
+    all_slots: bool = False
+
+    def __call__(self, block: np.ndarray, pause_id: int, key: tuple) -> np.ndarray:
+        if self.rate:
+            block = insert_random(block, self.rate, pause_id, np.random.default_rng(key))
+        return insert_between(block, self.between, pause_id) if self.between else block
+
+    def __str__(self) -> str:
+        if not self.between:
+            return f"pause_rate {self.rate}"
+        return f"{self.between} pauses between tokens, loss at {'all slots' if self.all_slots else 'the last'}"
+
+
+def make_batch(blocks: list[np.ndarray], insertion: Insertion, tokenizer: Tokenizer, keys: list[tuple]) -> Batch:
     """A batch of blocks with pauses inserted; keys: a row's own seed each, so that no row depends on another."""
-    if pause_rate:
-        blocks = [
-            insert_random(block, pause_rate, tokenizer.pause_id, np.random.default_rng(key))
-            for block, key in zip(blocks, keys)
-        ]
-    tokens = np.stack(blocks).astype(np.int64)
-    targets = targets_of(tokens, tokenizer.pause_id)[:, :-1]
+    pause_id = tokenizer.pause_id
+    tokens = np.stack([insertion(block, pause_id, key) for block, key in zip(blocks, keys)]).astype(np.int64)
+    hints = next_tokens(tokens, pause_id) if insertion.all_slots else None
+    targets = targets_of(tokens, pause_id, hints=hints)[:, :-1]
     inputs = tokens[:, :-1]
     return Batch(
         torch.from_numpy(inputs),
@@ -175,14 +193,14 @@ class TrainingBatches:
     """`batches[step]` is this rank's share of a step's batch: blocks as Shuffled chooses them, and their pauses, which
     depend on (seed, step, row) alone too."""
 
-    def __init__(self, corpus: Corpus, batch_size: int, pause_rate: float, seed: int, rank: int, n_ranks: int):
-        self.corpus, self.pause_rate, self.seed = corpus, pause_rate, seed
+    def __init__(self, corpus: Corpus, batch_size: int, insertion: Insertion, seed: int, rank: int, n_ranks: int):
+        self.corpus, self.insertion, self.seed = corpus, insertion, seed
         self.chosen = Shuffled(len(corpus), batch_size, seed, rank, n_ranks)
 
     def __getitem__(self, step: int) -> Batch:
         keys = [(self.seed, 1, step, row) for row in self.chosen.rows]
         blocks = [self.corpus[i] for i in self.chosen[step]]
-        return make_batch(blocks, self.pause_rate, self.corpus.tokenizer, keys)
+        return make_batch(blocks, self.insertion, self.corpus.tokenizer, keys)
 
 
 def evenly(n: int, total: int) -> list[int]:
@@ -192,14 +210,14 @@ def evenly(n: int, total: int) -> list[int]:
 
 
 def validation_batches(
-    corpus: Corpus, n_blocks: int, batch_size: int, pause_rate: float, seed: int, rank: int, n_ranks: int
+    corpus: Corpus, n_blocks: int, batch_size: int, insertion: Insertion, seed: int, rank: int, n_ranks: int
 ) -> Iterator[Batch]:
     """This rank's share of `n_blocks` blocks spread evenly over a split; always the same blocks and pauses."""
     chosen = evenly(n_blocks, len(corpus))[rank::n_ranks]
     for start in range(0, len(chosen), batch_size):
         rows = chosen[start : start + batch_size]
         keys = [(seed, 2, i) for i in rows]
-        yield make_batch([corpus[i] for i in rows], pause_rate, corpus.tokenizer, keys)
+        yield make_batch([corpus[i] for i in rows], insertion, corpus.tokenizer, keys)
 
 
 def prefetch(batches: "TrainingBatches", start: int, stop: int, device: torch.device) -> Iterator[Batch]:

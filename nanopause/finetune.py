@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from nanopause import tasks
 from nanopause.config import Config
@@ -23,10 +24,12 @@ from nanopause.data import Batch, Shuffled, evenly
 from nanopause.errors import UserError
 from nanopause.pauses import IGNORE, after_words, append, insert_before, lowest_likelihood, prepend, targets_of
 from nanopause.tasks import Example
+from nanopause.tasks.task import Hints
 from nanopause.tokenizer import Tokenizer
 
 Position = Literal["append", "prepend"]
 PLACES = {"append": append, "prepend": prepend}
+LOGIT_ROWS = 256  # logits in memory at once, of as many targets
 
 
 def with_pauses(
@@ -56,12 +59,13 @@ def continuation(tokenizer: Tokenizer, prefix: str, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Pair:
-    """tokens: prefix with its pauses, target and end of text, int64. n_prefix: tokens before the target. n_cut: tokens
-    of the prefix that are left out."""
+    """tokens: prefix with its pauses, target and end of text, int64 [N]. n_prefix: tokens before the target. n_cut:
+    tokens of the prefix that are left out. hints: int64 [N], as targets_of takes them, or None."""
 
     tokens: np.ndarray
     n_prefix: int
     n_cut: int = 0
+    hints: np.ndarray | None = None
 
     @property
     def prompt(self) -> list[int]:
@@ -77,9 +81,12 @@ def encode(
     pause_position: Position = "append",
     cut: Literal["left", "right"] = "left",
     inside: "TargetPauses | None" = None,
+    hints: Hints | None = None,
 ) -> Pair | None:
     """An example as at most block_size tokens, less the pauses that its target is going to get; None where the target
-    leaves no room for a token of the prefix."""
+    leaves no room for a token of the prefix. hints: one of Task.hints.
+
+    Raises UserError where hints do not fit the tokens of the prefix."""
     prefix = tokenizer.encode(example.prefix)
     target = [*continuation(tokenizer, example.prefix, example.target), tokenizer.eot_id]
     if inside:
@@ -87,18 +94,43 @@ def encode(
     before, n_cut = with_pauses(prefix, tokenizer, block_size - len(target), pauses, pause_position, cut)
     if n_cut == len(prefix) or len(before) + len(target) > block_size:
         return None
-    return Pair(np.array(before + target, dtype=np.int64), len(before), n_cut)
+    tokens = np.array(before + target, dtype=np.int64)
+    given = hint_targets(tokens, len(before), tokenizer, *hints(example.prefix, pauses)) if hints else None
+    return Pair(tokens, len(before), n_cut, given)
+
+
+def hint_targets(
+    tokens: np.ndarray, n_prefix: int, tokenizer: Tokenizer,
+    of_prefix: Sequence[str | None], of_pauses: Sequence[str | None],
+) -> np.ndarray:  # fmt: skip
+    """Hints as targets, int64 [N], of a pair's tokens [N]; IGNORE where there is none."""
+    targets = np.full(len(tokens), IGNORE, dtype=np.int64)
+    in_prefix, is_pause = np.arange(len(tokens)) < n_prefix, tokens == tokenizer.pause_id
+    in_text = in_prefix & ~is_pause & (tokens != tokenizer.bos_id)
+    ids = {text: tokenizer.encode(text) for text in {*of_prefix, *of_pauses} - {None}} | {None: [IGNORE]}
+    for is_here, texts in ((in_text, of_prefix), (in_prefix & is_pause, of_pauses)):
+        n_tokens = np.count_nonzero(is_here)
+        if n_tokens != len(texts) or {*map(len, ids.values())} != {1}:
+            raise UserError(f"{len(texts)} hints do not fit {n_tokens} tokens: a hint is one token, and so is every "
+                            f"character of the prefix; use --tokenizer=bytes, or raise --block_size")  # fmt: skip
+        targets[is_here] = [ids[text][0] for text in texts]
+    return targets
 
 
 def load_pairs(
     config: Config, split: str, tokenizer: Tokenizer, inside: "TargetPauses | None" = None
 ) -> tuple[list[Pair], str]:
-    """The pairs of a split of config.task, and a sentence that says where they come from and what of them is cut.
+    """The pairs of a split of config.task, and a sentence that describes their source and what of them is cut. Only
+    training has hints.
 
-    Raises UserError: no such task or data, a bad row, or no pair that fits."""
-    limit = config.limit if split == "train" else None
-    examples, said = tasks.load(tasks.get_task(config.task), split, config.data_dir or None, limit)
-    settings = config.block_size, config.prefix_pauses, config.pause_position, config.cut, inside
+    Raises UserError: no such task, hints or data, a bad row, or no pair that fits."""
+    task, training = tasks.get_task(config.task), split == "train"
+    if config.hints and config.hints not in task.hints:
+        choices = f"choose {', '.join(task.hints)}" if task.hints else "leave out --hints"
+        raise UserError(f"hints={config.hints} is not a hint of {task.name}: {choices}")
+    examples, said = tasks.load(task, split, config.data_dir or None, config.limit if training else None)
+    hints = task.hints.get(config.hints) if training else None
+    settings = config.block_size, config.prefix_pauses, config.pause_position, config.cut, inside, hints
     pairs = [pair for example in examples if (pair := encode(example, tokenizer, *settings))]
     if not pairs:
         raise UserError(f"no target of {config.task}'s {split} split, {config.pauses} pauses and a prefix fit into "
@@ -120,6 +152,7 @@ def described(config: Config) -> str:
         "ran": f"prefix, target with {each} before each of {config.pauses} random tokens",
         "aaw": f"prefix, target with {each} after every word",
     }[config.placement]
+    about += f", hints {config.hints}" * bool(config.hints)
     return f"{about}; attention {config.attention}, trainable {config.trainable}"
 
 
@@ -129,9 +162,9 @@ def pack(pairs: Sequence[Pair], pause_id: int, attention: Literal["causal", "pre
     ends = np.cumsum(lengths)
     starts, place = np.repeat(ends - lengths, lengths), np.arange(ends[-1])
     inputs = np.concatenate([pair.tokens[:-1] for pair in pairs])
-    targets = np.concatenate([targets_of(pair.tokens, pause_id)[:-1] for pair in pairs])
+    targets = [targets_of(pair.tokens, pause_id, pair.n_prefix, pair.hints)[:-1] for pair in pairs]
+    targets = np.concatenate(targets)
     n_prefix = np.repeat([pair.n_prefix for pair in pairs], lengths)
-    targets[place - starts < n_prefix - 1] = IGNORE
     hi = place + 1 if attention == "causal" else np.maximum(place + 1, starts + n_prefix)
     layout = {"positions": place - starts, "lo": starts.astype(np.int32), "hi": hi.astype(np.int32)}
     return Batch(
@@ -230,3 +263,14 @@ def task_validation_batches(
     chosen = evenly(n, len(pairs))[rank::n_ranks]
     for i in range(0, len(chosen), batch_size):
         yield pack([pairs[j] for j in chosen[i : i + batch_size]], pause_id, attention)
+
+
+def n_generated(head: nn.Module, x: Tensor, targets: Tensor, ends: Sequence[int]) -> int:
+    """Examples of a packed batch whose target greedy decoding generates: each of its tokens is the most likely one.
+
+    head: hidden states to logits. x: float [T, C]; targets: int64 [T], IGNORE outside of the target; ends: where each
+    example ends."""
+    places = (targets != IGNORE).nonzero()[:, 0]
+    is_wrong = torch.cat([head(x[some]).argmax(1) != targets[some] for some in places.split(LOGIT_ROWS)])
+    wrong = torch.searchsorted(torch.tensor(ends, device=x.device), places[is_wrong], right=True)
+    return len(ends) - len(wrong.unique())

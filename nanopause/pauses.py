@@ -24,6 +24,25 @@ def insert_random(tokens: np.ndarray, rate: float, pause_id: int, rng: np.random
     return np.where(is_pause, tokens.dtype.type(pause_id), shifted)
 
 
+def insert_between(tokens: np.ndarray, n: int, pause_id: int) -> np.ndarray:
+    """n pauses between neighbouring tokens: integers [..., N] become [..., N + n·(N − 1)], of the same dtype."""
+    longer = np.full((*tokens.shape, 1 + n), pause_id, dtype=tokens.dtype)
+    longer[..., 0] = tokens
+    return longer.reshape(*tokens.shape[:-1], -1)[..., : tokens.shape[-1] * (1 + n) - n]
+
+
+def next_tokens(tokens: np.ndarray, pause_id: int) -> np.ndarray:
+    """The text token after each position, across pauses, int64 [..., N]; IGNORE where none follows. As hints of
+    targets_of they give the same target to a token and to every pause after it."""
+    places = np.where(tokens == pause_id, tokens.shape[-1], np.arange(tokens.shape[-1]))
+    following = np.minimum.accumulate(places[..., :0:-1], axis=-1)[..., ::-1]  # of positions 0 … N − 2
+    padded = np.append(tokens, np.full_like(tokens[..., :1], pause_id), axis=-1)
+    text = np.take_along_axis(padded, following, axis=-1)
+    found = np.full(tokens.shape, IGNORE, dtype=np.int64)
+    found[..., :-1] = np.where(text == pause_id, IGNORE, text)
+    return found
+
+
 def append(tokens: list[int], n: int, pause_id: int) -> list[int]:
     """Pause inference's prefix [Goyal et al. 2023, Algorithm 3]: n pauses after the tokens."""
     return tokens + [pause_id] * n
@@ -34,16 +53,19 @@ def prepend(tokens: list[int], n: int, pause_id: int) -> list[int]:
     return [pause_id] * n + tokens
 
 
-def targets_of(tokens: np.ndarray, pause_id: int) -> np.ndarray:
+def targets_of(tokens: np.ndarray, pause_id: int, n_prefix: int = 0, hints: np.ndarray | None = None) -> np.ndarray:
     """Next-token targets, int64 [..., N]: position k has token k+1, or IGNORE where that is a pause.
 
-    A pause before a text token keeps its loss, a pause before a pause has none. The last position has none: what
-    follows it is not known.
+    A pause before a text token keeps its loss, a pause before a pause has none. The last position has none: the token
+    after it is unknown. n_prefix: tokens of a prefix without a loss; its last position predicts the token after the
+    prefix and keeps its loss. hints: integers [..., N], a target of its own for each position where it is not IGNORE,
+    at a pause too [London & Kanade 2025, section 5]; it replaces the next token.
     """
     targets = np.full(tokens.shape, IGNORE, dtype=np.int64)
     targets[..., :-1] = tokens[..., 1:]
     targets[targets == pause_id] = IGNORE
-    return targets
+    targets[..., : max(0, n_prefix - 1)] = IGNORE
+    return targets if hints is None else np.where(hints == IGNORE, targets, hints)
 
 
 # Finetuning's pauses inside of the target. A row of inputs and targets is a token and the one after it.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanopause.data import Corpus, TrainingBatches, prefetch, validation_batches
+from nanopause.data import Corpus, Insertion, TrainingBatches, prefetch, validation_batches
 from nanopause.errors import UserError
 from nanopause.pauses import IGNORE
 from nanopause.tokenizer import load_tokenizer
@@ -22,7 +22,7 @@ def corpus(tiny_corpus):
 
 
 def batches(corpus, batch_size=8, pause_rate=0.0, seed=1, rank=0, n_ranks=1):
-    return TrainingBatches(corpus, batch_size, pause_rate, seed, rank, n_ranks)
+    return TrainingBatches(corpus, batch_size, Insertion(pause_rate), seed, rank, n_ranks)
 
 
 def test_blocks_cover_the_shards(corpus):
@@ -87,12 +87,13 @@ def test_pauses_fall_elsewhere_in_every_row_and_epoch(corpus):
 
 def test_validation_is_always_the_same_and_shared_out(tiny_corpus):
     held_out = Corpus(tiny_corpus / "bytes", "val", BYTES, T)
-    whole = list(validation_batches(held_out, 10, 4, 0.1, 1, 0, 1))
+    whole = list(validation_batches(held_out, 10, 4, Insertion(0.1), 1, 0, 1))
     assert [len(batch.inputs) for batch in whole] == [4, 4, 2]
-    shares = [torch.cat([b.inputs for b in validation_batches(held_out, 10, 4, 0.1, 1, r, 3)]) for r in range(3)]
+    of_rank = [validation_batches(held_out, 10, 4, Insertion(0.1), 1, rank, 3) for rank in range(3)]
+    shares = [torch.cat([batch.inputs for batch in batches]) for batches in of_rank]
     rows = lambda x: sorted(map(tuple, x.tolist()))  # noqa: E731
     assert rows(torch.cat([b.inputs for b in whole])) == rows(torch.cat(shares))
-    assert sum(len(b.inputs) for b in validation_batches(held_out, 10**6, 4, 0, 1, 0, 1)) == len(held_out)
+    assert sum(len(b.inputs) for b in validation_batches(held_out, 10**6, 4, Insertion(), 1, 0, 1)) == len(held_out)
 
 
 def test_prefetch_is_the_same_batches_and_passes_errors_on(corpus):

@@ -204,6 +204,22 @@ def test_one_query_reads_the_keys_of_a_group_once(kind, H, G, dtype, monkeypatch
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_documents_of_one_length(is_uniform, monkeypatch):
+    """Packed documents of one length are one call of SDPA, unless an interval is narrower."""
+    start = torch.arange(30).div(10, rounding_mode="floor") * 10
+    lo, hi = start.expand(2, 30).int().clone(), torch.arange(1, 31).expand(2, 30).int().clone()
+    if not is_uniform:
+        lo[1, 25:] = 21
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: calls.append(1) or sdpa(*args, **kw))
+    inputs = attention_inputs(2, 30, 30, 4, 2, 16, torch.float32)
+    attention(*inputs[:3], lo, hi, impl="torch")
+    assert len(calls) == (1 if is_uniform else 3)
+    check_attention(attention, inputs, lo, hi, impl="torch")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
 def test_packed_rows_cost_what_their_documents_do(monkeypatch):
     """Also where two rows have borders in common, and others of their own, and where keys lie between that nobody
     reads, as in a cache. Queries without keys are part of what they follow."""

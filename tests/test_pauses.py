@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as npst
 
 from kernels import linear_cross_entropy
 from nanopause.model import GPT, GPTConfig
-from nanopause.pauses import IGNORE, append, insert_random, targets_of
+from nanopause.pauses import IGNORE, append, insert_between, insert_random, next_tokens, targets_of
 
 P, A, B, C = 99, 1, 2, 3
 X = IGNORE
@@ -48,6 +48,55 @@ def test_targets(tokens, targets):
     for dtype in (np.uint16, np.int64):
         got = targets_of(np.array(tokens, dtype=dtype), P)
         assert got.dtype == np.int64 and got.tolist() == targets
+
+
+H, J = 7, 8  # hints
+
+
+@pytest.mark.parametrize(
+    "tokens, n_prefix, hints, targets",
+    [
+        ([A, B, P, P, C, A], 4, None, [X, X, X, C, A, X]),
+        ([A, B, P, P, C, A], 4, [X, X, H, X, X, X], [X, X, H, C, A, X]),  # a pause with a target of its own
+        ([A, B, P, P, C, A], 4, [X, X, H, J, X, X], [X, X, H, J, A, X]),  # it replaces the next token
+        ([A, B, C, A], 2, [H, X, X, X], [H, C, A, X]),
+        ([A, P, P, B], 0, [H, J, X, X], [H, J, B, X]),
+        ([P, P, P], 0, [H, X, J], [H, X, J]),
+        ([A, P, B, C], 3, None, [X, X, C, X]),
+        ([A, P, B, C], 1, None, [X, B, C, X]),
+        ([[A, P, B], [P, A, P]], 2, [[X, H, X], [X, X, J]], [[X, H, X], [X, X, J]]),
+    ],
+    ids=str,
+)
+def test_targets_of_a_prefix_with_hints(tokens, n_prefix, hints, targets):
+    hints = hints if hints is None else np.array(hints)
+    assert targets_of(np.array(tokens), P, n_prefix, hints).tolist() == targets
+
+
+@pytest.mark.parametrize(
+    "tokens, n, longer, following",
+    [
+        ([A, B, C], 0, [A, B, C], [B, C, X]),
+        ([A, B, C], 1, [A, P, B, P, C], [B, B, C, C, X]),
+        ([A, B], 3, [A, P, P, P, B], [B, B, B, B, X]),
+        ([A], 2, [A], [X]),
+        ([[A, B], [C, A]], 1, [[A, P, B], [C, P, A]], [[B, B, X], [A, A, X]]),
+    ],
+    ids=str,
+)
+def test_pauses_between_tokens(tokens, n, longer, following):
+    got = insert_between(np.array(tokens, dtype=np.uint16), n, P)
+    assert got.dtype == np.uint16 and got.tolist() == longer
+    assert next_tokens(got, P).tolist() == following
+
+
+@pytest.mark.parametrize(
+    "tokens, following",
+    [([A, P, P, B, C, P], [B, B, B, C, X, X]), ([P, P], [X, X]), ([P], [X]), ([P, A], [A, X])],
+    ids=str,
+)
+def test_next_tokens(tokens, following):
+    assert next_tokens(np.array(tokens), P).tolist() == following
 
 
 @properties

@@ -1,10 +1,12 @@
 """The tasks: `load(get_task("gsm8k"), "train")`."""
 
+import re
 from difflib import get_close_matches
 
 from nanopause.errors import UserError
 from nanopause.tasks.aqua import AQUA
 from nanopause.tasks.coqa import COQA
+from nanopause.tasks.counting import counting
 from nanopause.tasks.csqa import CSQA
 from nanopause.tasks.gsm8k import GSM8K
 from nanopause.tasks.hellaswag import HELLASWAG
@@ -24,8 +26,10 @@ TASKS = {task.name: task for task in (GSM8K, SQUAD, COQA, CSQA, PIQA, HELLASWAG,
 
 def get_task(name: str) -> Task:
     """A task by its name. Raises UserError with the nearest name."""
+    if match := re.fullmatch(r"(parity|mod3)_([1-9]\d{0,3})(_dots)?", name):
+        return counting(match[1], int(match[2]), dots=bool(match[3]))
     if name not in TASKS:
         near = get_close_matches(name.lower(), TASKS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(TASKS)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(TASKS)}, parity_16 or mod3_16"
         raise UserError(f"task {name!r} is not known: {hint}")
     return TASKS[name]

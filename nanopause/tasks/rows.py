@@ -23,7 +23,8 @@ def load(
 ) -> tuple[list[Example], str]:
     """The examples of "train", "validation" or "test", and a sentence that says where they come from.
 
-    data_dir: a folder of files like gsm8k_train.jsonl, plain or as .gz, .xz or .zst; None: the hub.
+    data_dir: a folder of files like gsm8k_train.jsonl, plain or as .gz, .xz or .zst; None: the hub. A task that is
+    computed needs neither.
     limit: only the first so many examples.
 
     "test" is what papers report. What has no split of its own is cut from another, by a hash of the document: 5 % of
@@ -36,6 +37,8 @@ def load(
         raise UserError(f"split {split!r} is not known: choose {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} must be at least 1")
+    if task.generate:
+        data_dir = None
     sources = dict(task.splits) if data_dir is None else _files(task, Path(data_dir))
     source, low, high = _part(task, split, set(sources))
     if source not in sources:
@@ -44,8 +47,12 @@ def load(
         wanted = f"{task.stem or task.name}_{task.splits.get(source, source)}.jsonl (or .jsonl.gz, .xz, .zst)"
         has = ", ".join(sorted(path.name for path in Path(data_dir).iterdir())) or "nothing"
         raise UserError(f"{data_dir} has no {wanted}, which {split} needs, only {has}")
-    if data_dir is None:
-        name, split_of = f"{task.hub}, split {sources[source]}", None
+    split_of = None
+    if task.generate:
+        name = f"generated strings, split {source}"
+        rows = ((f"{task.name}, split {source}, row {i}", row) for i, row in enumerate(task.generate(source)))
+    elif data_dir is None:
+        name = f"{task.hub}, split {sources[source]}"
         rows = _hub_rows(task, sources[source])
     else:
         name = str(sources[source])

@@ -1,13 +1,16 @@
 """What a task is: how a row becomes prefix and target, how an answer is read, how it is scored."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from reprlib import repr as short
 
 from nanopause import sandbox
 from nanopause.errors import UserError
 
 Row = dict[str, object]
+# Of a prefix's text and a number of pauses: one token of text, or None, as the target of each prefix token, then of
+# each pause.
+Hints = Callable[[str, int], tuple[Sequence[str | None], Sequence[str | None]]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Task:
 
     name: str
     hub: str
-    """Id of the dataset on the hub; config is its configuration there."""
+    """Id of the dataset on the hub; config is its configuration there. Empty: `generate` makes the rows."""
     splits: dict[str, str]
     """"train" and "test" (and "validation", where it is not cut from the training split), and what the hub calls them.
     "test" is the split that papers report."""
@@ -48,6 +51,10 @@ class Task:
     metrics: dict[str, Callable[..., float]]
     """Name to function of (answer, references), of (log-likelihoods, choices, label) or of (program, tests); the
     primary one first."""
+    generate: Callable[[str], Iterable[Row]] | None = None
+    """Of "train" or "test", the rows of a task that is computed and needs no data."""
+    hints: dict[str, Hints] = field(default_factory=dict)
+    """Intermediate results that training can give as targets to the prefix or to its pauses, by name (--hints)."""
     document: str = "question"
     """The field whose text decides, by a hash, the part that a row falls into where one split is cut into two."""
     config: str | None = None

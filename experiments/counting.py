@@ -1,0 +1,305 @@
+"""Do pauses help? Two published effects in small, in minutes on a CPU.
+
+    python experiments/counting.py                             # n = 20, one seed
+    python experiments/counting.py --n=16,20,24 --seeds=5      # the table of docs/evidence.md
+    python experiments/counting.py --border --seeds=5          # where pauses in pretraining alone are enough
+    python experiments/counting.py --n=100 --max_steps=20000 --seeds=3     # the paper's sizes, on a GPU
+
+1. Parity of n random bits [London & Kanade 2025, section 5]. With M pauses after the bits, training has the count in
+   unary as targets at the pauses (hints). Controls: no hints; no pauses and other hints at the bits; a larger model
+   without pauses; dots, an ordinary token, in place of pauses.
+2. The four variants of Goyal et al. 2023 on a function of the count: parity in pretraining, as above, then finetuning
+   on the count modulo 3, without hints.
+
+All arms have the same number of steps, examples, and, but for the larger model, parameters. Test strings are in no
+training set. Chance is 1/2 for parity and 1/3 modulo 3.
+
+    out/counting/results.json    every arm with its settings, parameters and accuracies by seed
+    out/counting/table.md, counting.png
+    out/counting/n20/count_20/seed0/     a run of train.py, for sample.py and evaluate.py
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.table import Table
+
+from experiments.runs import ROOT, Run, train_all
+from nanopause import checkpoint, cli, errors
+from nanopause.config import Config
+from nanopause.distributed import Processes
+from nanopause.evaluation import versions, write_json
+from nanopause.files import replace_file
+from nanopause.finetune import load_pairs, task_validation_batches
+from scipy import stats
+from nanopause.progress import Ticker
+from train import evaluate
+
+
+class Arm(NamedTuple):
+    """What differs between runs. name: of its folder. pauses: of training. pretraining: the arm that it continues."""
+
+    name: str
+    label: str
+    task: str
+    pauses: int = 0
+    hints: str = ""
+    larger: bool = False
+    pretraining: str = ""
+
+
+BORDER_MLP = (8, 16, 32)  # widths of the MLP
+LARGER = ("--n_embd=32", "--n_mlp=64")  # twice the width and four times the MLP
+
+
+def parity_arms(n: int) -> list[Arm]:
+    """Arms of parity of n bits; the first is the standard model, the last of the curve pause pretraining."""
+    task = f"parity_{n}"
+    curve = [
+        Arm(f"count_{m}", f"{m} pauses, count as hints at them", task, m, "count")
+        for m in sorted({1, 2, 4, 8, n})
+        if m <= n
+    ]
+    return [
+        Arm("none_parity", "no pauses, parities so far as hints at the bits", task, 0, "prefix_parity"),
+        *curve,
+        Arm("no_hints", f"{n} pauses, no hints", task, n),
+        Arm("none_no_hints", "no pauses, no hints", task),
+        Arm("none_count", "no pauses, hints about the count at the bits", task, 0, "prefix_count"),
+        Arm("none_larger", "no pauses, parities as hints, width ×2, MLP ×4", task, 0, "prefix_parity", True),
+        Arm("dots", f"{n} dots (an ordinary token), count as hints at them", f"{task}_dots", 0, "count"),
+    ]
+
+
+def variants(n: int) -> list[Arm]:
+    """The four variants: standard or pause pretraining on parity, standard or pause finetuning on count modulo 3."""
+    return [
+        Arm(f"{pt}PT_{ft}FT", f"{pt}PT_{ft}FT", f"mod3_{n}", m, pretraining=first)
+        for pt, first in (("Std", "none_parity"), ("Pause", f"count_{n}"))
+        for ft, m in (("Std", 0), ("Pause", n))
+    ]
+
+
+@dataclass
+class Settings:
+    n: list[int] = field(default_factory=lambda: [20])
+    """Numbers of bits, with commas."""
+    seeds: int = 1
+    """Seeds 0, 1, …, as many as this."""
+    max_steps: int = 1000
+    """Steps of every arm, and as many of every finetuning."""
+    border: bool = False
+    """Instead of all arms: pause pretraining, then finetuning with and without pauses, by number of bits and width of
+    the MLP."""
+    out_dir: str = "out/counting"
+    """Folder of everything."""
+
+
+def run_of(settings: Settings, n: int, arm: Arm, seed: int, n_mlp: int = 16) -> Run:
+    """The run of an arm. Every arm has the same settings but for the fields of Arm."""
+    group = f"n{n}" + f"_mlp{n_mlp}" * (n_mlp != 16)
+    first = None
+    if arm.pretraining:
+        first = next(a for a in parity_arms(n) if a.name == arm.pretraining)
+        first = run_of(settings, n, first, seed, n_mlp)
+    return Run(
+        Path(settings.out_dir, group, arm.name, f"seed{seed}"),
+        (str(ROOT / "config/counting.py"), f"--task={arm.task}", f"--pauses={arm.pauses}", f"--hints={arm.hints}",
+         f"--n_mlp={n_mlp}", *LARGER * arm.larger, f"--block_size={3 * n + 16}", f"--seed={seed}",
+         f"--max_steps={settings.max_steps}", f"--eval_interval={max(1, settings.max_steps // 5)}",
+         f"--checkpoint_interval={settings.max_steps}", "--log_interval=50"),
+        first,
+    )  # fmt: skip
+
+
+def accuracy(config: Config, model, tokenizer, pauses: int) -> float:
+    """Share of the test strings whose answer greedy decoding generates after this number of pauses."""
+    pairs, _ = load_pairs(replace(config, pauses=pauses, hints=""), "test", tokenizer)
+    processes = Processes("auto")
+    batches = task_validation_batches(pairs, len(pairs), 250, tokenizer.pause_id, config.attention, 0, 1)
+    return evaluate(model, batches, tokenizer, torch.autocast("cpu", enabled=False), processes).accuracy
+
+
+def measure(folder: Path) -> dict:
+    """Accuracy of a run's last checkpoint on the test strings with as many pauses as in training, and of finetunings
+    with 0 … 2n pauses."""
+    model, tokenizer, state = checkpoint.load(folder, Processes("auto").device)
+    config = Config(**state["config"])
+    kind, n = config.task.split("_")[:2]
+    n = int(n)
+    counts = {config.pauses}
+    if kind == "mod3" and config.pauses:
+        counts |= {0, n // 4, n // 2, 3 * n // 4, n - 1, n + 1, 5 * n // 4, 3 * n // 2, 2 * n}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": state["step"],
+        "batch_size": config.batch_size,
+        "trained_pauses": config.pauses,
+        "accuracy": {m: accuracy(config, model, tokenizer, m) for m in sorted(counts)},
+    }
+
+
+def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
+    """An arm's entry of results.json. accuracy: by pauses at inference the mean over seeds and its 95 % interval."""
+    found = [run.measured() for run in runs]
+    accuracy = {int(m): over_seeds([each["accuracy"][m] for each in found]) for m in found[0]["accuracy"]}
+    about = {key: found[0][key] for key in ("parameters", "steps", "batch_size")}
+    return {"n": n, "n_mlp": n_mlp, **arm._asdict(), **about, "arguments": list(runs[0].arguments),
+            "seeds": len(runs), "accuracy": accuracy}  # fmt: skip
+
+
+def over_seeds(values):
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def percent(figures: dict) -> str:
+    """Mean and 95 % interval over seeds, in percent."""
+    text = f"{100 * figures['mean']:.1f}"
+    return text if figures["low"] is None else f"{text} ± {100 * (figures['high'] - figures['mean']):.1f}"
+
+
+def table(found: list[dict], border: bool) -> list[list[str]]:
+    """Rows of text, the header first: an arm a row, a number of bits a column."""
+    columns = sorted({(row["n"], row["n_mlp"]) for row in found})
+    names = [f"n = {n}" + f", MLP {n_mlp}" * border for n, n_mlp in columns]
+    rows = [["accuracy, %", "parameters", *names]]
+    for label in dict.fromkeys(plain(row) for row in found):
+        mine = {(row["n"], row["n_mlp"]): row for row in found if plain(row) == label}
+        sizes = sorted({row["parameters"] for row in mine.values()})
+        cells = [percent(mine[at]["accuracy"][mine[at]["pauses"]]) if at in mine else "–" for at in columns]
+        rows.append([label, "–".join(f"{size:,}" for size in sizes[:: max(1, len(sizes) - 1)]), *cells])
+    return rows
+
+
+def plain(row: dict) -> str:
+    """An arm's label, without its number of bits."""
+    return (
+        row["label"].replace(f"{row['n']} ", "n ")
+        if row["pauses"] == row["n"] or row["name"] == "dots"
+        else row["label"]
+    )
+
+
+CHANCE = {"parity": 0.5, "mod3": 1 / 3}
+
+
+def error_bars(figures: list[dict]) -> list[list[float]]:
+    """Distances from the means to the ends of their intervals; none of one seed."""
+    return [[f["mean"] - (f["mean"] if f["low"] is None else max(0, f["low"])) for f in figures],
+            [(f["mean"] if f["high"] is None else min(1, f["high"])) - f["mean"] for f in figures]]  # fmt: skip
+
+
+def plot(found: list[dict], file: Path) -> None:
+    """Accuracy against pauses in training; the controls; the four variants; accuracy against pauses at inference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = sorted({row["n"] for row in found})
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained", width_ratios=(1, 1.25))
+    grey = [str(0.15 + 0.5 * i / max(1, len(sizes) - 1)) for i in range(len(sizes))]
+
+    def of(n: int, names: list[str]) -> list[dict]:
+        return [row for name in names for row in found if (row["n"], row["name"]) == (n, name)]
+
+    def at_training(rows: list[dict]) -> list[dict]:
+        return [row["accuracy"][row["pauses"]] for row in rows]
+
+    def bars(axis, names: list[str], labels: list[str]) -> None:
+        height = 0.8 / len(sizes)
+        for i, n in enumerate(sizes):
+            figures = at_training(of(n, [name.format(n=n) for name in names]))
+            places = [j + (i - (len(sizes) - 1) / 2) * height for j in range(len(figures))]
+            axis.barh(places, [f["mean"] for f in figures], height * 0.9, xerr=error_bars(figures), capsize=2,
+                      color=grey[i], label=f"n = {n} bits")  # fmt: skip
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.set_xlabel("accuracy on test strings")
+
+    for i, n in enumerate(sizes):
+        rows = [
+            row for row in of(n, ["none_parity"]) + [r for r in found if r["n"] == n and r["name"].startswith("count_")]
+        ]
+        figures = at_training(rows)
+        axes[0, 0].errorbar([row["pauses"] for row in rows], [f["mean"] for f in figures], error_bars(figures),
+                            marker="os^Dv"[i % 5], color=grey[i], capsize=3, label=f"n = {n} bits")  # fmt: skip
+        for row in of(n, ["PausePT_PauseFT", "StdPT_PauseFT"]):
+            figures = list(row["accuracy"].values())
+            axes[1, 1].errorbar(list(row["accuracy"]), [f["mean"] for f in figures], error_bars(figures),
+                                marker="os^Dv"[i % 5], color=grey[i], capsize=3,
+                                linestyle="-" if row["name"].startswith("Pause") else ":",
+                                label=f"{row['name']}, n = {n}")  # fmt: skip
+            axes[1, 1].axvline(n, color=grey[i], linewidth=0.7, linestyle="--")
+    axes[0, 0].set(title="Parity of n bits: pauses with the count as hints", xlabel="pauses after the bits",
+                   ylabel="accuracy on test strings")  # fmt: skip
+    bars(axes[0, 1], ["count_{n}", "dots", "no_hints", "none_no_hints", "none_parity", "none_count", "none_larger"],
+         ["n pauses, count as hints", "n dots, count as hints", "n pauses, no hints", "no pauses, no hints",
+          "no pauses, parities as hints", "no pauses, hints about the count", "no pauses, larger model"])  # fmt: skip
+    axes[0, 1].set_title("Parity of n bits: the controls")
+    bars(axes[1, 0], ["StdPT_StdFT", "StdPT_PauseFT", "PausePT_StdFT", "PausePT_PauseFT"],
+         ["standard pretraining\nstandard finetuning", "standard pretraining\npause finetuning",
+          "pause pretraining\nstandard finetuning", "pause pretraining\npause finetuning"])  # fmt: skip
+    axes[1, 0].set_title("The four variants: finetuned without hints on the count modulo 3")
+    axes[1, 1].set(title="Pause finetuning with n pauses, other numbers at inference",
+                   xlabel="pauses at inference (dashed: n, as in finetuning)",
+                   ylabel="accuracy on test strings")  # fmt: skip
+    for axis, kind, is_bar in zip(axes.flat, ("parity", "parity", "mod3", "mod3"), (False, True, True, False)):
+        line = axis.axvline if is_bar else axis.axhline
+        line(CHANCE[kind], color="black", linewidth=1, linestyle=":", label="chance")
+        (axis.set_xlim if is_bar else axis.set_ylim)(0, 1.05)
+        axis.grid(alpha=0.3, axis="x" if is_bar else "y")
+        axis.set_axisbelow(True)
+        axis.legend(fontsize=8, loc="best")
+    seeds = found[0]["seeds"]
+    figure.suptitle(f"{seeds} seeds; error bars: 95 % interval over seeds" if seeds > 1 else "one seed, no error bars")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    settings = cli.parse(Settings, sys.argv[1:], "python experiments/counting.py", __doc__)
+    errors.check("seeds", settings.seeds, 1, 1000)
+    errors.check("max_steps", settings.max_steps, 5, 10**7)
+    for n in settings.n:
+        errors.check("n", n, 8, 1000)
+    cells = [(n, n_mlp) for n in settings.n for n_mlp in (BORDER_MLP if settings.border else (16,))]
+    runs = {
+        (n, n_mlp, arm): [run_of(settings, n, arm, seed, n_mlp) for seed in range(settings.seeds)]
+        for n, n_mlp in cells
+        for arm in parity_arms(n) + variants(n)
+        if not settings.border or arm.name in (f"count_{n}", "PausePT_StdFT", "PausePT_PauseFT")
+    }
+    train_all([run for some in runs.values() for run in some], measure)
+    found = [summary(*key, some) for key, some in runs.items()]
+    name = "border" if settings.border else "results"
+    rows, folder = table(found, settings.border), Path(settings.out_dir)
+    note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean ± 95 % interval (Student's t); "
+            f"{settings.max_steps:,} steps of 128 examples per arm; 2,000 test strings per run; chance is 50 % for "
+            f"parity, 33.3 % for the variants")  # fmt: skip
+    rows.insert(1, ["---"] * len(rows[0]))
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{note}.\n"
+    replace_file(folder / ("border.md" if settings.border else "table.md"), text)
+    write_json(folder / f"{name}.json", {"settings": asdict(settings), "versions": versions(), "arms": found})
+    shown = Table(*rows[0])
+    for row in rows[2:]:
+        shown.add_row(*row)
+    with Ticker(0, enabled=True) as ticker:
+        ticker.show(shown)
+        ticker.say(note)
+        if not settings.border:
+            plot(found, folder / "counting.png")
+        ticker.say(f"written: {folder}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

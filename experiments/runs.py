@@ -1,0 +1,122 @@
+"""Small training runs side by side in a few processes: train.py's `train`, then a measurement of the last checkpoint.
+
+A run that has its measurement is not repeated, and one that was interrupted continues from its newest checkpoint.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nanopause import metrics  # noqa: E402
+from nanopause.config import Config, load_config  # noqa: E402
+from nanopause.errors import UserError  # noqa: E402
+from nanopause.evaluation import write_json  # noqa: E402
+from nanopause.progress import Ticker  # noqa: E402
+from train import train  # noqa: E402
+
+SECONDS_BETWEEN_LINES = 20.0  # of progress, without a terminal
+
+
+class Run(NamedTuple):
+    """folder: out_dir of the run. arguments: of train.py besides. first: a run that must be finished before."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+    first: "Run | None" = None
+
+    def config(self) -> Config:
+        arguments = [f"--init_from={self.first.folder}"] if self.first else []
+        return load_config([*self.arguments, *arguments, f"--out_dir={self.folder}", "--resume", "--compile=False"])
+
+    def measured(self) -> dict:
+        """The measurement; {} where there is none yet."""
+        file = self.folder / "measured.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def progress(self) -> str:
+        rows = metrics.read(self.folder / "metrics.jsonl")
+        return f"{'/'.join(self.folder.parts[-3:])}" + (f" step {rows[-1]['step']}" if rows else "")
+
+
+Measure = Callable[[Path], dict]
+
+
+def _start_worker(numbers, n_gpus: int) -> None:
+    """One thread a process on a CPU; on several GPUs the processes take turns."""
+    if n_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get() % n_gpus)
+    else:
+        torch.set_num_threads(1)
+
+
+def _work(run: Run, measure: Measure) -> None:
+    """Train and measure. What a run prints goes to log.txt in its folder's parent."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run.folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            config, latest = run.config(), run.folder / "latest"
+            if not latest.exists() or latest.read_text() != f"step_{config.max_steps:08d}":
+                train(config)
+            write_json(run.folder / "measured.json", measure(run.folder))
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
+def n_workers() -> int:
+    """Processes at a time: one a core, or four a GPU, which small models leave idle."""
+    return 4 * torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def train_all(runs: Sequence[Run], measure: Measure) -> None:
+    """Train and measure every run that is not finished, and show how far they are.
+
+    Raises UserError that names the runs that failed, after the others are finished."""
+    todo, failed = [run for run in runs if not run.measured()], []
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for i in range(n_workers()):
+        numbers.put(i)
+    started: dict[Future, Run] = {}
+    with (
+        Ticker(len(runs), enabled=True) as ticker,
+        ProcessPoolExecutor(n_workers(), context, _start_worker, (numbers, torch.cuda.device_count())) as pool,
+    ):
+        shown, n_done = 0.0, len(runs) - len(todo)
+        try:
+            while todo or started:
+                ready = [run for run in todo if run.first is None or run.first.measured()]
+                for run in ready[: n_workers() - len(started)]:
+                    todo.remove(run)
+                    started[pool.submit(_work, run, measure)] = run
+                if not started:  # what is left needs runs that failed
+                    break
+                ended, _ = wait(started, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    run, n_done = started.pop(future), n_done + 1
+                    if error := future.exception():
+                        failed.append(f"{run.folder}: {error} ({run.folder}.log)")
+                show = time.monotonic() - shown > SECONDS_BETWEEN_LINES
+                shown = time.monotonic() if show else shown
+                ticker.step(n_done, f"{n_done} of {len(runs)} runs; "
+                            + ", ".join(run.progress() for run in started.values()), show)  # fmt: skip
+        except KeyboardInterrupt:
+            for process in pool._processes.values():
+                process.terminate()
+            raise
+    if failed or todo:
+        raise UserError(f"{len(failed) + len(todo)} of {len(runs)} runs are not finished, the same command continues "
+                        f"them: {'; '.join(failed)}")  # fmt: skip

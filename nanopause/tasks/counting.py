@@ -1,0 +1,97 @@
+"""Functions of the number of ones in a random bit string, for experiments that take minutes on a CPU.
+
+    parity_16, parity_24, …    the count modulo 2 [London & Kanade 2025, section 5]
+    mod3_16, mod3_24, …        the count modulo 3
+    parity_16_dots, …          n dots follow the bits, as many as there are bits: ordinary tokens in place of pauses
+
+The text is `0110…` and the answer after a space, so with M pauses appended the tokens are x1 … xn, <pause> × M, space,
+answer: the space is London & Kanade's END, and the answer is predicted there. One character must be one token
+(--tokenizer=bytes). The strings of "test" are in no other split.
+"""
+
+from collections.abc import Iterator
+from itertools import accumulate, islice
+
+import numpy as np
+
+from nanopause.prepare import hash_of
+from nanopause.tasks.task import Example, Row, Task, text
+
+MODULUS = {"parity": 2, "mod3": 3}
+N_ROWS = {"train": 20_000, "test": 2_000}
+TEST_SHARE = 10  # of the strings one in ten is in the test split
+
+
+def answer(kind: str, bits: str) -> str:
+    return str(bits.count("1") % MODULUS[kind])
+
+
+def strings(n: int, rng: np.random.Generator) -> Iterator[str]:
+    """Uniform random strings of n bits, each at most once (where n > 20 a repetition is improbable)."""
+    if n <= 20:
+        yield from (f"{i:0{n}b}" for i in rng.permutation(2**n).tolist())
+    else:
+        while True:
+            yield "".join(map(str, rng.integers(0, 2, n)))
+
+
+def rows(kind: str, n: int, dots: bool, split: str) -> Iterator[Row]:
+    """The rows of a split, always the same ones; a hash of the string decides its split."""
+    in_split = (
+        bits
+        for bits in strings(n, np.random.default_rng((n, split == "test")))
+        if (hash_of("counting " + bits) % TEST_SHARE == 0) == (split == "test")
+    )
+    for bits in islice(in_split, N_ROWS[split]):
+        yield {"question": bits + "." * (n * dots), "answer": answer(kind, bits)}
+
+
+def examples(row: Row) -> list[Example]:
+    value = text(row, "answer")
+    return [Example(text(row, "question"), f" {value}", (value,))]
+
+
+# Hints: the last position before the answer's space has none, as it predicts the space.
+
+
+def _reached(bits: str, n_slots: int) -> list[str | None]:
+    """Slot j of M: whether the count is at least ⌈j·n/M⌉; for M = n that is London & Kanade's t_j = [Σx ≥ j]."""
+    count = bits.count("1")
+    return [str(int(count >= -(-j * len(bits) // n_slots))) for j in range(1, n_slots)] + [None] * (n_slots > 0)
+
+
+def count_at_pauses(prefix: str, n_pauses: int):
+    """The count in unary, at the pauses, or at the dots in their place."""
+    bits = prefix.rstrip(".")
+    return [None] * len(bits) + _reached(bits, len(prefix) - len(bits)), _reached(bits, n_pauses)
+
+
+def parity_at_prefix(prefix: str, n_pauses: int):
+    """At every bit the parity so far: the hints that London & Kanade give the model without pauses."""
+    return [str(count % 2) for count in accumulate(map(int, prefix[:-1]))] + [None], [None] * n_pauses
+
+
+def count_at_prefix(prefix: str, n_pauses: int):
+    """At every bit whether at least half of the bits so far are ones: a hint about the count without pauses."""
+    counts = accumulate(map(int, prefix[:-1]))
+    return [str(int(2 * count >= i)) for i, count in enumerate(counts, 1)] + [None], [None] * n_pauses
+
+
+def exact(answer: str, references: tuple[str, ...]) -> float:
+    """1 if the answer is the reference."""
+    return float(answer in references)
+
+
+def counting(kind: str, n: int, dots: bool = False) -> Task:
+    """The task of one kind and number of bits."""
+    return Task(
+        name=f"{kind}_{n}" + "_dots" * dots,
+        hub="",
+        splits={"train": "train", "test": "test"},
+        generate=lambda split: rows(kind, n, dots, split),
+        examples=examples,
+        hints={"count": count_at_pauses}
+        | ({} if dots else {"prefix_parity": parity_at_prefix, "prefix_count": count_at_prefix}),
+        metrics={"accuracy": exact},
+        max_new_tokens=3,
+    )
