@@ -191,8 +191,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], torch.dtype, Read]:
-    """The shapes of a folder's tensors by name, the dtype that holds them all exactly, and how to read them. Every read
-    opens its file anew: pages of a file that stays open count as memory."""
+    """The shapes of a folder's tensors by name, the dtype that holds them all exactly, and how to read them. A read
+    returns a view of the file, which is memory-mapped again for each read. The mapping ends with the view: pages of a
+    file that stays mapped count as memory of the process, and a copy needs as much again."""
     index = folder / "model.safetensors.index.json"
     if (file := folder / "model.safetensors").exists():
         with _opened(file) as tensors:
@@ -225,7 +226,7 @@ def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], torch.dtype, Read]
 
     def read(name: str, start: int, stop: int) -> Tensor:
         with _opened(files[name]) as tensors:
-            return tensors.get_slice(name)[start:stop].clone()
+            return tensors.get_slice(name)[start:stop]
 
     return shapes, reduce(torch.promote_types, dtypes or {torch.float32}), read
 

@@ -215,24 +215,27 @@ def test_a_hub_id_is_fetched_once(tmp_path, monkeypatch):
 
 
 def test_memory_is_the_model(tmp_path):
-    """The peak of a process that loads 232 MB, above what it took before."""
-    theirs = llama(vocab_size=24_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
-                   num_attention_heads=8)  # fmt: skip
-    theirs.save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    """Peak memory of a process that loads 232 MB, relative to the weights. A small model of the same architecture is
+    loaded before the baseline: imports and thread pools take 30 MB once, whatever the size of the model."""
+    shape = dict(
+        vocab_size=24_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8
+    )
+    for folder, theirs in (("small", llama()), ("large", llama(**shape))):
+        theirs.save_pretrained(tmp_path / folder)
+        byte_tokenizer().save_pretrained(tmp_path / folder)
     code = f"""
-from nanopause.hub import load_pretrained, pretrained_tokenizer
-import huggingface_hub, transformers
-transformers.AutoConfig.from_pretrained({str(tmp_path)!r}), pretrained_tokenizer({str(tmp_path)!r})
+from nanopause.hub import load_pretrained
 def peak():
     return [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")][0] * 1024
+load_pretrained({str(tmp_path / "small")!r})
 before = peak()
-model, _ = load_pretrained({str(tmp_path)!r})
+model, _ = load_pretrained({str(tmp_path / "large")!r})
 print((peak() - before) / sum(4 * p.numel() for p in model.parameters()))
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert 0.5 < float(ended.stdout) <= 1.2
+    ratio = float(ended.stdout)  # 1.017 to 1.018; 1.21 if whole tensors are read at once
+    assert 0.9 < ratio <= 1.1, f"{ratio:.3f} times the memory of the weights"
 
 
 # Out
