@@ -313,7 +313,8 @@ def train(config: Config) -> None:
             hidden = tokenizer.pause_id, tokenizer.bos_id
             shown = [id for id in prompt if id not in hidden] if config.task else []
             ticker.say(f"\na sample:\n{tokenizer.decode(shown)}{sample.text}\n\nwritten: {out_dir} (checkpoints, "
-                       f"metrics.jsonl, loss.png); try: python sample.py --out_dir={out_dir}")  # fmt: skip
+                       f"metrics.jsonl, loss.png)\ntry: python sample.py --out_dir={out_dir}\n"
+                       f"     python -m nanopause.compare {out_dir} OTHER_RUN")  # fmt: skip
         if processes.is_main:
             log.finish()
         processes.close()

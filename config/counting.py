@@ -17,11 +17,11 @@ zero_init = False
 block_size = 96
 
 optimizer = "adamw"
-learning_rate = 5e-3
+learning_rate = 0.01
 beta2 = 0.999
-warmup_steps = 100
+warmup_steps = 50
 max_steps = 800
-batch_size = 128
+batch_size = 64
 
 eval_interval = 200
 eval_blocks = 1000

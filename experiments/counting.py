@@ -15,7 +15,7 @@ All arms have the same number of steps, examples, and, but for the larger model,
 training set. Chance is 1/2 for parity and 1/3 modulo 3.
 
     out/counting/results.json    every arm with its settings, parameters and accuracies by seed
-    out/counting/table.md, counting.png
+    out/counting/results.md, counting.png
     out/counting/n20/count_20/seed0/     a run of train.py, for sample.py and evaluate.py
 """
 
@@ -27,34 +27,31 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from rich.table import Table
 
-from experiments.runs import ROOT, Run, train_all
+from experiments.runs import ROOT, Run, over_seeds, report, shown, train_all
 from nanopause import checkpoint, cli, errors
 from nanopause.config import Config
 from nanopause.distributed import Processes
-from nanopause.evaluation import versions, write_json
-from nanopause.files import replace_file
 from nanopause.finetune import load_pairs, task_validation_batches
-from scipy import stats
-from nanopause.progress import Ticker
 from train import evaluate
 
 
 class Arm(NamedTuple):
-    """What differs between runs. name: of its folder. pauses: of training. pretraining: the arm that it continues."""
+    """What differs between runs. name: of its folder. pauses: of training. changed: other settings of the model or
+    the optimizer. pretraining: the arm that it continues."""
 
     name: str
     label: str
     task: str
     pauses: int = 0
     hints: str = ""
-    larger: bool = False
+    changed: tuple[str, ...] = ()
     pretraining: str = ""
 
 
 BORDER_MLP = (8, 16, 32)  # widths of the MLP
 LARGER = ("--n_embd=32", "--n_mlp=64")  # twice the width and four times the MLP
+MUON = ("--optimizer=muon", "--matrix_learning_rate=0.02")
 
 
 def parity_arms(n: int) -> list[Arm]:
@@ -71,7 +68,8 @@ def parity_arms(n: int) -> list[Arm]:
         Arm("no_hints", f"{n} pauses, no hints", task, n),
         Arm("none_no_hints", "no pauses, no hints", task),
         Arm("none_count", "no pauses, hints about the count at the bits", task, 0, "prefix_count"),
-        Arm("none_larger", "no pauses, parities as hints, width ×2, MLP ×4", task, 0, "prefix_parity", True),
+        Arm("none_larger", "no pauses, parities as hints, width ×2, MLP ×4", task, 0, "prefix_parity", LARGER),
+        Arm("none_muon", "no pauses, parities as hints, Muon in place of AdamW", task, 0, "prefix_parity", MUON),
         Arm("dots", f"{n} dots (an ordinary token), count as hints at them", f"{task}_dots", 0, "count"),
     ]
 
@@ -91,7 +89,7 @@ class Settings:
     """Numbers of bits, with commas."""
     seeds: int = 1
     """Seeds 0, 1, …, as many as this."""
-    max_steps: int = 1000
+    max_steps: int = 800
     """Steps of every arm, and as many of every finetuning."""
     border: bool = False
     """Instead of all arms: pause pretraining, then finetuning with and without pauses, by number of bits and width of
@@ -110,7 +108,7 @@ def run_of(settings: Settings, n: int, arm: Arm, seed: int, n_mlp: int = 16) -> 
     return Run(
         Path(settings.out_dir, group, arm.name, f"seed{seed}"),
         (str(ROOT / "config/counting.py"), f"--task={arm.task}", f"--pauses={arm.pauses}", f"--hints={arm.hints}",
-         f"--n_mlp={n_mlp}", *LARGER * arm.larger, f"--block_size={3 * n + 16}", f"--seed={seed}",
+         f"--n_mlp={n_mlp}", *arm.changed, f"--block_size={3 * n + 16}", f"--seed={seed}",
          f"--max_steps={settings.max_steps}", f"--eval_interval={max(1, settings.max_steps // 5)}",
          f"--checkpoint_interval={settings.max_steps}", "--log_interval=50"),
         first,
@@ -153,29 +151,15 @@ def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
             "seeds": len(runs), "accuracy": accuracy}  # fmt: skip
 
 
-def over_seeds(values):
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def percent(figures: dict) -> str:
-    """Mean and 95 % interval over seeds, in percent."""
-    text = f"{100 * figures['mean']:.1f}"
-    return text if figures["low"] is None else f"{text} ± {100 * (figures['high'] - figures['mean']):.1f}"
-
-
 def table(found: list[dict], border: bool) -> list[list[str]]:
     """Rows of text, the header first: an arm a row, a number of bits a column."""
     columns = sorted({(row["n"], row["n_mlp"]) for row in found})
     names = [f"n = {n}" + f", MLP {n_mlp}" * border for n, n_mlp in columns]
-    rows = [["accuracy, %", "parameters", *names]]
+    rows = [["accuracy", "parameters", *names]]
     for label in dict.fromkeys(plain(row) for row in found):
         mine = {(row["n"], row["n_mlp"]): row for row in found if plain(row) == label}
         sizes = sorted({row["parameters"] for row in mine.values()})
-        cells = [percent(mine[at]["accuracy"][mine[at]["pauses"]]) if at in mine else "–" for at in columns]
+        cells = [shown(mine[at]["accuracy"][mine[at]["pauses"]], 3) if at in mine else "–" for at in columns]
         rows.append([label, "–".join(f"{size:,}" for size in sizes[:: max(1, len(sizes) - 1)]), *cells])
     return rows
 
@@ -242,9 +226,11 @@ def plot(found: list[dict], file: Path) -> None:
             axes[1, 1].axvline(n, color=grey[i], linewidth=0.7, linestyle="--")
     axes[0, 0].set(title="Parity of n bits: pauses with the count as hints", xlabel="pauses after the bits",
                    ylabel="accuracy on test strings")  # fmt: skip
-    bars(axes[0, 1], ["count_{n}", "dots", "no_hints", "none_no_hints", "none_parity", "none_count", "none_larger"],
+    bars(axes[0, 1], ["count_{n}", "dots", "no_hints", "none_no_hints", "none_parity", "none_count", "none_larger",
+          "none_muon"],
          ["n pauses, count as hints", "n dots, count as hints", "n pauses, no hints", "no pauses, no hints",
-          "no pauses, parities as hints", "no pauses, hints about the count", "no pauses, larger model"])  # fmt: skip
+          "no pauses, parities as hints", "no pauses, hints about the count", "no pauses, larger model",
+          "no pauses, Muon"])  # fmt: skip
     axes[0, 1].set_title("Parity of n bits: the controls")
     bars(axes[1, 0], ["StdPT_StdFT", "StdPT_PauseFT", "PausePT_StdFT", "PausePT_PauseFT"],
          ["standard pretraining\nstandard finetuning", "standard pretraining\npause finetuning",
@@ -281,24 +267,14 @@ def main() -> None:
     }
     train_all([run for some in runs.values() for run in some], measure)
     found = [summary(*key, some) for key, some in runs.items()]
-    name = "border" if settings.border else "results"
-    rows, folder = table(found, settings.border), Path(settings.out_dir)
-    note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean ± 95 % interval (Student's t); "
-            f"{settings.max_steps:,} steps of 128 examples per arm; 2,000 test strings per run; chance is 50 % for "
-            f"parity, 33.3 % for the variants")  # fmt: skip
-    rows.insert(1, ["---"] * len(rows[0]))
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{note}.\n"
-    replace_file(folder / ("border.md" if settings.border else "table.md"), text)
-    write_json(folder / f"{name}.json", {"settings": asdict(settings), "versions": versions(), "arms": found})
-    shown = Table(*rows[0])
-    for row in rows[2:]:
-        shown.add_row(*row)
-    with Ticker(0, enabled=True) as ticker:
-        ticker.show(shown)
-        ticker.say(note)
-        if not settings.border:
-            plot(found, folder / "counting.png")
-        ticker.say(f"written: {folder}")
+    note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
+            f"differ]; {settings.max_steps:,} steps of 64 examples per arm; 2,000 test strings per run; chance is 0.5 "
+            f"for parity, 0.333 for the variants.")  # fmt: skip
+    folder = Path(settings.out_dir)
+    if not settings.border:
+        plot(found, folder / "counting.png")
+    report(folder, "border" if settings.border else "results", table(found, settings.border), note, asdict(settings),
+           found)  # fmt: skip
 
 
 if __name__ == "__main__":

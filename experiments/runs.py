@@ -1,4 +1,5 @@
-"""Small training runs side by side in a few processes: train.py's `train`, then a measurement of the last checkpoint.
+"""Small training runs side by side in a few processes: train.py's `train`, then a measurement of the last checkpoint;
+and the table of what they measured.
 
 A run that has its measurement is not repeated, and one that was interrupted continues from its newest checkpoint.
 """
@@ -7,6 +8,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,7 +26,9 @@ sys.path.insert(0, str(ROOT))
 from nanopause import metrics  # noqa: E402
 from nanopause.config import Config, load_config  # noqa: E402
 from nanopause.errors import UserError  # noqa: E402
-from nanopause.evaluation import write_json  # noqa: E402
+from nanopause.evaluation import versions, write_json  # noqa: E402
+from nanopause.files import replace_file  # noqa: E402
+from nanopause.intervals import t_interval  # noqa: E402
 from nanopause.progress import Ticker  # noqa: E402
 from train import train  # noqa: E402
 
@@ -120,3 +125,34 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
     if failed or todo:
         raise UserError(f"{len(failed) + len(todo)} of {len(runs)} runs are not finished, the same command continues "
                         f"them: {'; '.join(failed)}")  # fmt: skip
+
+
+# The table
+
+
+def over_seeds(values: Sequence[float]) -> dict:
+    """values, a seed each, their mean and the 95 % interval of the mean (low, high; None of one seed, or where all
+    values are equal)."""
+    low, high = t_interval(values) or (None, None)
+    return {"values": list(values), "mean": statistics.fmean(values), "low": low, "high": high}
+
+
+def shown(figures: dict, digits: int, sign: str = "") -> str:
+    """Mean and interval of over_seeds as text."""
+    text = f"{figures['mean']:{sign}.{digits}f}"
+    if figures["low"] is None:
+        return text
+    return f"{text} [{figures['low']:{sign}.{digits}f}, {figures['high']:{sign}.{digits}f}]"
+
+
+def report(folder: Path, name: str, rows: list[list[str]], note: str, settings: dict, arms: list[dict]) -> None:
+    """Print the table, the header first, and write name.md and name.json."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    replace_file(folder / f"{name}.md", "".join(f"| {' | '.join(row)} |\n" for row in lines) + f"\n{note}\n")
+    write_json(folder / f"{name}.json", {"settings": settings, "versions": versions(), "arms": arms})
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    with Ticker(0, enabled=True) as ticker:
+        ticker.show(table)
+        ticker.say(f"{note}\nwritten: {folder} ({name}.md, {name}.json)")

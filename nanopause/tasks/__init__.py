@@ -1,12 +1,11 @@
 """The tasks: `load(get_task("gsm8k"), "train")`."""
 
-import re
 from difflib import get_close_matches
 
 from nanopause.errors import UserError
+from nanopause.tasks import counting, match
 from nanopause.tasks.aqua import AQUA
 from nanopause.tasks.coqa import COQA
-from nanopause.tasks.counting import counting
 from nanopause.tasks.csqa import CSQA
 from nanopause.tasks.gsm8k import GSM8K
 from nanopause.tasks.hellaswag import HELLASWAG
@@ -21,13 +20,15 @@ from nanopause.tasks.webq import WEBQ
 
 __all__ = ["TASKS", "Example", "Task", "get_task", "load"]
 
+GENERATED = {counting.NAME: counting.counting, match.NAME: match.match}  # patterns of names of tasks without data
 TASKS = {task.name: task for task in (GSM8K, SQUAD, COQA, CSQA, PIQA, HELLASWAG, LAMBADA, WEBQ, NQ, AQUA, MBPP)}
 
 
 def get_task(name: str) -> Task:
     """A task by its name. Raises UserError with the nearest name."""
-    if match := re.fullmatch(r"(parity|mod3)_([1-9]\d{0,3})(_dots)?", name):
-        return counting(match[1], int(match[2]), dots=bool(match[3]))
+    for names, task_of in GENERATED.items():
+        if names.fullmatch(name):
+            return task_of(name)
     if name not in TASKS:
         near = get_close_matches(name.lower(), TASKS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(TASKS)}, parity_16 or mod3_16"

@@ -6,9 +6,10 @@
 
 The text is `0110…` and the answer after a space, so with M pauses appended the tokens are x1 … xn, <pause> × M, space,
 answer: the space is London & Kanade's END, and the answer is predicted there. One character must be one token
-(--tokenizer=bytes). The strings of "test" are in no other split.
+(--tokenizer=bytes). A string is in one split.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import accumulate, islice
 
@@ -18,8 +19,7 @@ from nanopause.prepare import hash_of
 from nanopause.tasks.task import Example, Row, Task, text
 
 MODULUS = {"parity": 2, "mod3": 3}
-N_ROWS = {"train": 20_000, "test": 2_000}
-TEST_SHARE = 10  # of the strings one in ten is in the test split
+N_ROWS = {"train": 20_000, "validation": 1_000, "test": 2_000}
 
 
 def answer(kind: str, bits: str) -> str:
@@ -35,13 +35,15 @@ def strings(n: int, rng: np.random.Generator) -> Iterator[str]:
             yield "".join(map(str, rng.integers(0, 2, n)))
 
 
+def split_of(prefix: str) -> str:
+    """The split of a text, by a hash: 1 in 10 is for the test, 1 in 20 for validation."""
+    return {0: "test", 1: "test", 2: "validation"}.get(hash_of("split " + prefix) % 20, "train")
+
+
 def rows(kind: str, n: int, dots: bool, split: str) -> Iterator[Row]:
-    """The rows of a split, always the same ones; a hash of the string decides its split."""
-    in_split = (
-        bits
-        for bits in strings(n, np.random.default_rng((n, split == "test")))
-        if (hash_of("counting " + bits) % TEST_SHARE == 0) == (split == "test")
-    )
+    """The rows of a split, always the same ones."""
+    rng = np.random.default_rng((n, len(split)))
+    in_split = (bits for bits in strings(n, rng) if split_of(bits) == split)
     for bits in islice(in_split, N_ROWS[split]):
         yield {"question": bits + "." * (n * dots), "answer": answer(kind, bits)}
 
@@ -82,12 +84,17 @@ def exact(answer: str, references: tuple[str, ...]) -> float:
     return float(answer in references)
 
 
-def counting(kind: str, n: int, dots: bool = False) -> Task:
-    """The task of one kind and number of bits."""
+NAME = re.compile(r"(parity|mod3)_([1-9]\d{0,3})(_dots)?")
+
+
+def counting(name: str) -> Task:
+    """The task of a name such as parity_16."""
+    kind, digits, dots = NAME.fullmatch(name).groups()
+    n, dots = int(digits), bool(dots)
     return Task(
-        name=f"{kind}_{n}" + "_dots" * dots,
+        name=name,
         hub="",
-        splits={"train": "train", "test": "test"},
+        splits=dict(zip(N_ROWS, N_ROWS)),
         generate=lambda split: rows(kind, n, dots, split),
         examples=examples,
         hints={"count": count_at_pauses}

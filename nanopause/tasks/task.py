@@ -52,7 +52,7 @@ class Task:
     """Name to function of (answer, references), of (log-likelihoods, choices, label) or of (program, tests); the
     primary one first."""
     generate: Callable[[str], Iterable[Row]] | None = None
-    """Of "train" or "test", the rows of a task that is computed and needs no data."""
+    """The rows of a split, of a task that is computed and needs no data."""
     hints: dict[str, Hints] = field(default_factory=dict)
     """Intermediate results that training can give as targets to the prefix or to its pauses, by name (--hints)."""
     document: str = "question"

@@ -1,0 +1,113 @@
+"""Do fillers help where no chain of thought is written? 3SUM and 2SUM [Pfau et al. 2024], in minutes on a CPU.
+
+    python experiments/match.py                       # one seed
+    python experiments/match.py --seeds=5             # the table of docs/evidence.md
+    python experiments/match.py --tasks=match3_12_d3 --size=paper --max_steps=50000     # on a GPU
+
+Arms, with the same number of steps, examples and parameters:
+    pauses, hints    the chain of thought as targets at the pauses, which stay the input
+    pauses           no other target than the answer
+    none             no pauses
+    dots             fillers as in the paper: an ordinary token
+    mix              half of the training examples have a chain of thought in their text, half have dots; tested on dots
+
+    out/match/results.json, results.md       accuracies by arm and seed; chance is 0.5
+    out/match/match3_6/hints/seed0/          a run of train.py
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.counting import accuracy
+from experiments.runs import ROOT, Run, over_seeds, report, shown, train_all
+from nanopause import checkpoint, cli, errors
+from nanopause.config import Config
+from nanopause.distributed import Processes
+from nanopause.evaluation import words
+from nanopause.tasks import get_task
+from nanopause.tasks.match import problem_of
+
+# [Pfau et al. 2024, section 4]: 4 layers, width 384, 6 heads, batch 256, Adam 1e-4.
+PAPER = ("--n_embd=384", "--n_head=6", "--batch_size=256", "--optimizer=adamw", "--learning_rate=1e-4")
+
+
+class Arm(NamedTuple):
+    name: str
+    label: str
+    form: str = ""
+    has_pauses: bool = False
+    hints: str = ""
+
+
+ARMS = [
+    Arm("hints", "pauses, chain of thought as hints at them", "", True, "thought"),
+    Arm("pauses", "pauses, no hints", "", True),
+    Arm("none", "no pauses"),
+    Arm("dots", "dots", "_dots"),
+    Arm("mix", "half of training with chain of thought, half with dots; tested on dots", "_mix"),
+]
+
+
+@dataclass
+class Settings:
+    tasks: str = "match3_6,match2_8"
+    """match3_N or match2_N, with commas; match3_12_d3 has vectors of 3 digits, as in the paper."""
+    seeds: int = 1
+    """Seeds 0, 1, …, as many as this."""
+    max_steps: int = 900
+    """Steps of every arm."""
+    size: Literal["small", "paper"] = "small"
+    """Width 32, or the paper's 384."""
+    out_dir: str = "out/match"
+    """Folder of everything."""
+
+
+def run_of(settings: Settings, task: str, arm: Arm, seed: int) -> Run:
+    problem, steps = problem_of(task), settings.max_steps
+    n_pauses = (problem.n_thoughts + 1) * arm.has_pauses
+    length = (problem.n + 1) * problem.d + 2 * problem.n_thoughts + 16
+    return Run(
+        Path(settings.out_dir, task, arm.name, f"seed{seed}"),
+        (str(ROOT / "config/match.py"), f"--task={task}{arm.form}", f"--pauses={n_pauses}", f"--hints={arm.hints}",
+         *PAPER * (settings.size == "paper"), f"--block_size={length}", f"--seed={seed}", f"--max_steps={steps}",
+         f"--eval_interval={max(1, steps // 5)}", f"--checkpoint_interval={steps}", "--log_interval=50"),
+    )  # fmt: skip
+
+
+def measure(folder: Path) -> dict:
+    """Accuracy of the last checkpoint on the test texts, without a chain of thought."""
+    model, tokenizer, state = checkpoint.load(folder, Processes("auto").device)
+    config = Config(**state["config"])
+    return {"parameters": sum(p.numel() for p in model.parameters()), "steps": state["step"],
+            "batch_size": config.batch_size, "accuracy": accuracy(config, model, tokenizer, config.pauses)}  # fmt: skip
+
+
+def main() -> None:
+    settings = cli.parse(Settings, sys.argv[1:], "python experiments/match.py", __doc__)
+    errors.check("seeds", settings.seeds, 1, 1000)
+    errors.check("max_steps", settings.max_steps, 5, 10**7)
+    tasks = [get_task(name).name for name in words(settings.tasks)]
+    runs = {(task, arm): [run_of(settings, task, arm, seed) for seed in range(settings.seeds)]
+            for task in tasks for arm in ARMS}  # fmt: skip
+    train_all([run for some in runs.values() for run in some], measure)
+    found = []
+    for (task, arm), some in runs.items():
+        measured = [run.measured() for run in some]
+        about = {key: value for key, value in measured[0].items() if key != "accuracy"}
+        figures = over_seeds([one["accuracy"] for one in measured])
+        found.append({"on": task, **arm._asdict(), **about, "arguments": list(some[0].arguments), "accuracy": figures})
+    at = {(row["on"], row["name"]): row for row in found}
+    rows = [["accuracy", *tasks]]
+    rows += [[arm.label, *(shown(at[task, arm.name]["accuracy"], 3) for task in tasks)] for arm in ARMS]
+    note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
+            f"differ]; {settings.max_steps:,} steps of {found[0]['batch_size']} examples per arm, "
+            f"{found[0]['parameters']:,} parameters; 2,000 test texts per run; chance is 0.5.")  # fmt: skip
+    report(Path(settings.out_dir), "results", rows, note, asdict(settings), found)
+
+
+if __name__ == "__main__":
+    errors.run(main)
