@@ -116,16 +116,17 @@ def run_of(settings: Settings, n: int, arm: Arm, seed: int, n_mlp: int = 16) -> 
 
 
 def accuracy(config: Config, model, tokenizer, pauses: int) -> float:
-    """Share of the test strings whose answer greedy decoding generates after this number of pauses."""
+    """Share of the test texts whose answer is the most likely token after prefix, this number of pauses, and the space
+    before the answer (London & Kanade's END)."""
     pairs, _ = load_pairs(replace(config, pauses=pauses, hints=""), "test", tokenizer)
-    processes = Processes("auto")
+    pairs = [replace(pair, n_prefix=pair.n_prefix + 1) for pair in pairs]  # the space is given
     batches = task_validation_batches(pairs, len(pairs), 250, tokenizer.pause_id, config.attention, 0, 1)
-    return evaluate(model, batches, tokenizer, torch.autocast("cpu", enabled=False), processes).accuracy
+    return evaluate(model, batches, tokenizer, torch.autocast("cpu", enabled=False), Processes("auto")).accuracy
 
 
 def measure(folder: Path) -> dict:
-    """Accuracy of a run's last checkpoint on the test strings with as many pauses as in training, and of finetunings
-    with 0 … 2n pauses."""
+    """Accuracy of a run's last checkpoint on the test strings with as many pauses as in training, and of pause
+    finetunings with 0 … 2n pauses."""
     model, tokenizer, state = checkpoint.load(folder, Processes("auto").device)
     config = Config(**state["config"])
     kind, n = config.task.split("_")[:2]

@@ -8,6 +8,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -46,6 +47,10 @@ class Run(NamedTuple):
         arguments = [f"--init_from={self.first.folder}"] if self.first else []
         return load_config([*self.arguments, *arguments, f"--out_dir={self.folder}", "--resume", "--compile=False"])
 
+    def is_trained(self) -> bool:
+        latest = self.folder / "latest"
+        return latest.exists() and latest.read_text() == f"step_{self.config().max_steps:08d}"
+
     def measured(self) -> dict:
         """The measurement; {} where there is none yet."""
         file = self.folder / "measured.json"
@@ -72,13 +77,17 @@ def _work(run: Run, measure: Measure) -> None:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            config, latest = run.config(), run.folder / "latest"
-            if not latest.exists() or latest.read_text() != f"step_{config.max_steps:08d}":
-                train(config)
-            write_json(run.folder / "measured.json", measure(run.folder))
+            if not run.is_trained():
+                train(run.config())
+            if run.is_trained():  # train also returns when SIGTERM stops it
+                write_json(run.folder / "measured.json", measure(run.folder))
         except Exception:
             traceback.print_exc()
             raise
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def n_workers() -> int:
@@ -90,6 +99,7 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
     """Train and measure every run that is not finished, and show how far they are.
 
     Raises UserError that names the runs that failed, after the others are finished."""
+    signal.signal(signal.SIGTERM, _interrupt)
     todo, failed = [run for run in runs if not run.measured()], []
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
@@ -118,8 +128,9 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
                 shown = time.monotonic() if show else shown
                 ticker.step(n_done, f"{n_done} of {len(runs)} runs; "
                             + ", ".join(run.progress() for run in started.values()), show)  # fmt: skip
-        except KeyboardInterrupt:
-            for process in pool._processes.values():
+        except KeyboardInterrupt:  # each worker saves its run, and ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
                 process.terminate()
             raise
     if failed or todo:

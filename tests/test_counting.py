@@ -1,7 +1,6 @@
 """The counting tasks, their hints, and the arms of experiments/counting.py."""
 
 import json
-import math
 from dataclasses import asdict
 
 import numpy as np
@@ -162,13 +161,13 @@ def test_the_experiment(tmp_path, capsys, monkeypatch):
     (last,) = (arm for arm in found if arm["name"] == "PausePT_PauseFT")
     assert sorted(map(int, last["accuracy"])) == [0, 2, 4, 6, 7, 8, 9, 10, 12, 16]
     assert (tmp_path / "counting.png").stat().st_size > 10_000
-    # evaluate.py generates the answers, and finds the same accuracy.
+    # evaluate.py generates the space before the answer too.
     folder = tmp_path / "n8/PausePT_PauseFT/seed0"
     measured = runs.Run(folder, ()).measured()["accuracy"]["8"]
     ended = scripts.run("evaluate.py", f"--out_dir={folder}", "--tasks=mod3_8", "--batch_size=64")
     assert ended.returncode == 0, ended.stderr
     (row,) = json.loads((folder / "evaluation/results.json").read_text())["results"]
-    assert row["pauses"] == 8 and math.isclose(row["metrics"]["accuracy"]["value"], measured)
+    assert row["pauses"] == 8 and row["metrics"]["accuracy"]["value"] <= measured
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}
     counting.main()
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}

@@ -20,7 +20,7 @@ from nanopause.config import Config, load_config
 from nanopause.data import evenly
 from nanopause.engine import Engine
 from nanopause.errors import UserError
-from nanopause.finetune import TaskBatches, encode, load_pairs, pack, task_validation_batches
+from nanopause.finetune import Pair, TaskBatches, encode, load_pairs, n_generated, pack, task_validation_batches
 from nanopause.model import GPT, GPTConfig
 from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
@@ -140,6 +140,23 @@ def test_a_batch_splits_at_its_pairs_and_pads_what_nobody_reads():
     model = GPT(SMALL_GPT).double()
     losses = [model(batch.inputs, batch.targets, **batch.layout).item() for batch in (whole, padded)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+def test_accuracy_is_that_of_greedy_decoding(attention):
+    """Targets that the engine generates count, and those that differ from them in a token do not."""
+    torch.manual_seed(0)
+    model = GPT(SMALL_GPT).eval()
+    prompts = [pair.prompt for pair in pairs_of(sums(6), 3)]
+    texts = Engine(model, BYTES, max_batch=6).generate(prompts, max_new_tokens=4, temperature=0, attention=attention)
+    targets = [[token.id for token in text.tokens] for text in texts]
+    for i in (1, 4):
+        targets[i][-1 if i == 1 else 0] ^= 1
+    pairs = [Pair(np.array(prompt + target), len(prompt)) for prompt, target in zip(prompts, targets)]
+    batch = pack(pairs, P, attention)
+    for some in (batch, batch.padded(64)):
+        x = model.hidden(some.inputs, **some.layout).flatten(0, 1)
+        assert n_generated(model.head, x, some.targets.flatten(), some.ends) == 4
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])

@@ -65,6 +65,24 @@ def test_a_run_leaves_everything(train, tmp_path):
     )
 
 
+def test_pauses_between_the_tokens_of_a_corpus(train, tmp_path):
+    """Half of the positions are pauses; hints double the targets; FLOPs add up over a resume."""
+    arguments = ["--placement=between", "--pauses=1", "--max_steps=4", "--log_interval=1", "--eval_interval=2"]
+    for name, hints in (("last", ""), ("all", "next_token")):
+        train(tmp_path / name, *arguments, f"--hints={hints}")
+    train(tmp_path / "resumed", *arguments, "--max_steps=2", "--checkpoint_interval=1")
+    train(tmp_path / "resumed", *arguments, "--resume")
+    last, every, resumed = (rows(tmp_path / name) for name in ("last", "all", "resumed"))
+    for row in last + every:
+        assert row["pause_share"] == 0.5 and row["tokens"] == row["step"] * 4 * 32
+    # The head computes logits of targets alone, 2 · width · vocabulary FLOPs, and three times as many in training.
+    for i, (a, b) in enumerate(zip(last, every), 1):
+        assert b["flops"] - a["flops"] == i * 3 * 2 * 32 * 258 * 4 * 16
+    assert [row["flops"] for row in resumed] == [row["flops"] for row in last]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in last]
+    assert math.isfinite(last[-1]["val_bpb_pauses"]) and last[-1]["loss"] != every[-1]["loss"]
+
+
 def test_killed_twenty_times_it_ends_with_the_same_bits(train, tiny_corpus, tmp_path):
     args = ("config/pause.py", "--max_steps=900", "--checkpoint_interval=7", "--log_interval=20")
     train(tmp_path / "whole", *args)
