@@ -1,8 +1,10 @@
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +31,7 @@ if find_spec("triton") and not torch.cuda.is_available():
     interpreter.InterpretedFunction.__call__ = call
 
 from experiments import grid as grids
+from experiments import runs
 from nanopause.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +107,44 @@ class Forked:
             with self.process.stdout as output, self.process.stderr as errors, open(self.log, "a") as log:
                 log.write("$ forked\n" + output.read() + errors.read())
         return self.process.exitcode
+
+
+class Inline:
+    """What a ProcessPoolExecutor does, in this process."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def experiment(monkeypatch, capsys, tmp_path):
+    """Runs an experiment's script with its runs in this process: experiment(module, "--n=8") returns what it printed
+    and the arms of the JSON of this name, by name."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Inline)
+
+    def experiment(script, *args, name="results"):
+        monkeypatch.setattr(sys, "argv", [script.__name__, f"--out_dir={tmp_path}", *args])
+        script.main()
+        arms = json.loads((tmp_path / f"{name}.json").read_text())["arms"]
+        return capsys.readouterr().out, arms
+
+    yield experiment
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

@@ -143,33 +143,28 @@ def test_arms_are_alike():
     assert first["max_steps"] == 20 and first["seed"] == 3
 
 
-def test_the_experiment(tmp_path, capsys, monkeypatch):
+def test_the_experiment(experiment, tmp_path, monkeypatch):
     """All of it at a small size: runs, table, JSON, figure; run again it trains nothing."""
-    monkeypatch.setattr(
-        counting, "parity_arms", lambda n: [a for a in PARITY(n) if a.name in ("none_parity", f"count_{n}")]
-    )
-    settings = ["--n=8", "--seeds=2", "--max_steps=5", f"--out_dir={tmp_path}"]
-    monkeypatch.setattr("sys.argv", ["counting.py", *settings])
-    counting.main()
-    text = capsys.readouterr().out
-    assert "PausePT_PauseFT" in text and "2 seeds" in text and "±" in text
-    found = json.loads((tmp_path / "results.json").read_text())["arms"]
-    assert {arm["name"] for arm in found} >= {"none_parity", "count_8", "StdPT_StdFT", "PausePT_PauseFT"}
-    assert {(arm["parameters"], arm["steps"], arm["batch_size"], arm["seeds"]) for arm in found} == {
-        (found[0]["parameters"], 5, 64, 2)
-    }
+    kept = {"none_parity", "count_8"}
+    monkeypatch.setattr(counting, "parity_arms", lambda n: [arm for arm in PARITY(n) if arm.name in kept])
+    text, found = experiment(counting, "--n=8", "--max_steps=5")
+    assert "PausePT_PauseFT" in text and "1 seed," in text
+    assert {arm["name"] for arm in found} == kept | {arm.name for arm in counting.variants(8)}
+    for arm in found:
+        assert (arm["steps"], arm["batch_size"], arm["seeds"]) == (5, 64, 1)
+        assert arm["parameters"] == found[0]["parameters"]
+        assert all(len(figures["values"]) == 1 for figures in arm["accuracy"].values())
     (last,) = (arm for arm in found if arm["name"] == "PausePT_PauseFT")
     assert sorted(map(int, last["accuracy"])) == [0, 2, 4, 6, 7, 8, 9, 10, 12, 16]
     assert (tmp_path / "counting.png").stat().st_size > 10_000
     # evaluate.py generates the space before the answer too.
     folder = tmp_path / "n8/PausePT_PauseFT/seed0"
-    measured = runs.Run(folder, ()).measured()["accuracy"]["8"]
     ended = scripts.run("evaluate.py", f"--out_dir={folder}", "--tasks=mod3_8", "--batch_size=64")
     assert ended.returncode == 0, ended.stderr
     (row,) = json.loads((folder / "evaluation/results.json").read_text())["results"]
-    assert row["pauses"] == 8 and row["metrics"]["accuracy"]["value"] <= measured
+    assert row["pauses"] == 8 and row["metrics"]["accuracy"]["value"] <= last["accuracy"]["8"]["values"][0]
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}
-    counting.main()
+    experiment(counting, "--n=8", "--max_steps=5")
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}
 
 

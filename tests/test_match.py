@@ -4,6 +4,7 @@ from itertools import combinations
 
 import pytest
 
+from experiments import match as matching
 from nanopause.finetune import encode, pack
 from nanopause.pauses import IGNORE
 from nanopause.tasks import get_task, load
@@ -29,7 +30,7 @@ def is_zero(problem, *numbers):
     return all(sum(digits) % problem.modulus == 0 for digits in zip(*numbers))
 
 
-@pytest.mark.parametrize("size, name", zip(SIZES, NAMES), ids=NAMES)
+@pytest.mark.parametrize("size, name", list(zip(SIZES, NAMES)), ids=NAMES)
 def test_answers_and_thoughts(size, name):
     problem = Match(*size)
     examples, _ = load(get_task(name), "train", limit=400)
@@ -80,3 +81,12 @@ def test_hints(pauses, n_hints):
     assert "".join(hints) == Match(3, 6).spelled_thought(example.prefix)[:n_hints]
     assert bytes(targets[-3:-1]).decode() == example.target and targets[-1] == BYTES.eot_id
     assert sum(target != IGNORE for target in targets) == n_hints + 3
+
+
+def test_the_experiment(experiment, monkeypatch):
+    monkeypatch.setattr("nanopause.tasks.match.N_ROWS", {"train": 200, "validation": 20, "test": 50})
+    text, found = experiment(matching, "--tasks=match3_3", "--max_steps=5")
+    assert "chain of thought as hints" in text and "chance is 0.5" in text
+    assert [arm["name"] for arm in found] == [arm.name for arm in matching.ARMS]
+    assert len({(arm["parameters"], arm["steps"], arm["batch_size"]) for arm in found}) == 1
+    assert all(0 <= arm["accuracy"]["mean"] <= 1 for arm in found)
