@@ -58,19 +58,19 @@ def parity_arms(n: int) -> list[Arm]:
     """Arms of parity of n bits; the first is the standard model, the last of the curve pause pretraining."""
     task = f"parity_{n}"
     curve = [
-        Arm(f"count_{m}", f"{m} pauses, count as hints at them", task, m, "count")
+        Arm(f"count_{m}", f"{'n' if m == n else m} pauses, count as hints at them", task, m, "count")
         for m in sorted({1, 2, 4, 8, n})
         if m <= n
     ]
     return [
         Arm("none_parity", "no pauses, parities so far as hints at the bits", task, 0, "prefix_parity"),
         *curve,
-        Arm("no_hints", f"{n} pauses, no hints", task, n),
+        Arm("no_hints", "n pauses, no hints", task, n),
         Arm("none_no_hints", "no pauses, no hints", task),
         Arm("none_count", "no pauses, hints about the count at the bits", task, 0, "prefix_count"),
         Arm("none_larger", "no pauses, parities as hints, width ×2, MLP ×4", task, 0, "prefix_parity", LARGER),
         Arm("none_muon", "no pauses, parities as hints, Muon in place of AdamW", task, 0, "prefix_parity", MUON),
-        Arm("dots", f"{n} dots (an ordinary token), count as hints at them", f"{task}_dots", 0, "count"),
+        Arm("dots", "n dots (an ordinary token), count as hints at them", f"{task}_dots", 0, "count"),
     ]
 
 
@@ -134,13 +134,15 @@ def measure(folder: Path) -> dict:
     counts = {config.pauses}
     if kind == "mod3" and config.pauses:
         counts |= {0, n // 4, n // 2, 3 * n // 4, n - 1, n + 1, 5 * n // 4, 3 * n // 2, 2 * n}
-    return {
+    measured = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state["step"],
         "batch_size": config.batch_size,
-        "trained_pauses": config.pauses,
         "accuracy": {m: accuracy(config, model, tokenizer, m) for m in sorted(counts)},
     }
+    if kind == "mod3" and not config.pauses:  # fillers at inference alone [Goyal et al. 2023, section 4.3]
+        measured["accuracy_with_dots"] = accuracy(replace(config, task=f"{config.task}_dots"), model, tokenizer, 0)
+    return measured
 
 
 def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
@@ -148,6 +150,8 @@ def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
     found = [run.measured() for run in runs]
     accuracy = {int(m): over_seeds([each["accuracy"][m] for each in found]) for m in found[0]["accuracy"]}
     about = {key: found[0][key] for key in ("parameters", "steps", "batch_size")}
+    if "accuracy_with_dots" in found[0]:
+        about["accuracy_with_dots"] = over_seeds([each["accuracy_with_dots"] for each in found])
     return {"n": n, "n_mlp": n_mlp, **arm._asdict(), **about, "arguments": list(runs[0].arguments),
             "seeds": len(runs), "accuracy": accuracy}  # fmt: skip
 
@@ -157,21 +161,16 @@ def table(found: list[dict], border: bool) -> list[list[str]]:
     columns = sorted({(row["n"], row["n_mlp"]) for row in found})
     names = [f"n = {n}" + f", MLP {n_mlp}" * border for n, n_mlp in columns]
     rows = [["accuracy", "parameters", *names]]
-    for label in dict.fromkeys(plain(row) for row in found):
-        mine = {(row["n"], row["n_mlp"]): row for row in found if plain(row) == label}
+    for label in dict.fromkeys(row["label"] for row in found):
+        mine = {(row["n"], row["n_mlp"]): row for row in found if row["label"] == label}
         sizes = sorted({row["parameters"] for row in mine.values()})
-        cells = [shown(mine[at]["accuracy"][mine[at]["pauses"]], 3) if at in mine else "–" for at in columns]
-        rows.append([label, "–".join(f"{size:,}" for size in sizes[:: max(1, len(sizes) - 1)]), *cells])
+        size = "–".join(f"{size:,}" for size in sizes[:: max(1, len(sizes) - 1)])
+        figures = {at: row["accuracy"][row["pauses"]] for at, row in mine.items()}
+        with_dots = {at: row["accuracy_with_dots"] for at, row in mine.items() if "accuracy_with_dots" in row}
+        for text, some in ((label, figures), (f"{label}, n dots at inference alone", with_dots)):
+            if some:
+                rows.append([text, size, *(shown(some[at], 3) if at in some else "–" for at in columns)])
     return rows
-
-
-def plain(row: dict) -> str:
-    """An arm's label, without its number of bits."""
-    return (
-        row["label"].replace(f"{row['n']} ", "n ")
-        if row["pauses"] == row["n"] or row["name"] == "dots"
-        else row["label"]
-    )
 
 
 CHANCE = {"parity": 0.5, "mod3": 1 / 3}
