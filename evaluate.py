@@ -34,17 +34,19 @@ from nanopause.evaluation import (
     add_row,
     claim,
     fingerprint,
+    format_figure,
     harness_results,
     harness_tasks,
+    interval_note,
     numbers,
     plot,
     read_rows,
-    said,
     summaries,
     summary,
     table,
     timed,
     versions,
+    with_intervals,
     words,
     write_json,
 )
@@ -220,7 +222,7 @@ def main() -> None:
                 shown = time.perf_counter() if logged else shown
                 ticker.step(n_done, f"{name}: {len(rows):,} of {len(cell.examples):,}", logged)
             figures = summary(rows)
-            text = "; ".join(f"{metric} {said(figure)}" for metric, figure in figures["metrics"].items())
+            text = "; ".join(f"{metric} {format_figure(figure)}" for metric, figure in figures["metrics"].items())
             if by_policy:
                 text += f"; {figures['pauses_per_example']:.3g} pauses an example"
             if figures["n_cut"]:
@@ -239,7 +241,7 @@ def main() -> None:
             if (name, lm.pauses) not in kept:
                 kept[name, lm.pauses] = harness_results(lm, name, manager, settings.limit)
                 add_row(file, {"task": name, "pauses": lm.pauses, "results": kept[name, lm.pauses]})
-    results += [row for key in sorted(kept) for row in kept[key]]
+    results += [with_intervals(row) for key in sorted(kept) for row in kept[key]]
 
     # Table, JSON, figure
     order = list(dict.fromkeys((row["by"], row["task"]) for row in results))
@@ -252,7 +254,9 @@ def main() -> None:
     ticker.show(table(results))
     note = f"difference: to the fewest pauses, example by example; ms an example at batch size {settings.batch_size}"
     note += "; GFLOPs without the pauses that were taken back" * by_policy
-    ticker.say(f"{note}, {device_name}, {same['dtype']}; ± is a standard error")
+    ticker.say(f"{note}, {device_name}, {same['dtype']}")
+    if note := interval_note(results):
+        ticker.say(note)
     written = "examples.jsonl, results.json"
     if len({row["pauses"] for row in results}) > 1:
         step = f", step {state['step']:,}" if state else ""

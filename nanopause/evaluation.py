@@ -27,6 +27,7 @@ from nanopause.errors import UserError, needs
 from nanopause.files import replace_file
 from nanopause.finetune import Position, continuation, with_pauses
 from nanopause.flops import forward_flops
+from nanopause.intervals import Interval, bootstrap_interval, is_binary, mcnemar, normal_interval, t_interval, wilson
 from nanopause.model import GPT, GPTConfig
 from nanopause.policy import Policy
 from nanopause.scoring import score
@@ -358,11 +359,46 @@ def choice_flops(config: GPTConfig, n_read: int, n_scored: int) -> int:
 # Figures of all examples
 
 
+INTERVAL_METHODS = {  # of an interval, and how a footnote describes it
+    "wilson": "Wilson's interval where every score is 0 or 1",
+    "t": "Student's t where scores lie between 0 and 1",
+    "normal": "1.96 standard errors to each side for lm-evaluation-harness",
+    "bootstrap": "the percentile bootstrap over examples for a difference",
+}
+
+
+def _figure(value: float, method: str, interval: Interval | None) -> dict:
+    low, high = interval or (None, None)
+    return {"value": value, "low": low, "high": high, "method": method if interval else None}
+
+
 def mean(values: list[float]) -> dict:
-    """The mean and its standard error, sample standard deviation / √n: as of independent examples; None for one."""
+    """The mean of scores in [0, 1] of independent examples, and its 95% interval: "value", "low", "high", and "method",
+    a key of INTERVAL_METHODS. The last three are None where the scores have no interval."""
     n, value = len(values), math.fsum(values) / len(values)
-    variance = math.fsum((x - value) ** 2 for x in values) / (n - 1) if n > 1 else None
-    return {"value": value, "stderr": None if variance is None else math.sqrt(variance / n)}
+    if is_binary(values):
+        return _figure(value, "wilson", wilson(round(math.fsum(values)), n))
+    interval = t_interval(values)
+    return _figure(value, "t", interval and (max(0.0, interval[0]), min(1.0, interval[1])))
+
+
+def paired_difference(values: list[float], base: list[float]) -> dict:
+    """The mean difference of the scores of the same examples, as `mean`, and "p", McNemar's; None unless every score is
+    0 or 1."""
+    gains = [x - y for x, y in zip(values, base)]
+    p = mcnemar(sum(x > 0 for x in gains), sum(x < 0 for x in gains)) if is_binary([*values, *base]) else None
+    return _figure(math.fsum(gains) / len(gains), "bootstrap", bootstrap_interval(gains)) | {"p": p}
+
+
+def harness_figure(value: float, stderr: float | None, n: int) -> dict:
+    """A metric of lm-evaluation-harness with its 95% interval, as `mean`. stderr: the harness's own standard error.
+
+    Of n scores in [0, 1] with this mean, those that are all 0 or 1 have the largest standard error, √(p(1−p)/(n−1)). So
+    one that is equal to it shows that the metric is a proportion."""
+    if stderr is not None and n > 1 and 0 <= value <= 1 and math.isclose(n * value, round(n * value), abs_tol=1e-6):
+        if math.isclose(stderr, math.sqrt(value * (1 - value) / (n - 1)), rel_tol=1e-6, abs_tol=1e-12):
+            return _figure(value, "wilson", wilson(round(n * value), n))
+    return _figure(value, "normal", normal_interval(value, stderr))
 
 
 def summaries(rows: Iterable[dict]) -> list[dict]:
@@ -401,17 +437,40 @@ def summary(rows: dict[int, dict], first: dict[int, dict] | None = None) -> dict
         "seconds_per_example": sum(row["seconds"] for row in some) / n,
     }
     if first:
-        gains = [row["scores"][primary] - first[i]["scores"][primary] for i, row in rows.items()]
-        made["difference"] = mean(gains)
+        values = [row["scores"][primary] for row in rows.values()]
+        base = [first[i]["scores"][primary] for i in rows]
+        made["difference"] = paired_difference(values, base)
     return made
 
 
-def said(figure: dict | None, digits: int = 4, sign: str = "") -> str:
-    """value ± standard error."""
+def format_figure(figure: dict | None, sign: str = "") -> str:
+    """value [low, high]; the value alone where there is no interval. sign: "+" shows that of positive numbers too."""
     if figure is None:
         return "–"
-    value, error = f"{figure['value']:{sign}.{digits}f}", figure["stderr"]
-    return value if error is None else f"{value} ± {error:.{digits}f}"
+    shown = [figure["value"]] if figure["low"] is None else [figure["value"], figure["low"], figure["high"]]
+    digits = 4 if max(map(abs, shown)) < 10 else 2
+    value, *limits = (f"{number:{sign}.{digits}f}" for number in shown)
+    return f"{value} [{', '.join(limits)}]" if limits else value
+
+
+def format_p(p: float) -> str:
+    return f"p = {p:.3g}" if p >= 0.001 else "p < 0.001"
+
+
+def interval_note(results: list[dict]) -> str:
+    """What brackets and p-values of the results are, for a footnote; empty where they have none."""
+    differences = [row["difference"] for row in results if "difference" in row]
+    figures = [*(figure for row in results for figure in row["metrics"].values()), *differences]
+    methods = {figure["method"] for figure in figures}
+    parts = []
+    if methods - {None}:
+        described = [text for name, text in INTERVAL_METHODS.items() if name in methods]
+        parts.append(f"brackets: 95% intervals ({'; '.join(described)})")
+        if None in methods:
+            parts.append("no brackets: all scores or differences are equal, or no standard error is known")
+    if any(figure["p"] is not None for figure in differences):
+        parts.append("p: probability of a difference at least as large if pauses have no effect (McNemar's exact test)")
+    return "; ".join(parts)
 
 
 def panel_name(row: dict) -> str:
@@ -431,11 +490,14 @@ def table(results: list[dict]):
         if before not in (None, (row["task"], row["by"])):
             made.add_section()
         before = row["task"], row["by"]
+        difference = format_figure(row.get("difference"), sign="+")
+        if "difference" in row and (p := row["difference"]["p"]) is not None:
+            difference += f"\n{format_p(p)}"
         made.add_row(
             panel_name(row), str(row["pauses"]),
             *[f"{row['pauses_per_example']:.3g}" if "pauses_per_example" in row else "–"] * in_all,
-            "\n".join(f"{name} {said(figure)}" for name, figure in row["metrics"].items()),
-            said(row.get("difference"), sign="+"), f"{row['n']:,}",
+            "\n".join(f"{name} {format_figure(figure)}" for name, figure in row["metrics"].items()),
+            difference, f"{row['n']:,}",
             f"{row['flops_per_example'] / 1e9:.3g}" if "flops_per_example" in row else "–",
             f"{1000 * row['seconds_per_example']:.3g}",
         )  # fmt: skip
@@ -459,7 +521,7 @@ def panels(n: int) -> tuple:
 
 
 def plot(results: list[dict], file: Path, title: str, place: str = "in the prompt") -> None:
-    """The primary metric against the number of pauses, a panel a task; bars are standard errors."""
+    """The primary metric against the number of pauses, a panel a task; error bars are 95% intervals."""
     import matplotlib.pyplot as plt
 
     of_task = {}
@@ -469,15 +531,16 @@ def plot(results: list[dict], file: Path, title: str, place: str = "in the promp
     for axis, rows in zip(axes, of_task.values()):
         metric = next(iter(rows[0]["metrics"]))
         figures = [row["metrics"][metric] for row in rows]
-        errors = [one["stderr"] or 0 for one in figures]
+        values = [figure["value"] for figure in figures]
+        limits = [[math.nan if figure[key] is None else figure[key] for figure in figures] for key in ("low", "high")]
+        errors = [[abs(limit - value) for limit, value in zip(side, values)] for side in limits]  # nan: no bar
         pauses = [row["pauses"] for row in rows]
-        axis.errorbar(pauses, [one["value"] for one in figures], errors, color="tab:red", marker="o",
-                      markersize=5, capsize=4, linewidth=1.5)  # fmt: skip
+        axis.errorbar(pauses, values, errors, color="tab:red", marker="o", markersize=5, capsize=4, linewidth=1.5)
         axis.set_xticks(pauses)
         axis.set_title(f"{panel_name(rows[0])}, {rows[0]['n']:,} examples", fontsize=10)
-        axis.set(xlabel=f"pauses {place} (tokens)", ylabel=f"{metric.replace('_', ' ')}, ± standard error")
+        axis.set(xlabel=f"pauses {place} (tokens)", ylabel=f"{metric.replace('_', ' ')}, 95% interval")
         axis.grid(alpha=0.3)
-        if min(one["value"] - error for one, error in zip(figures, errors)) >= 0:
+        if min(values) >= 0 and not any(low < 0 for low in limits[0]):
             axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))
     figure.suptitle(title, fontsize=11)
     figure.savefig(file, dpi=150)
@@ -489,9 +552,9 @@ def write_json(file: Path, what: dict) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what a score depends on, where it is installed."""
+    """Of Python and of what a score or its interval depends on, where it is installed."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
-    for name in ("transformers", "datasets", "rouge-score", "lm_eval"):
+    for name in ("scipy", "transformers", "datasets", "rouge-score", "lm_eval"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -538,8 +601,9 @@ def _try_to_load(manager, name: str) -> None:
 
 
 def harness_results(lm, name: str, manager, limit: int | None) -> list[dict]:
-    """The results of a task of the harness, or of a group and its tasks, with the harness's own standard errors. They
-    are kept by the task's name: after a change of its YAML or data delete harness.jsonl.
+    """The results of a task of the harness, or of a group and its tasks, with the harness's own standard errors in
+    place of intervals, see `with_intervals`. They are kept by the task's name: after a change of its YAML or data
+    delete harness.jsonl.
 
     lm: a nanopause.harness.Harness. Its time is that of everything, the same for all of a group's rows."""
     from lm_eval import simple_evaluate
@@ -563,3 +627,9 @@ def harness_results(lm, name: str, manager, limit: int | None) -> list[dict]:
                          "n": counts[task]["effective"] if task in counts else n, "metrics": metrics,
                          "n_cut": lm.n_cut - n_cut, "seconds_per_example": seconds / n})  # fmt: skip
     return made
+
+
+def with_intervals(row: dict) -> dict:
+    """A row of `harness_results` as a row of results.json."""
+    figures = {name: harness_figure(**figure, n=row["n"]) for name, figure in row["metrics"].items()}
+    return {**row, "metrics": figures}

@@ -26,11 +26,11 @@ from nanopause.evaluation import (
     choice_flops,
     claim,
     generation_flops,
-    mean,
     new_tokens,
     read_rows,
 )
 from nanopause.finetune import encode, pack
+from nanopause.intervals import mcnemar, wilson
 from nanopause.model import GPT, GPTConfig
 from nanopause.policy import BelowConfidence
 from nanopause.tasks import TASKS, Example, load
@@ -112,23 +112,26 @@ def test_a_sweep(run, run_folder, tmp_path):
     written = json.loads((tmp_path / "results.json").read_text())
     results = {(row["task"], row["pauses"]): row for row in written["results"]}
     assert list(results) == [(task, pauses) for task in ("webq", "piqa") for pauses in (0, 3, 10)]
-    assert results["webq", 0]["metrics"] == {"exact_match": {"value": 1.0, "stderr": 0.0}}
+    low = pytest.approx(0.6756, abs=5e-5)
+    assert results["webq", 0]["metrics"] == {"exact_match": {"value": 1.0, "low": low, "high": 1.0, "method": "wilson"}}
     for (task, pauses), row in results.items():
         mine = [one for one in rows if (one["task"], one["pauses"]) == (task, pauses)]
         for metric, figure in row["metrics"].items():
             values = [one["scores"][metric] for one in mine]
             n, p = len(values), sum(values) / len(values)
             assert figure["value"] == pytest.approx(p)
-            assert figure["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))  # of zeros and ones
+            assert (figure["low"], figure["high"]) == wilson(round(n * p), n)  # every score is 0 or 1
         assert row["n"] == len(mine) and ("difference" in row) == (pauses > 0)
         assert row["flops_per_example"] == sum(one["flops"] for one in mine) / len(mine)
         assert row["seconds_per_example"] == pytest.approx(sum(one["seconds"] for one in mine) / len(mine))
     gain = results["webq", 10]["metrics"]["exact_match"]["value"] - 1
     assert results["webq", 10]["difference"]["value"] == pytest.approx(gain)
+    assert results["webq", 10]["difference"]["p"] == mcnemar(0, round(-8 * gain))
     assert written["settings"]["step"] == 150 and written["settings"]["attention"] == "causal"
     assert written["checkpoint"]["model"]["n_embd"] == 64 and "torch" in written["versions"]
     assert (tmp_path / "pauses.png").read_bytes()[:4] == b"\x89PNG"
-    assert "exact_match 1.0000 ± 0.0000" in said and "batch size 8, cpu" in said
+    assert "exact_match 1.0000 [0.6756, 1.0000]" in said and "batch size 8, cpu" in said
+    assert "brackets: 95% intervals (Wilson's interval where every score is 0 or 1" in said and "±" not in said
 
     # Again: nothing runs, and more pauses add to what is there.
     before = (tmp_path / "examples.jsonl").read_bytes()
@@ -349,7 +352,9 @@ def test_pauses_where_a_policy_has_them(run, model, tmp_path):
             assert rows[pauses, i]["tokens"]["pauses"] == one.pauses == (0 if pauses == 0 else 8)
             flops = generation_flops(model.config, len(prompts[i]), [token.pauses for token in one.tokens])
             assert rows[pauses, i]["flops"] == flops
-    assert "exact_match 1.0000 ± 0.0000; 0 pauses an example" in said and "; 8 pauses an example; pausing " in said
+    assert (
+        "exact_match 1.0000 [0.6756, 1.0000]; 0 pauses an example" in said and "; 8 pauses an example; pausing " in said
+    )
     assert "in all" in said
     with pytest.raises(UserError, match="has results with policy="):
         run(tmp_path, "--tasks=webq", "--pauses=0", "--pause_when=below_confidence", "--pause_budget=8")
@@ -438,9 +443,7 @@ def test_flops_by_hand():
     assert choice_flops(config, 5, 3) == 7 * (token + 7 * key) + 3 * logits
 
 
-def test_means_and_lengths():
-    assert mean([1.0]) == {"value": 1.0, "stderr": None}
-    assert mean([1.0, 0.0, 0.0, 1.0]) == {"value": 0.5, "stderr": pytest.approx(math.sqrt(1 / 3 / 4))}
+def test_lengths():
     examples = TASKS["webq"].examples({"question": "who was it", "answers": ["Ada Lovelace"]})
     text = examples[0].prefix + examples[0].target
     gpt2 = load_tokenizer("gpt2")
@@ -480,7 +483,12 @@ def test_the_harness(run, tmp_path, monkeypatch):
     assert [(row["task"], row["by"], row["pauses"]) for row in results] == [
         ("webq", "nanopause", 0), ("webq", "nanopause", 2), ("mine", "harness", 0), ("mine", "harness", 2)
     ]  # fmt: skip
-    assert results[2]["metrics"]["acc"] == {"value": 0.75, "stderr": pytest.approx(math.sqrt(0.75 * 0.25 / 7))}
+    low, high = wilson(6, 8)
+    assert results[2]["metrics"]["acc"] == {"value": 0.75, "low": low, "high": high, "method": "wilson"}
+    assert "difference" not in results[3] and "flops_per_example" not in results[3]
+    (line, _) = read_rows(tmp_path / "results" / "harness.jsonl")  # with the harness's own standard error
+    stderr = pytest.approx(math.sqrt(0.75 * 0.25 / 7))
+    assert line["results"][0]["metrics"]["acc"] == {"value": 0.75, "stderr": stderr}
     assert results[2]["n"] == 8 and "mine (harness)" in said
     monkeypatch.setattr(evaluate, "harness_results", None)  # all is there
     run(tmp_path / "results", *arguments)
