@@ -131,7 +131,7 @@ def dots(axis, some: list[dict], key: str | None = None) -> None:
             values = list(figures["values"].values())
             axis.scatter(len(values) * [x - 0.15], values, s=14, color="0.55", label="a seed")
             axis.errorbar(x + 0.1, figures["mean"], figures["std"], fmt="D", color="black", capsize=4,
-                          label="mean ± sample standard deviation")  # fmt: skip
+                          label="mean" + " ± sample standard deviation" * (len(values) > 1))  # fmt: skip
     axis.set_xticks(range(len(names)), names, fontsize=8, rotation=30, ha="right", rotation_mode="anchor")
     axis.margins(x=0.1)
     if key:
@@ -143,7 +143,7 @@ def report(jobs: list[Job], failed: dict[str, str], ticker: Ticker) -> None:
     found, seeds, settings = grid.cells(jobs), grid.seeds_of(jobs), jobs[0].settings
     for cell in found:
         cell["paper"] = {model: row.get(cell["method"]) for model, row in PAPER.get(cell["task"], {}).items()}
-    note = f"Mean ± sample standard deviation over {seeds} of {settings.init_from}. {SOURCE}"
+    note = f"{grid.spread_of(jobs)} of {settings.init_from}. {SOURCE}"
     grid.report(jobs, found, failed, *table(jobs, found), note, ticker)
     title = f"{Path(settings.init_from).name}, {seeds}"
     if found:

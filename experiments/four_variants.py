@@ -159,7 +159,8 @@ def bars(axis, some: list[dict], colours: dict) -> None:
 def lines(axis, some: list[dict], colours: dict) -> None:
     """The metric against M_inf, a line a variant: dashed after standard pretraining; StdFT is level, at no pauses."""
     for variant in sorted({variant_of(cell) for cell in some}, key=lambda v: (v.pretraining == "Pause", v.m_ft)):
-        points = sorted((c["m_inf"], c["mean"], c["std"] or 0) for c in some if variant_of(c) == variant)
+        cells = [cell for cell in some if variant_of(cell) == variant]
+        points = sorted((c["m_inf"], c["mean"], np.nan if c["std"] is None else c["std"]) for c in cells)  # nan: no bar
         style = {} if variant.pretraining == "Pause" else {"linestyle": "--", "mfc": "white"}
         style |= {"color": colours[variant.m_ft], "label": str(variant)}
         marker = "os^Dv"[list(colours).index(variant.m_ft) % 5]
@@ -176,9 +177,10 @@ def report(jobs: list[Job], failed: dict[str, str], ticker: Ticker) -> None:
     for cell in found:
         paper = PAPER.get(cell["task"], {}).get(variant_of(cell))
         cell["paper"] = paper if cell["m_inf"] == cell["m_ft"] else None
-    note = f"Mean ± sample standard deviation over {seeds}, M_inf = M_ft. {SOURCE}"
+    note = f"{grid.spread_of(jobs)}, M_inf = M_ft. {SOURCE}"
     grid.report(jobs, found, failed, *table(jobs, found), note, ticker)
-    title, colours = f"{seeds}; error bars: ± sample standard deviation", coloured(found)
+    several = jobs[0].settings.seeds > 1
+    title, colours = seeds + "; error bars: ± sample standard deviation" * several, coloured(found)
     if found:
         plot(found, out_dir / "variants.png", title, partial(bars, colours=colours))
     if any(cell["m_inf"] != cell["m_ft"] for cell in found):

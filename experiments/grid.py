@@ -322,6 +322,11 @@ def seeds_of(jobs: list[Job]) -> str:
     return f"{n} seed{'s' * (n > 1)} of finetuning"
 
 
+def spread_of(jobs: list[Job]) -> str:
+    """What the values of a table are. One seed has no standard deviation."""
+    return ("Mean ± sample standard deviation over " if jobs[0].settings.seeds > 1 else "") + seeds_of(jobs)
+
+
 def report(
     jobs: list[Job], found: list[dict], failed: dict[str, str], header: list[str], groups: list[list[list[str]]],
     note: str, ticker: Ticker,

@@ -86,6 +86,8 @@ def test_a_table(grid, arguments, ready, tmp_path):
     # What is done is not done again, and a seed that is not there yet is missed.
     said, n_started = grid(dit_table, *arguments, "--methods=dit", "--seeds=1")
     assert "1 jobs, 1 of them done already" in said and n_started == 0
+    text = (out / "table.md").read_text()
+    assert "1 seed of finetuning of " in text and "±" not in text + said  # one value has no deviation
     settings = cli.parse(dit_table.Settings, [*arguments, "--methods=untrained,dit", "--seeds=3"], "test")
     cells = {cell["method"]: cell for cell in grids.cells(checked(settings))}
     assert grids.said(cells["dit"]).endswith(" (2 of 3)") and grids.said(cells["untrained"]) == "0.0"

@@ -1,12 +1,14 @@
 """The grid of variants: real jobs, forked where their start would take longer than they do; table, figures, resume."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 
+import matplotlib
 import pytest
 import scripts
 from conftest import ROOT, TINY, Forked
@@ -95,8 +97,31 @@ def test_a_grid(grid, arguments, ready, tmp_path, capsys):
     assert lines[2] == "| piqa, accuracy | " + " | ".join(f"{c['mean']:.1f} ± {c['std']:.1f}" for c in cells) + " |"
     assert lines[3] == "| [G] 1B | 73.3 ± 0.2 | – | 74.1 ± 0.2 | – |"
     assert (out / "variants.png").stat().st_size > 10_000 and (out / "inference.png").stat().st_size > 10_000
+    grid(four_variants, *arguments, "--seeds=1")
+    *_, row, _, _, note = (out / "table.md").read_text().splitlines()
+    assert row.startswith("| piqa, accuracy | ") and "±" not in row + note and note.startswith("1 seed of finetuning, ")
     with pytest.raises(UserError, match="has results with train=.*choose another --out_dir"):
         grid(four_variants, *arguments, "--train=--max_steps=5")
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_seed_has_no_error_bar():
+    """Nor one of zero length, whose caps would show."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    axis = plt.figure().subplots()
+    cells = [{"pretraining": "Std", "m_ft": 2, "m_inf": m_inf, "mean": 30.0, "std": std, "paper": None}
+             for m_inf, std in ((0, None), (2, None), (4, 1.5))]  # fmt: skip
+    four_variants.lines(axis, cells, {2: "black"})
+    (bars,) = axis.collections
+    (drawn,) = [bar.tolist() for bar in bars.get_segments() if len(bar)]
+    assert drawn == [[4, 28.5], [4, 31.5]]
+    assert all(sum(map(math.isfinite, caps.get_ydata())) == 1 for caps in axis.lines[1:])
+    axis = plt.figure().subplots()
+    four_variants.bars(axis, cells, {2: "black"})
+    assert len(axis.patches) == 1 and not axis.collections
+    plt.close("all")
 
 
 def test_an_interrupted_grid_goes_on(grid, arguments, tmp_path):
