@@ -1,5 +1,5 @@
-# 3SUM with a pause for each pair of numbers, whose sum is the pause's target (`hints`) [Pfau et al. 2024, in small]. The
-# pause after them predicts the answer's space. About a minute on a CPU.
+# 3SUM with a pause for each pair of numbers, whose sum is the pause's target (`hints`) [Pfau et al. 2024, in small].
+# One more pause predicts the space before the answer. About a minute on a CPU.
 task = "match3_6"
 pauses = 16
 hints = "thought"

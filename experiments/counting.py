@@ -58,7 +58,7 @@ def parity_arms(n: int) -> list[Arm]:
     """Arms of parity of n bits; the first is the standard model, the last of the curve pause pretraining."""
     task = f"parity_{n}"
     curve = [
-        Arm(f"count_{m}", f"{'n' if m == n else m} pauses, count as hints at them", task, m, "count")
+        Arm(f"count_{m}", f"{'n' if m == n else m} pause{'s' * (m > 1)}, count as hints at them", task, m, "count")
         for m in sorted({1, 2, 4, 8, n})
         if m <= n
     ]
