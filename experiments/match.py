@@ -1,7 +1,8 @@
 """Do fillers help where no chain of thought is written? 3SUM and 2SUM [Pfau et al. 2024], in minutes on a CPU.
 
     python experiments/match.py                       # one seed
-    python experiments/match.py --seeds=5             # the table of docs/evidence.md
+    python experiments/match.py --seeds=3             # the tables of docs/evidence.md
+    python experiments/match.py --seeds=3 --tasks=match3_6 --arms=none,dots,mix --max_steps=7500 --out_dir=out/match_mix
     python experiments/match.py --tasks=match3_12_d3 --size=paper --max_steps=50000     # on a GPU
 
 Arms, with the same number of steps, examples and parameters:
@@ -27,6 +28,7 @@ from experiments.runs import ROOT, Run, over_seeds, report, shown, train_all
 from nanopause import checkpoint, cli, errors
 from nanopause.config import Config
 from nanopause.distributed import Processes
+from nanopause.errors import UserError
 from nanopause.evaluation import words
 from nanopause.tasks import get_task
 from nanopause.tasks.match import problem_of
@@ -54,6 +56,8 @@ ARMS = [
 
 @dataclass
 class Settings:
+    arms: str = "hints,pauses,none,dots,mix"
+    """Some of these, with commas."""
     tasks: str = "match3_6,match2_8"
     """match3_N or match2_N, with commas; match3_12_d3 has vectors of 3 digits, as in the paper."""
     seeds: int = 1
@@ -90,9 +94,13 @@ def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python experiments/match.py", __doc__)
     errors.check("seeds", settings.seeds, 1, 1000)
     errors.check("max_steps", settings.max_steps, 5, 10**7)
-    tasks = [get_task(name).name for name in words(settings.tasks)]
+    tasks, names = [get_task(name).name for name in words(settings.tasks)], words(settings.arms)
+    if not all(problem_of(task) for task in tasks) or not {*names} <= {arm.name for arm in ARMS}:
+        raise UserError(f"--tasks={settings.tasks} must be such as match3_6, and --arms={settings.arms} some of "
+                        f"{','.join(arm.name for arm in ARMS)}")  # fmt: skip
+    arms = [arm for arm in ARMS if arm.name in names]
     runs = {(task, arm): [run_of(settings, task, arm, seed) for seed in range(settings.seeds)]
-            for task in tasks for arm in ARMS}  # fmt: skip
+            for task in tasks for arm in arms}  # fmt: skip
     train_all([run for some in runs.values() for run in some], measure)
     found = []
     for (task, arm), some in runs.items():
@@ -102,7 +110,7 @@ def main() -> None:
         found.append({"on": task, **arm._asdict(), **about, "arguments": list(some[0].arguments), "accuracy": figures})
     at = {(row["on"], row["name"]): row for row in found}
     rows = [["accuracy", *tasks]]
-    rows += [[arm.label, *(shown(at[task, arm.name]["accuracy"], 3) for task in tasks)] for arm in ARMS]
+    rows += [[arm.label, *(shown(at[task, arm.name]["accuracy"], 3) for task in tasks)] for arm in arms]
     note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
             f"differ]; {settings.max_steps:,} steps of {found[0]['batch_size']} examples per arm, "
             f"{found[0]['parameters']:,} parameters; 2,000 test texts per run; chance is 0.5.")  # fmt: skip
