@@ -47,6 +47,7 @@ from nanopause.tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
 
 DATA = Path(__file__).resolve().parent / "data"
 BAD_STEPS = 5  # non-finite steps in a row that end the run
+SAMPLE_TOKENS = 512  # of the text at the end of a run, at most
 
 
 def summed_loss(forward: nn.Module, batch: Batch, focal: float) -> torch.Tensor:
@@ -307,8 +308,8 @@ def train(config: Config) -> None:
             metrics.plot(log.rows, out_dir / "loss.png", out_dir.name)
             prompt, temperature = (held_out[0].prompt, 0.0) if config.task else ("", 0.7)
             (sample,) = Engine(model.eval(), tokenizer, max_batch=1, max_length=config.block_size).generate(
-                [prompt], max_new_tokens=config.block_size, temperature=temperature, seed=config.seed,
-                attention=config.attention,
+                [prompt], max_new_tokens=min(SAMPLE_TOKENS, config.block_size), temperature=temperature,
+                seed=config.seed, attention=config.attention,
             )  # fmt: skip
             hidden = tokenizer.pause_id, tokenizer.bos_id
             shown = [id for id in prompt if id not in hidden] if config.task else []

@@ -17,12 +17,12 @@ zero_init = False
 block_size = 96
 
 optimizer = "adamw"
-learning_rate = 0.01
+learning_rate = 5e-3
 beta2 = 0.999
 warmup_steps = 50
-max_steps = 800
-batch_size = 64
+max_steps = 500
+batch_size = 128
 
-eval_interval = 200
+eval_interval = 100
 eval_blocks = 1000
-checkpoint_interval = 400
+checkpoint_interval = 250

@@ -55,16 +55,16 @@ MUON = ("--optimizer=muon", "--matrix_learning_rate=0.02")
 
 
 def parity_arms(n: int) -> list[Arm]:
-    """Arms of parity of n bits; the first is the standard model, the last of the curve pause pretraining."""
+    """Arms of parity of n bits. count_n is pause pretraining, none_parity standard pretraining."""
     task = f"parity_{n}"
     curve = [
         Arm(f"count_{m}", f"{'n' if m == n else m} pause{'s' * (m > 1)}, count as hints at them", task, m, "count")
-        for m in sorted({1, 2, 4, 8, n})
+        for m in sorted({1, 2, 4, 8, n}, reverse=True)
         if m <= n
     ]
     return [
-        Arm("none_parity", "no pauses, parities so far as hints at the bits", task, 0, "prefix_parity"),
         *curve,
+        Arm("none_parity", "no pauses, parities so far as hints at the bits", task, 0, "prefix_parity"),
         Arm("no_hints", "n pauses, no hints", task, n),
         Arm("none_no_hints", "no pauses, no hints", task),
         Arm("none_count", "no pauses, hints about the count at the bits", task, 0, "prefix_count"),
@@ -89,7 +89,7 @@ class Settings:
     """Numbers of bits, with commas."""
     seeds: int = 1
     """Seeds 0, 1, …, as many as this."""
-    max_steps: int = 800
+    max_steps: int = 500
     """Steps of every arm, and as many of every finetuning."""
     border: bool = False
     """Instead of all arms: pause pretraining, then finetuning with and without pauses, by number of bits and width of
@@ -211,9 +211,8 @@ def plot(found: list[dict], file: Path) -> None:
         axis.set_xlabel("accuracy on test strings")
 
     for i, n in enumerate(sizes):
-        rows = [
-            row for row in of(n, ["none_parity"]) + [r for r in found if r["n"] == n and r["name"].startswith("count_")]
-        ]
+        rows = [row for row in found if row["n"] == n and row["name"].startswith(("none_parity", "count_"))]
+        rows.sort(key=lambda row: row["pauses"])
         figures = at_training(rows)
         axes[0, 0].errorbar([row["pauses"] for row in rows], [f["mean"] for f in figures], error_bars(figures),
                             marker="os^Dv"[i % 5], color=grey[i], capsize=3, label=f"n = {n} bits")  # fmt: skip
@@ -268,7 +267,7 @@ def main() -> None:
     train_all([run for some in runs.values() for run in some], measure)
     found = [summary(*key, some) for key, some in runs.items()]
     note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
-            f"differ]; {settings.max_steps:,} steps of 64 examples per arm; 2,000 test strings per run; chance is 0.5 "
+            f"differ]; {settings.max_steps:,} steps of 128 examples per arm; 2,000 test strings per run; chance is 0.5 "
             f"for parity, 0.333 for the variants.")  # fmt: skip
     folder = Path(settings.out_dir)
     if not settings.border:

@@ -151,7 +151,7 @@ def test_the_experiment(experiment, tmp_path, monkeypatch):
     assert "PausePT_PauseFT" in text and "1 seed," in text
     assert {arm["name"] for arm in found} == kept | {arm.name for arm in counting.variants(8)}
     for arm in found:
-        assert (arm["steps"], arm["batch_size"], arm["seeds"]) == (5, 64, 1)
+        assert (arm["steps"], arm["batch_size"], arm["seeds"]) == (5, 128, 1)
         assert arm["parameters"] == found[0]["parameters"]
         assert all(len(figures["values"]) == 1 for figures in arm["accuracy"].values())
     (last,) = (arm for arm in found if arm["name"] == "PausePT_PauseFT")
