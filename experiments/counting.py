@@ -55,15 +55,10 @@ MUON = ("--optimizer=muon", "--matrix_learning_rate=0.02")
 
 
 def parity_arms(n: int) -> list[Arm]:
-    """Arms of parity of n bits. count_n is pause pretraining, none_parity standard pretraining."""
+    """Arms of parity of n bits: pause pretraining, standard pretraining, controls, and fewer pauses."""
     task = f"parity_{n}"
-    curve = [
-        Arm(f"count_{m}", f"{'n' if m == n else m} pause{'s' * (m > 1)}, count as hints at them", task, m, "count")
-        for m in sorted({1, 2, 4, 8, n}, reverse=True)
-        if m <= n
-    ]
     return [
-        *curve,
+        Arm(f"count_{n}", "n pauses, count as hints at them", task, n, "count"),
         Arm("none_parity", "no pauses, parities so far as hints at the bits", task, 0, "prefix_parity"),
         Arm("no_hints", "n pauses, no hints", task, n),
         Arm("none_no_hints", "no pauses, no hints", task),
@@ -71,6 +66,11 @@ def parity_arms(n: int) -> list[Arm]:
         Arm("none_larger", "no pauses, parities as hints, width ×2, MLP ×4", task, 0, "prefix_parity", LARGER),
         Arm("none_muon", "no pauses, parities as hints, Muon in place of AdamW", task, 0, "prefix_parity", MUON),
         Arm("dots", "n dots (an ordinary token), count as hints at them", f"{task}_dots", 0, "count"),
+        *(
+            Arm(f"count_{m}", f"{m} pause{'s' * (m > 1)}, count as hints at them", task, m, "count")
+            for m in (8, 4, 2, 1)
+            if m < n
+        ),
     ]
 
 
@@ -261,7 +261,7 @@ def main() -> None:
     runs = {
         (n, n_mlp, arm): [run_of(settings, n, arm, seed, n_mlp) for seed in range(settings.seeds)]
         for n, n_mlp in cells
-        for arm in parity_arms(n) + variants(n)
+        for arm in [*parity_arms(n)[:2], *variants(n), *parity_arms(n)[2:]]
         if not settings.border or arm.name in (f"count_{n}", "PausePT_StdFT", "PausePT_PauseFT")
     }
     train_all([run for some in runs.values() for run in some], measure)

@@ -49,7 +49,7 @@ def load(
         raise UserError(f"{data_dir} has no {wanted}, which {split} needs, only {has}")
     split_of = None
     if task.generate:
-        name = f"{task.name} as generated"
+        name = "generated text"
         rows = ((f"{task.name}, split {source}, row {i}", row) for i, row in enumerate(task.generate(source)))
     elif data_dir is None:
         name = f"{task.hub}, split {sources[source]}"
