@@ -134,15 +134,12 @@ def measure(folder: Path) -> dict:
     counts = {config.pauses}
     if kind == "mod3" and config.pauses:
         counts |= {0, n // 4, n // 2, 3 * n // 4, n - 1, n + 1, 5 * n // 4, 3 * n // 2, 2 * n}
-    measured = {
+    return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state["step"],
         "batch_size": config.batch_size,
         "accuracy": {m: accuracy(config, model, tokenizer, m) for m in sorted(counts)},
     }
-    if kind == "mod3" and not config.pauses:  # fillers at inference alone [Goyal et al. 2023, section 4.3]
-        measured["accuracy_with_dots"] = accuracy(replace(config, task=f"{config.task}_dots"), model, tokenizer, 0)
-    return measured
 
 
 def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
@@ -150,8 +147,6 @@ def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
     found = [run.measured() for run in runs]
     accuracy = {int(m): over_seeds([each["accuracy"][m] for each in found]) for m in found[0]["accuracy"]}
     about = {key: found[0][key] for key in ("parameters", "steps", "batch_size")}
-    if "accuracy_with_dots" in found[0]:
-        about["accuracy_with_dots"] = over_seeds([each["accuracy_with_dots"] for each in found])
     return {"n": n, "n_mlp": n_mlp, **arm._asdict(), **about, "arguments": list(runs[0].arguments),
             "seeds": len(runs), "accuracy": accuracy}  # fmt: skip
 
@@ -166,10 +161,7 @@ def table(found: list[dict], border: bool) -> list[list[str]]:
         sizes = sorted({row["parameters"] for row in mine.values()})
         size = "–".join(f"{size:,}" for size in sizes[:: max(1, len(sizes) - 1)])
         figures = {at: row["accuracy"][row["pauses"]] for at, row in mine.items()}
-        with_dots = {at: row["accuracy_with_dots"] for at, row in mine.items() if "accuracy_with_dots" in row}
-        for text, some in ((label, figures), (f"{label}, n dots at inference alone", with_dots)):
-            if some:
-                rows.append([text, size, *(shown(some[at], 3) if at in some else "–" for at in columns)])
+        rows.append([label, size, *(shown(figures[at], 3) if at in figures else "–" for at in columns)])
     return rows
 
 
