@@ -313,6 +313,9 @@ def train(config: Config) -> None:
             )  # fmt: skip
             hidden = tokenizer.pause_id, tokenizer.bos_id
             shown = [id for id in prompt if id not in hidden] if config.task else []
+            if config.pausing and not config.task:
+                ticker.say("validation with pauses: they take the place of text in a block, so its tokens have less "
+                           "context than without; docs/evidence.md has what this means")  # fmt: skip
             ticker.say(f"\na sample:\n{tokenizer.decode(shown)}{sample.text}\n\nwritten: {out_dir} (checkpoints, "
                        f"metrics.jsonl, loss.png)\ntry: python sample.py --out_dir={out_dir}\n"
                        f"     python -m nanopause.compare {out_dir} OTHER_RUN")  # fmt: skip

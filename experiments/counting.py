@@ -145,9 +145,11 @@ def measure(folder: Path) -> dict:
 def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
     """An arm's entry of results.json. accuracy: by pauses at inference the mean over seeds and its 95 % interval."""
     found = [run.measured() for run in runs]
-    accuracy = {int(m): over_seeds([each["accuracy"][m] for each in found]) for m in found[0]["accuracy"]}
+    accuracy = {
+        int(m): over_seeds([each["accuracy"][m] for each in found], is_share=True) for m in found[0]["accuracy"]
+    }
     about = {key: found[0][key] for key in ("parameters", "steps", "batch_size")}
-    return {"n": n, "n_mlp": n_mlp, **arm._asdict(), **about, "arguments": list(runs[0].arguments),
+    return {"n": n, "n_mlp": n_mlp, **arm._asdict(), **about, "command": runs[0].command(),
             "seeds": len(runs), "accuracy": accuracy}  # fmt: skip
 
 
@@ -170,8 +172,8 @@ CHANCE = {"parity": 0.5, "mod3": 1 / 3}
 
 def error_bars(figures: list[dict]) -> list[list[float]]:
     """Distances from the means to the ends of their intervals; none of one seed."""
-    return [[f["mean"] - (f["mean"] if f["low"] is None else max(0, f["low"])) for f in figures],
-            [(f["mean"] if f["high"] is None else min(1, f["high"])) - f["mean"] for f in figures]]  # fmt: skip
+    return [[0 if f["low"] is None else f["mean"] - f["low"] for f in figures],
+            [0 if f["high"] is None else f["high"] - f["mean"] for f in figures]]  # fmt: skip
 
 
 def plot(found: list[dict], file: Path) -> None:
@@ -182,7 +184,7 @@ def plot(found: list[dict], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     sizes = sorted({row["n"] for row in found})
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained", width_ratios=(1, 1.25))
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained", width_ratios=(1, 1))
     grey = [str(0.15 + 0.5 * i / max(1, len(sizes) - 1)) for i in range(len(sizes))]
 
     def of(n: int, names: list[str]) -> list[dict]:
@@ -208,32 +210,33 @@ def plot(found: list[dict], file: Path) -> None:
         figures = at_training(rows)
         axes[0, 0].errorbar([row["pauses"] for row in rows], [f["mean"] for f in figures], error_bars(figures),
                             marker="os^Dv"[i % 5], color=grey[i], capsize=3, label=f"n = {n} bits")  # fmt: skip
-        for row in of(n, ["PausePT_PauseFT", "StdPT_PauseFT"]):
-            figures = list(row["accuracy"].values())
-            axes[1, 1].errorbar(list(row["accuracy"]), [f["mean"] for f in figures], error_bars(figures),
-                                marker="os^Dv"[i % 5], color=grey[i], capsize=3,
-                                linestyle="-" if row["name"].startswith("Pause") else ":",
-                                label=f"{row['name']}, n = {n}")  # fmt: skip
-            axes[1, 1].axvline(n, color=grey[i], linewidth=0.7, linestyle="--")
-    axes[0, 0].set(title="Parity of n bits: pauses with the count as hints", xlabel="pauses after the bits",
+        (row,) = of(n, ["PausePT_PauseFT"])
+        for m, figures in row["accuracy"].items():
+            axes[1, 1].plot(
+                len(figures["values"]) * [m], figures["values"], "o", markersize=4, color=grey[i], mfc="white"
+            )
+        axes[1, 1].plot(list(row["accuracy"]), [f["mean"] for f in row["accuracy"].values()], color=grey[i],
+                        marker="os^Dv"[i % 5], label=f"n = {n}, mean")  # fmt: skip
+    axes[0, 0].set(title="Parity: the count as hints at pauses", xlabel="pauses after the bits",
                    ylabel="accuracy on test strings")  # fmt: skip
     bars(axes[0, 1], ["count_{n}", "dots", "no_hints", "none_no_hints", "none_parity", "none_count", "none_larger",
           "none_muon"],
          ["n pauses, count as hints", "n dots, count as hints", "n pauses, no hints", "no pauses, no hints",
           "no pauses, parities as hints", "no pauses, hints about the count", "no pauses, larger model",
           "no pauses, Muon"])  # fmt: skip
-    axes[0, 1].set_title("Parity of n bits: the controls")
+    axes[0, 1].set_title("Parity: the controls")
     bars(axes[1, 0], ["StdPT_StdFT", "StdPT_PauseFT", "PausePT_StdFT", "PausePT_PauseFT"],
          ["standard pretraining\nstandard finetuning", "standard pretraining\npause finetuning",
           "pause pretraining\nstandard finetuning", "pause pretraining\npause finetuning"])  # fmt: skip
-    axes[1, 0].set_title("The four variants: finetuned without hints on the count modulo 3")
-    axes[1, 1].set(title="Pause finetuning with n pauses, other numbers at inference",
-                   xlabel="pauses at inference (dashed: n, as in finetuning)",
-                   ylabel="accuracy on test strings")  # fmt: skip
+    axes[1, 0].set_title("The four variants: count modulo 3")
+    axes[1, 1].set(title="Pause pretraining and finetuning with n pauses", ylabel="accuracy on test strings",
+                   xlabel="pauses at inference; an open dot is a seed")  # fmt: skip
     for axis, kind, is_bar in zip(axes.flat, ("parity", "parity", "mod3", "mod3"), (False, True, True, False)):
         line = axis.axvline if is_bar else axis.axhline
         line(CHANCE[kind], color="black", linewidth=1, linestyle=":", label="chance")
         (axis.set_xlim if is_bar else axis.set_ylim)(0, 1.05)
+        if not is_bar:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3, axis="x" if is_bar else "y")
         axis.set_axisbelow(True)
         axis.legend(fontsize=8, loc="best")
@@ -258,6 +261,7 @@ def main() -> None:
     }
     train_all([run for some in runs.values() for run in some], measure)
     found = [summary(*key, some) for key, some in runs.items()]
+    found.sort(key=lambda row: (row["task"].startswith("mod3"), row["n"]))
     note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
             f"differ]; {settings.max_steps:,} steps of 128 examples per arm; 2,000 test strings per run; chance is 0.5 "
             f"for parity, 0.333 for the variants.")  # fmt: skip

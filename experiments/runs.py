@@ -8,6 +8,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -46,6 +47,11 @@ class Run(NamedTuple):
     def config(self) -> Config:
         arguments = [f"--init_from={self.first.folder}"] if self.first else []
         return load_config([*self.arguments, *arguments, f"--out_dir={self.folder}", "--resume", "--compile=False"])
+
+    def command(self) -> str:
+        """The command that repeats the run, but for its folder."""
+        arguments = [f"--init_from={self.first.folder}"] if self.first else []
+        return shlex.join(["python", "train.py", *(one.removeprefix(f"{ROOT}/") for one in self.arguments), *arguments])
 
     def is_trained(self) -> bool:
         latest = self.folder / "latest"
@@ -141,10 +147,12 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
 # The table
 
 
-def over_seeds(values: Sequence[float]) -> dict:
+def over_seeds(values: Sequence[float], is_share: bool = False) -> dict:
     """values, a seed each, their mean and the 95 % interval of the mean (low, high; None of one seed, or where all
-    values are equal)."""
+    values are equal). is_share: values lie in [0, 1], and the interval is cut to it."""
     low, high = t_interval(values) or (None, None)
+    if is_share and low is not None:
+        low, high = max(0.0, low), min(1.0, high)
     return {"values": list(values), "mean": statistics.fmean(values), "low": low, "high": high}
 
 
