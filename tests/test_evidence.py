@@ -1,0 +1,32 @@
+"""docs/evidence.md has the numbers of experiments/results."""
+
+import json
+import re
+
+from conftest import ROOT
+
+from experiments import counting
+
+TEXT = (ROOT / "docs/evidence.md").read_text()
+
+
+def test_the_table_of_counting():
+    arms = json.loads((ROOT / "experiments/results/counting.json").read_text())["arms"]
+    for arm in arms:
+        arm["accuracy"] = {int(m): figures for m, figures in arm["accuracy"].items()}
+    for row in counting.table(arms, False):
+        assert f"| {' | '.join(row)} |" in TEXT
+
+
+def test_every_claim_has_a_verdict():
+    rows = [line.split(" | ") for line in TEXT.splitlines() if line.startswith("| ")]
+    verdicts = [row[-1].removesuffix(" |") for row in rows if len(row) == 5]
+    known = {"reproduced", "reproduced in small", "not seen at this size", "refuted here", "needs a GPU"}
+    assert len(verdicts) > 10 and set(verdicts) - {"verdict", "---"} <= known
+
+
+def test_the_files_that_it_names_exist():
+    for name in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert (ROOT / "docs" / name).exists(), name
+    for name in re.findall(r"(?:python |`)((?:experiments|config|data)/\w+\.py|train\.py)", TEXT):
+        assert (ROOT / name).exists(), name
