@@ -95,12 +95,12 @@ def train_step(
 
 
 class Scores(NamedTuple):
-    """loss: nats per target. bpb: bits per byte of the targets' text. accuracy: share of a task's examples whose target
-    greedy decoding generates; None for a corpus."""
+    """loss: nats per target. bpb: bits per byte of the targets' text. exact_match: share of a task's examples whose
+    whole target greedy decoding generates; None for a corpus."""
 
     loss: float
     bpb: float
-    accuracy: float | None
+    exact_match: float | None
 
 
 @torch.no_grad()
@@ -281,9 +281,9 @@ def train(config: Config) -> None:
                 scores = evaluate(model, validation(n_blocks, Insertion()), *evaluation)
                 row["val_loss"], row["val_bpb"] = scores.loss, scores.bpb
                 text = f"loss {scores.loss:.3f}, {scores.bpb:.3f} bits per byte"
-                if scores.accuracy is not None:
-                    row["val_accuracy"] = scores.accuracy
-                    text += f", accuracy {scores.accuracy:.3f}"
+                if scores.exact_match is not None:
+                    row["val_exact_match"] = scores.exact_match
+                    text += f", exact match {scores.exact_match:.3f}"
                 if config.pausing and not config.task:
                     pauses = validation(n_blocks, replace(config.insertion, all_slots=False))
                     scores = evaluate(model, pauses, *evaluation)

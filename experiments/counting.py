@@ -20,20 +20,14 @@ training set. Chance is 1/2 for parity and 1/3 modulo 3.
 """
 
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from experiments.runs import ROOT, Run, over_seeds, report, shown, train_all
-from nanopause import checkpoint, cli, errors
-from nanopause.config import Config
-from nanopause.distributed import Processes
-from nanopause.finetune import load_pairs, task_validation_batches
-from train import evaluate
+from experiments.runs import ROOT, Run, accuracy, measurement, over_seeds, report, shown, train_all
+from nanopause import cli, errors
 
 
 class Arm(NamedTuple):
@@ -65,20 +59,25 @@ def parity_arms(n: int) -> list[Arm]:
         Arm("none_count", "no pauses, hints about the count at the bits", task, 0, "prefix_count"),
         Arm("none_larger", "no pauses, parities as hints, width ×2, MLP ×4", task, 0, "prefix_parity", LARGER),
         Arm("none_muon", "no pauses, parities as hints, Muon in place of AdamW", task, 0, "prefix_parity", MUON),
+        Arm(f"count_{n}_muon", "n pauses, count as hints at them, Muon", task, n, "count", MUON),
         Arm("dots", "n dots (an ordinary token), count as hints at them", f"{task}_dots", 0, "count"),
-        *(
-            Arm(f"count_{m}", f"{m} pause{'s' * (m > 1)}, count as hints at them", task, m, "count")
-            for m in (8, 4, 2, 1)
-            if m < n
-        ),
+        *(Arm(f"count_{m}", f"{m} pauses, count as hints at them", task, m, "count") for m in (8, 4, 2) if m < n),
+        Arm("one", "1 pause, which has no hint", task, 1),
     ]
 
 
 def variants(n: int) -> list[Arm]:
-    """The four variants: standard or pause pretraining on parity, standard or pause finetuning on count modulo 3."""
+    """The four variants: standard or pause pretraining on parity, standard or pause finetuning on count modulo 3; and
+    the same from pretraining with hints about the count but no pauses, and with pauses but no hints."""
+    pretraining = {
+        "StdPT": ("none_parity", ""),
+        "PausePT": (f"count_{n}", ""),
+        "StdPT_count": ("none_count", "; pretraining with hints about the count, without pauses"),
+        "PausePT_no_hints": ("no_hints", "; pretraining with pauses, without hints"),
+    }
     return [
-        Arm(f"{pt}PT_{ft}FT", f"{pt}PT_{ft}FT", f"mod3_{n}", m, pretraining=first)
-        for pt, first in (("Std", "none_parity"), ("Pause", f"count_{n}"))
+        Arm(f"{pt}_{ft}FT", f"{pt.partition('_')[0]}_{ft}FT{about}", f"mod3_{n}", m, pretraining=first)
+        for pt, (first, about) in pretraining.items()
         for ft, m in (("Std", 0), ("Pause", n))
     ]
 
@@ -115,31 +114,15 @@ def run_of(settings: Settings, n: int, arm: Arm, seed: int, n_mlp: int = 16) -> 
     )  # fmt: skip
 
 
-def accuracy(config: Config, model, tokenizer, pauses: int) -> float:
-    """Share of the test texts whose answer is the most likely token after prefix, this number of pauses, and the space
-    before the answer (London & Kanade's END)."""
-    pairs, _ = load_pairs(replace(config, pauses=pauses, hints=""), "test", tokenizer)
-    pairs = [replace(pair, n_prefix=pair.n_prefix + 1) for pair in pairs]  # the space is given
-    batches = task_validation_batches(pairs, len(pairs), 250, tokenizer.pause_id, config.attention, 0, 1)
-    return evaluate(model, batches, tokenizer, torch.autocast("cpu", enabled=False), Processes("auto")).accuracy
-
-
 def measure(folder: Path) -> dict:
     """Accuracy of a run's last checkpoint on the test strings with as many pauses as in training, and of pause
     finetunings with 0 … 2n pauses."""
-    model, tokenizer, state = checkpoint.load(folder, Processes("auto").device)
-    config = Config(**state["config"])
+    model, tokenizer, config, measured = measurement(folder)
     kind, n = config.task.split("_")[:2]
-    n = int(n)
-    counts = {config.pauses}
+    n, counts = int(n), {config.pauses}
     if kind == "mod3" and config.pauses:
         counts |= {0, n // 4, n // 2, 3 * n // 4, n - 1, n + 1, 5 * n // 4, 3 * n // 2, 2 * n}
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": state["step"],
-        "batch_size": config.batch_size,
-        "accuracy": {m: accuracy(config, model, tokenizer, m) for m in sorted(counts)},
-    }
+    return measured | {"accuracy": {m: accuracy(config, model, tokenizer, m) for m in sorted(counts)}}
 
 
 def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
@@ -196,8 +179,10 @@ def plot(found: list[dict], file: Path) -> None:
     def bars(axis, names: list[str], labels: list[str]) -> None:
         height = 0.8 / len(sizes)
         for i, n in enumerate(sizes):
-            figures = at_training(of(n, [name.format(n=n) for name in names]))
-            places = [j + (i - (len(sizes) - 1) / 2) * height for j in range(len(figures))]
+            names_here = [name.format(n=n) for name in names]
+            rows = of(n, names_here)
+            figures = at_training(rows)
+            places = [names_here.index(row["name"]) + (i - (len(sizes) - 1) / 2) * height for row in rows]
             axis.barh(places, [f["mean"] for f in figures], height * 0.9, xerr=error_bars(figures), capsize=2,
                       color=grey[i], label=f"n = {n} bits")  # fmt: skip
         axis.set_yticks(range(len(labels)), labels)
@@ -205,8 +190,8 @@ def plot(found: list[dict], file: Path) -> None:
         axis.set_xlabel("accuracy on test strings")
 
     for i, n in enumerate(sizes):
-        rows = [row for row in found if row["n"] == n and row["name"].startswith(("none_parity", "count_"))]
-        rows.sort(key=lambda row: row["pauses"])
+        names = ["none_parity", "one", *(f"count_{m}" for m in sorted({2, 4, 8, n}))]
+        rows = of(n, names)
         figures = at_training(rows)
         axes[0, 0].errorbar([row["pauses"] for row in rows], [f["mean"] for f in figures], error_bars(figures),
                             marker="os^Dv"[i % 5], color=grey[i], capsize=3, label=f"n = {n} bits")  # fmt: skip
@@ -220,10 +205,10 @@ def plot(found: list[dict], file: Path) -> None:
     axes[0, 0].set(title="Parity: the count as hints at pauses", xlabel="pauses after the bits",
                    ylabel="accuracy on test strings")  # fmt: skip
     bars(axes[0, 1], ["count_{n}", "dots", "no_hints", "none_no_hints", "none_parity", "none_count", "none_larger",
-          "none_muon"],
+          "none_muon", "count_{n}_muon"],
          ["n pauses, count as hints", "n dots, count as hints", "n pauses, no hints", "no pauses, no hints",
           "no pauses, parities as hints", "no pauses, hints about the count", "no pauses, larger model",
-          "no pauses, Muon"])  # fmt: skip
+          "no pauses, Muon", "n pauses, Muon"])  # fmt: skip
     axes[0, 1].set_title("Parity: the controls")
     bars(axes[1, 0], ["StdPT_StdFT", "StdPT_PauseFT", "PausePT_StdFT", "PausePT_PauseFT"],
          ["standard pretraining\nstandard finetuning", "standard pretraining\npause finetuning",
@@ -256,15 +241,15 @@ def main() -> None:
     runs = {
         (n, n_mlp, arm): [run_of(settings, n, arm, seed, n_mlp) for seed in range(settings.seeds)]
         for n, n_mlp in cells
-        for arm in [*parity_arms(n)[:2], *variants(n), *parity_arms(n)[2:]]
+        for arm in parity_arms(n) + variants(n)
         if not settings.border or arm.name in (f"count_{n}", "PausePT_StdFT", "PausePT_PauseFT")
     }
     train_all([run for some in runs.values() for run in some], measure)
     found = [summary(*key, some) for key, some in runs.items()]
     found.sort(key=lambda row: (row["task"].startswith("mod3"), row["n"]))
     note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
-            f"differ]; {settings.max_steps:,} steps of 128 examples per arm; 2,000 test strings per run; chance is 0.5 "
-            f"for parity, 0.333 for the variants.")  # fmt: skip
+            f"differ]; {found[0]['steps']:,} steps of {found[0]['batch_size']} examples per arm; up to 2,000 test "
+            f"strings per run; chance is 0.5 for parity, 0.333 for the variants.")  # fmt: skip
     folder = Path(settings.out_dir)
     if not settings.border:
         plot(found, folder / "counting.png")

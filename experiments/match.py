@@ -23,11 +23,8 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.counting import accuracy
-from experiments.runs import ROOT, Run, over_seeds, report, shown, train_all
-from nanopause import checkpoint, cli, errors
-from nanopause.config import Config
-from nanopause.distributed import Processes
+from experiments.runs import ROOT, Run, accuracy, measurement, over_seeds, report, shown, train_all
+from nanopause import cli, errors
 from nanopause.errors import UserError
 from nanopause.evaluation import words
 from nanopause.tasks import get_task
@@ -84,10 +81,8 @@ def run_of(settings: Settings, task: str, arm: Arm, seed: int) -> Run:
 
 def measure(folder: Path) -> dict:
     """Accuracy of the last checkpoint on the test texts, without a chain of thought."""
-    model, tokenizer, state = checkpoint.load(folder, Processes("auto").device)
-    config = Config(**state["config"])
-    return {"parameters": sum(p.numel() for p in model.parameters()), "steps": state["step"],
-            "batch_size": config.batch_size, "accuracy": accuracy(config, model, tokenizer, config.pauses)}  # fmt: skip
+    model, tokenizer, config, measured = measurement(folder)
+    return measured | {"accuracy": accuracy(config, model, tokenizer, config.pauses)}
 
 
 def main() -> None:
@@ -112,8 +107,8 @@ def main() -> None:
     rows = [["accuracy", *tasks]]
     rows += [[arm.label, *(shown(at[task, arm.name]["accuracy"], 3) for task in tasks)] for arm in arms]
     note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
-            f"differ]; {settings.max_steps:,} steps of {found[0]['batch_size']} examples per arm, "
-            f"{found[0]['parameters']:,} parameters; 2,000 test texts per run; chance is 0.5.")  # fmt: skip
+            f"differ]; {found[0]['steps']:,} steps of {found[0]['batch_size']} examples per arm; 2,000 test texts per "
+            f"run; chance is 0.5.")  # fmt: skip
     report(Path(settings.out_dir), "results", rows, note, asdict(settings), found)
 
 

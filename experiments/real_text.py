@@ -57,7 +57,9 @@ def random_arms(width: int) -> list[Arm]:
     name = f"width{width}"
     standard = Arm(f"{name}/standard", f"width {width}, standard pretraining", ("config/standard.py", *size))
     pause = Arm(f"{name}/pause", f"width {width}, pause pretraining", ("config/pause.py", *size), base=standard.name)
-    return [standard, pause, pause._replace(label=f"width {width}, pause pretraining, pauses in the input", score=WITH)]
+    # Blocks with pauses have less text: no difference is taken.
+    with_pauses = pause._replace(label=f"width {width}, pause pretraining, pauses in the input", score=WITH, base="")
+    return [standard, pause, with_pauses]
 
 
 def between_arms() -> list[Arm]:

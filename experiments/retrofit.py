@@ -15,6 +15,7 @@ variants [Goyal et al. 2023] on SQuAD, CommonsenseQA and GSM8K with 0 and 10 pau
 """
 
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -40,10 +41,12 @@ class Settings:
 
 
 def run(script: str, *arguments: str) -> None:
-    """Run a script of the project in a process of its own. Raises UserError where it fails, after its own message."""
-    ended = subprocess.run([sys.executable, str(ROOT / script), *arguments])
-    if ended.returncode:
-        raise UserError(f"{script} ended with exit code {ended.returncode}: see its message above")
+    """Run a script of the project in a process of its own, which SIGTERM reaches too. Raises UserError where it fails,
+    after its own message."""
+    with subprocess.Popen([sys.executable, str(ROOT / script), *arguments]) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    if process.returncode:
+        raise UserError(f"{script} ended with exit code {process.returncode}: see its message above")
 
 
 def main() -> None:

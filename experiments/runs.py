@@ -16,22 +16,30 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanopause import metrics  # noqa: E402
+from nanopause import checkpoint, metrics  # noqa: E402
+from nanopause.compare import NEUTRAL  # noqa: E402
 from nanopause.config import Config, load_config  # noqa: E402
+from nanopause.distributed import Processes  # noqa: E402
 from nanopause.errors import UserError  # noqa: E402
 from nanopause.evaluation import versions, write_json  # noqa: E402
 from nanopause.files import replace_file  # noqa: E402
+from nanopause.finetune import load_pairs  # noqa: E402
 from nanopause.intervals import t_interval  # noqa: E402
+from nanopause.model import GPT  # noqa: E402
 from nanopause.progress import Ticker  # noqa: E402
+from nanopause.tokenizer import Tokenizer  # noqa: E402
 from train import train  # noqa: E402
 
 SECONDS_BETWEEN_LINES = 20.0  # of progress, without a terminal
@@ -53,6 +61,17 @@ class Run(NamedTuple):
         arguments = [f"--init_from={self.first.folder}"] if self.first else []
         return shlex.join(["python", "train.py", *(one.removeprefix(f"{ROOT}/") for one in self.arguments), *arguments])
 
+    def check(self) -> None:
+        """Raises UserError where the folder has a run with other settings."""
+        folders = sorted(self.folder.glob("step_" + 8 * "[0-9]"))
+        if not folders:
+            return
+        then, now = checkpoint.read_state(folders[-1])["config"], asdict(self.config())
+        for key in sorted(then.keys() - NEUTRAL - {"init_from", "vocab_size"} | {"seed"}):
+            if then[key] != now.get(key):
+                raise UserError(f"{self.folder} has a run with {key}={then[key]}, not {now.get(key)}: choose another "
+                                f"--out_dir, or delete it")  # fmt: skip
+
     def is_trained(self) -> bool:
         latest = self.folder / "latest"
         return latest.exists() and latest.read_text() == f"step_{self.config().max_steps:08d}"
@@ -71,15 +90,16 @@ Measure = Callable[[Path], dict]
 
 
 def _start_worker(numbers, n_gpus: int) -> None:
-    """One thread a process on a CPU; on several GPUs the processes take turns."""
+    """On a CPU one thread per process; on GPUs one of them per process. An interrupt is left to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if n_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get() % n_gpus)
+        os.environ["LOCAL_RANK"] = str(numbers.get() % n_gpus)
     else:
         torch.set_num_threads(1)
 
 
 def _work(run: Run, measure: Measure) -> None:
-    """Train and measure. What a run prints goes to log.txt in its folder's parent."""
+    """Train and measure. The output of a run goes to a file beside its folder, seed0.log."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
@@ -97,8 +117,9 @@ def _interrupt(*_) -> None:
 
 
 def n_workers() -> int:
-    """Processes at a time: one a core, or four a GPU, which small models leave idle."""
-    return 4 * torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    """Processes at a time: one per core, or four per GPU, as small models do not fill one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 4 * torch.cuda.device_count() or cores or 1
 
 
 def train_all(runs: Sequence[Run], measure: Measure) -> None:
@@ -106,6 +127,8 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
 
     Raises UserError that names the runs that failed, after the others are finished."""
     signal.signal(signal.SIGTERM, _interrupt)
+    for run in runs:
+        run.check()
     todo, failed = [run for run in runs if not run.measured()], []
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
@@ -128,7 +151,9 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
                 ended, _ = wait(started, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in ended:
                     run, n_done = started.pop(future), n_done + 1
-                    if error := future.exception():
+                    if isinstance(error := future.exception(), BrokenProcessPool):
+                        raise UserError("a process was killed, for lack of memory perhaps: start the command again")
+                    if error:
                         failed.append(f"{run.folder}: {error} ({run.folder}.log)")
                 show = time.monotonic() - shown > SECONDS_BETWEEN_LINES
                 shown = time.monotonic() if show else shown
@@ -139,16 +164,43 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    if failed or todo:
-        raise UserError(f"{len(failed) + len(todo)} of {len(runs)} runs are not finished, the same command continues "
+    if unfinished := [run for run in runs if not run.measured()]:
+        raise UserError(f"{len(unfinished)} of {len(runs)} runs are not finished, the same command continues "
                         f"them: {'; '.join(failed)}")  # fmt: skip
+
+
+# Measurements
+
+
+def measurement(folder: Path) -> tuple[GPT, Tokenizer, Config, dict]:
+    """The last checkpoint of a run, its config, and what every measurement has."""
+    model, tokenizer, state = checkpoint.load(folder, Processes("auto").device)
+    config = Config(**state["config"])
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return model, tokenizer, config, {
+        "parameters": n_parameters, "steps": state["step"], "batch_size": config.batch_size
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def accuracy(config: Config, model: GPT, tokenizer: Tokenizer, pauses: int) -> float:
+    """Share of a generated task's test texts whose answer has the highest logit of all answers, after the text, this
+    number of pauses, and the space before the answer (London & Kanade's END). The texts are of one length."""
+    pairs, _ = load_pairs(replace(config, pauses=pauses, hints=""), "test", tokenizer)
+    tokens = torch.from_numpy(np.stack([pair.tokens for pair in pairs])).to(model.head.weight.device)
+    n_prompt = pairs[0].n_prefix + 1
+    if tokenizer.decode(tokens[0, n_prompt - 1 :][:1].tolist()) != " ":
+        raise UserError(f"the answers of {config.task} do not begin with a space of their own: use --tokenizer=bytes")
+    answers = tokens[:, n_prompt].unique()
+    logits = torch.cat([model.head(model.hidden(some)[:, -1]) for some in tokens[:, :n_prompt].split(250)])
+    return (answers[logits[:, answers].argmax(1)] == tokens[:, n_prompt]).double().mean().item()
 
 
 # The table
 
 
 def over_seeds(values: Sequence[float], is_share: bool = False) -> dict:
-    """values, a seed each, their mean and the 95 % interval of the mean (low, high; None of one seed, or where all
+    """values, one per seed, their mean and the 95 % interval of the mean (low, high; None of one seed, or where all
     values are equal). is_share: values lie in [0, 1], and the interval is cut to it."""
     low, high = t_interval(values) or (None, None)
     if is_share and low is not None:

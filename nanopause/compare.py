@@ -7,7 +7,7 @@
 A run is a folder that train.py wrote. Runs that differ only in their seed, or in settings that change no result (such
 as log_interval), are one group: the mean over seeds. The group of the first run is the baseline.
 
-    out/compare.png     training loss, validation loss (pretraining: bits per byte) and validation accuracy where runs
+    out/compare.png     training loss, validation loss (pretraining: bits per byte) and exact match where runs
                         log it, against steps, tokens and training FLOPs; the shade is the 95% interval of the mean
                         (Student's t over seeds)
     out/compare.json    the groups, their curves, the table and its notes
@@ -20,6 +20,7 @@ equal, as a block with more pauses has less text.
 """
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -31,8 +32,10 @@ import tyro
 from tyro.conf import arg
 
 from nanopause import checkpoint, cli, errors, metrics
+from nanopause.config import Config
 from nanopause.errors import UserError
 from nanopause.files import replace_file
+from nanopause.intervals import t_interval
 from nanopause.progress import Ticker
 
 # Keys of Config that change no result beyond rounding.
@@ -53,8 +56,9 @@ QUANTITIES = {  # the rows of the picture
     "loss": "training loss\n(nats per token)",
     "val_loss": "validation loss\n(nats per token)",
     "val_bpb": "validation loss\n(bits per byte)",
-    "val_accuracy": "validation accuracy",
+    "val_exact_match": "validation exact match",
 }
+PAUSE_KEYS = "pause_rate", "placement", "pauses"
 PAUSES = "_pauses"  # suffix of the keys of a validation with pauses
 DASH = "–"
 
@@ -112,6 +116,8 @@ def load(folder: Path) -> Run:
         config = checkpoint.read_state(newest.parent)["config"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{newest} is damaged: delete {newest.parent}, and continue the run with --resume") from None
+    config["block_size"] = Config(**config).text_length  # of text: pauses between tokens come on top of it
+    config["init_from"] = re.sub(r"\bseed\d+", "seed*", config["init_from"])  # seeds that continue seeds are one group
     rows = metrics.read(folder / "metrics.jsonl")
     if not any("val_loss" in row for row in rows):
         raise UserError(f"{folder} has no validation yet: train more steps, or train with a lower --eval_interval")
@@ -171,14 +177,17 @@ def curve(group: Group, key: str, axes: list[str]) -> dict[str, list[float]]:
 
 
 def difference(group: Group, values: list[float], baseline: Group, base: list[float]) -> dict:
-    """The group's mean over seeds minus the baseline's; where both have two seeds or more, its 95% interval too."""
+    """The group's mean over seeds minus the baseline's; where both have two seeds or more, and their values differ, its
+    95% interval too."""
     from scipy import stats
 
     found = {"difference": float(np.mean(values) - np.mean(base))}
-    if min(len(values), len(base)) > 1 and group.seeds == baseline.seeds:
-        half = float(half_interval(np.subtract(values, base)))
-        found |= {"interval": [found["difference"] - half, found["difference"] + half], "method": "paired t"}
-    elif min(len(values), len(base)) > 1:
+    if min(len(values), len(base)) < 2:
+        return found
+    if group.seeds == baseline.seeds:
+        if interval := t_interval(np.subtract(values, base).tolist()):
+            found |= {"interval": list(interval), "method": "paired t"}
+    elif len({*values}) > 1 or len({*base}) > 1:
         low, high = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
         found |= {"interval": [float(low), float(high)], "method": "Welch's t"}
     return found
@@ -208,10 +217,10 @@ def compare(groups: list[Group], keys: list[str], axis: str) -> list[dict]:
                 continue
             line = {"axis": axis, "at": common[0], "whole_split": common[1], "quantity": key, "group": group.label,
                     "n": len(values), "value": float(np.mean(values)), "values": values}  # fmt: skip
-            rates = {each.runs[0].config["pause_rate"] for each in (group, groups[0])}
+            pauses = {tuple(each.runs[0].config[key] for key in PAUSE_KEYS) for each in (group, groups[0])}
             if group is groups[0]:
                 base = values
-            elif base and (not key.endswith(PAUSES) or len(rates) == 1):  # another rate leaves other text in a block
+            elif base and (not key.endswith(PAUSES) or len(pauses) == 1):  # other pauses leave other text in a block
                 line |= difference(group, values, groups[0], base)
             lines.append(line)
     return lines
@@ -290,7 +299,7 @@ def main() -> None:
     groups = load_groups(settings.runs)
     runs = [run for group in groups for run in group.runs]
     quantity = "val_loss" if runs[0].config["task"] else "val_bpb"
-    keys, axes, lines, notes = [quantity, quantity + PAUSES, "val_accuracy"], ["step"], [], []
+    keys, axes, lines, notes = [quantity, quantity + PAUSES, "val_exact_match"], ["step"], [], []
     for axis in ("tokens", "flops"):
         if lacking := [run for run in runs if any(axis not in row for row in run.rows)]:
             table_too = " and no table at equal FLOPs" if axis == "flops" else ""

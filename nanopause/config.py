@@ -62,7 +62,7 @@ class Config(GPTConfig):
 
     task: str = ""
     """Train on it, instead of a corpus: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq, aqua or mbpp;
-    parity_16 and mod3_16 (any number of bits) are computed and need no data."""
+    parity_16, mod3_16 (any number of bits) and match3_6 are computed and need no data."""
     data_dir: str = ""
     """Folder with the task's files, such as gsm8k_train.jsonl.gz. Empty: the hub."""
     limit: int | None = None
@@ -159,9 +159,9 @@ class Config(GPTConfig):
             raise UserError(f"pause_loss and consecutive are of pauses in a target, and placement={self.placement} has "
                             f"none: use --placement=dit, ran or aaw")  # fmt: skip
         if self.hints and self.task and self.placement not in ("appd", "sft"):
-            raise UserError(f"hints={self.hints} are for the prefix of a task and its pauses: use --placement=appd")
+            raise UserError(f"hints={self.hints} is for the prefix of a task and its pauses: use --placement=appd")
         if self.hints and not self.task and (self.hints != "next_token" or not self.pausing):
-            raise UserError(f"hints={self.hints} need a task, --task=parity_16, say; a corpus has --hints=next_token, "
+            raise UserError(f"hints={self.hints} needs a task: add --task=parity_16; a corpus has --hints=next_token, "
                             f"with --pause_rate or --placement=between")  # fmt: skip
         if self.trainable == "pause" and not self.pausing:
             raise UserError("trainable=pause and no pause: nothing would learn; add --pauses=10, say")

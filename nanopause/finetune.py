@@ -95,8 +95,8 @@ def encode(
     if n_cut == len(prefix) or len(before) + len(target) > block_size:
         return None
     tokens = np.array(before + target, dtype=np.int64)
-    given = hint_targets(tokens, len(before), tokenizer, *hints(example.prefix, pauses)) if hints else None
-    return Pair(tokens, len(before), n_cut, given)
+    targets = hint_targets(tokens, len(before), tokenizer, *hints(example.prefix, pauses)) if hints else None
+    return Pair(tokens, len(before), n_cut, targets)
 
 
 def hint_targets(
@@ -132,6 +132,9 @@ def load_pairs(
     hints = task.hints.get(config.hints) if training else None
     settings = config.block_size, config.prefix_pauses, config.pause_position, config.cut, inside, hints
     pairs = [pair for example in examples if (pair := encode(example, tokenizer, *settings))]
+    if hints and all((pair.hints == IGNORE).all() for pair in pairs):
+        raise UserError(f"hints={config.hints} gives no target with pauses={config.pauses}: set --pauses to 2 or more, "
+                        f"or leave out the hints with --hints=")  # fmt: skip
     if not pairs:
         raise UserError(f"no target of {config.task}'s {split} split, {config.pauses} pauses and a prefix fit into "
                         f"block_size={config.block_size} tokens: raise --block_size or lower --pauses")  # fmt: skip

@@ -209,25 +209,25 @@ def test_metrics_without_flops_leave_out_the_column_and_the_table(write_run, run
 
 
 def test_finetuning_is_compared_by_loss_and_accuracy(write_run, run, figures):
-    rows = [{"step": step, "val_loss": 2 - step / 10, "val_bpb": 1.0, "val_accuracy": step / 20, "flops": 1.0 * step}
+    rows = [{"step": step, "val_loss": 2 - step / 10, "val_bpb": 1.0, "val_exact_match": step / 20, "flops": 1.0 * step}
             for step in (5, 10)]  # fmt: skip
     settings = {"task": "gsm8k", "max_steps": 10}
     one, other = write_run("one", rows, **settings), write_run("other", rows[:1], pauses=10, **settings)
     _, made = run(one, other, draw=True)
     assert [line["value"] for line in lines(made, "step", "val_loss")] == [1.5, 1.5]
-    assert [line["value"] for line in lines(made, "flops", "val_accuracy")] == [0.25, 0.25]
+    assert [line["value"] for line in lines(made, "flops", "val_exact_match")] == [0.25, 0.25]
     assert not lines(made, "step")
     rows = [axis.get_ylabel().partition("\n")[0] for axis in figures[0].axes[::3]]
-    assert rows == ["training loss", "validation loss", "validation accuracy"]
+    assert rows == ["training loss", "validation loss", "validation exact match"]
     # A longer context cuts fewer examples, and a corpus is not used.
     run(one, write_run("longer", rows=[{"step": 5, "flops": 1.0}], **settings, block_size=512, dataset="unused"))
 
 
 def test_a_quantity_is_not_extrapolated_to_validations_without_it(write_run, run):
-    rows = [{"step": 5, "val_accuracy": 0.5, "flops": 5.0}, {"step": 10, "flops": 10.0}]
+    rows = [{"step": 5, "val_exact_match": 0.5, "flops": 5.0}, {"step": 10, "flops": 10.0}]
     _, made = run(write_run("one", rows, task="gsm8k"), write_run("other", rows, task="gsm8k", pauses=10))
     assert [line["at"] for line in lines(made, "flops", "val_loss")] == [10, 10]
-    assert not lines(made, "flops", "val_accuracy") and not lines(made, "step", "val_accuracy")
+    assert not lines(made, "flops", "val_exact_match") and not lines(made, "step", "val_exact_match")
 
 
 def test_the_picture_has_units_and_can_be_read_in_grey(trained, run, figures):

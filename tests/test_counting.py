@@ -1,7 +1,7 @@
 """The counting tasks, their hints, and the arms of experiments/counting.py."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 from experiments import counting, runs
 from nanopause.config import load_config
 from nanopause.errors import UserError
-from nanopause.finetune import encode, load_pairs, pack
+from nanopause.finetune import TaskBatches, encode, load_pairs, pack
 from nanopause.pauses import IGNORE
 from nanopause.tasks import get_task, load
 from nanopause.tokenizer import load_tokenizer
@@ -81,6 +81,7 @@ def test_hints_that_do_not_fit_are_one_sentence():
     with pytest.raises(UserError, match="raise --block_size"):
         encode(example, BYTES, 16, 4, hints=task.hints["count"])  # the prefix is cut
     for arguments, text in (
+        (["--task=parity_16", "--hints=count"], "no target with pauses=0.*--hints="),
         (["--task=parity_16", "--hints=nothing"], "choose count, prefix_parity, prefix_count"),
         (["--task=parity_16_dots", "--hints=prefix_parity"], "choose count"),
     ):
@@ -91,7 +92,7 @@ def test_hints_that_do_not_fit_are_one_sentence():
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["--hints=count"], "need a task"),
+        (["--hints=count"], "needs a task"),
         (["--hints=next_token"], "with --pause_rate or --placement=between"),
         (["--task=parity_16", "--placement=dit", "--pauses=2", "--hints=count"], "use --placement=appd"),
         (["--placement=between"], "--pauses=1"),
@@ -129,6 +130,18 @@ def test_hints_do_not_leak():
     assert {arm.hints for arm in counting.variants(8)} == {""}
 
 
+def test_batches_are_those_of_all_arms():
+    """A step has the same bits in the same order in every arm of parity and of the variants."""
+    batches = []
+    for arm in PARITY(12) + VARIANTS(12):
+        config = counting.run_of(counting.Settings(), 12, arm, 3).config()
+        pairs, _ = load_pairs(replace(config, limit=300), "train", BYTES)
+        batch = TaskBatches(pairs, 64, P, config.attention, config.seed, 0, 1)[2]
+        starts = [0, *batch.ends[:-1]]
+        batches.append([batch.inputs[0, start : start + 12].tolist() for start in starts])
+    assert all(batch == batches[0] for batch in batches)
+
+
 def test_arms_are_alike():
     """All arms have the settings of the first, but for what they are to differ in."""
     settings = counting.Settings(n=[12], max_steps=20)
@@ -138,14 +151,16 @@ def test_arms_are_alike():
     for name, config in configs.items():
         differing = {key for key in config if config[key] != first[key]}
         wanted = {"out_dir", "task", "pauses", "hints", "init_from"}
-        changed = {"none_larger": {"n_embd", "n_mlp"}, "none_muon": {"optimizer", "matrix_learning_rate"}}
+        muon = {"optimizer", "matrix_learning_rate"}
+        changed = {"none_larger": {"n_embd", "n_mlp"}, "none_muon": muon, "count_12_muon": muon}
         assert differing <= wanted | changed.get(name, set()), name
     assert first["max_steps"] == 20 and first["seed"] == 3
 
 
 def test_the_experiment(experiment, tmp_path, monkeypatch):
     """All of it at a small size: runs, table, JSON, figure; run again it trains nothing."""
-    kept = {"none_parity", "count_8"}
+    kept = {"none_parity", "count_8", "none_count", "no_hints"}
+    monkeypatch.setattr(counting, "variants", lambda n: [arm for arm in VARIANTS(n) if "_no" not in arm.name])
     monkeypatch.setattr(counting, "parity_arms", lambda n: [arm for arm in PARITY(n) if arm.name in kept])
     text, found = experiment(counting, "--n=8", "--max_steps=5")
     assert "PausePT_PauseFT" in text and "1 seed," in text
@@ -163,12 +178,15 @@ def test_the_experiment(experiment, tmp_path, monkeypatch):
     assert ended.returncode == 0, ended.stderr
     (row,) = json.loads((folder / "evaluation/results.json").read_text())["results"]
     assert row["pauses"] == 8 and row["metrics"]["accuracy"]["value"] <= last["accuracy"]["8"]["values"][0]
+    # A run with other settings is not taken for this one.
+    with pytest.raises(UserError, match="has a run with max_steps=5, not 6: choose another --out_dir"):
+        experiment(counting, "--n=8", "--max_steps=6")
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}
     experiment(counting, "--n=8", "--max_steps=5")
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}
 
 
-PARITY = counting.parity_arms
+PARITY, VARIANTS = counting.parity_arms, counting.variants
 
 
 def test_a_run_that_fails_is_named(tmp_path):

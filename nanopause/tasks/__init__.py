@@ -31,6 +31,10 @@ def get_task(name: str) -> Task:
             return task_of(name)
     if name not in TASKS:
         near = get_close_matches(name.lower(), TASKS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(TASKS)}, parity_16 or mod3_16"
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"choose one of {', '.join(TASKS)}, parity_16, mod3_16 or match3_6"
+        )
         raise UserError(f"task {name!r} is not known: {hint}")
     return TASKS[name]

@@ -27,7 +27,7 @@ def answer(kind: str, bits: str) -> str:
 
 
 def strings(n: int, rng: np.random.Generator) -> Iterator[str]:
-    """Uniform random strings of n bits, each at most once (where n > 20 a repetition is improbable)."""
+    """Uniform random strings of n bits; where n <= 20 each of them once."""
     if n <= 20:
         yield from (f"{i:0{n}b}" for i in rng.permutation(2**n).tolist())
     else:
