@@ -26,10 +26,11 @@ def test_random_places(experiment, tiny):
     text, arms = experiment(real_text, *tiny, "--widths=32", "--seeds=2", name="random")
     standard, pause, with_pauses = arms
     assert "pauses in the input" in text and "2 seeds" in text
-    assert standard["difference"] is None and len(standard["bpb"]["values"]) == 2
-    for arm in (pause, with_pauses):
-        gains = [a - b for a, b in zip(arm["bpb"]["values"], standard["bpb"]["values"])]
-        assert arm["difference"]["values"] == gains
+    assert len(standard["bpb"]["values"]) == 2
+    gains = [a - b for a, b in zip(pause["bpb"]["values"], standard["bpb"]["values"])]
+    assert pause["difference"]["values"] == gains
+    # Blocks with pauses have less text, so their bits per byte are not those of the same text.
+    assert standard["difference"] is with_pauses["difference"] is None
     assert pause["bpb"]["values"] != with_pauses["bpb"]["values"]
 
 

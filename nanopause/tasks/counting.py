@@ -5,8 +5,8 @@
     parity_16_dots, …          n dots follow the bits, as many as there are bits: ordinary tokens in place of pauses
 
 The text is `0110…` and the answer after a space, so with M pauses appended the tokens are x1 … xn, <pause> × M, space,
-answer: the space is London & Kanade's END, and the answer is predicted there. One character must be one token
-(--tokenizer=bytes). A string is in one split.
+answer: the space is London & Kanade's END, where the answer is predicted. The most likely of the possible answers
+counts. One character must be one token (--tokenizer=bytes). A string is in one split.
 """
 
 import re
@@ -16,7 +16,8 @@ from itertools import accumulate, islice
 import numpy as np
 
 from nanopause.prepare import hash_of
-from nanopause.tasks.task import Example, Row, Task, text
+from nanopause.tasks.metrics import choice
+from nanopause.tasks.task import Example, Row, Task, chosen, index, text
 
 MODULUS = {"parity": 2, "mod3": 3}
 N_ROWS = {"train": 20_000, "validation": 1_000, "test": 2_000}
@@ -48,9 +49,9 @@ def rows(kind: str, n: int, dots: bool, split: str) -> Iterator[Row]:
         yield {"question": bits + "." * (n * dots), "answer": answer(kind, bits)}
 
 
-def examples(row: Row) -> list[Example]:
-    value = text(row, "answer")
-    return [Example(text(row, "question"), f" {value}", (value,))]
+def examples(kind: str, row: Row) -> list[Example]:
+    answers = [str(i) for i in range(MODULUS[kind])]
+    return chosen(text(row, "question"), answers, index(row, "answer", MODULUS[kind]))
 
 
 # Hints: the last position before the answer's space has none, as it predicts the space.
@@ -79,11 +80,6 @@ def count_at_prefix(prefix: str, n_pauses: int):
     return [str(int(2 * count >= i)) for i, count in enumerate(counts, 1)] + [None], [None] * n_pauses
 
 
-def exact(answer: str, references: tuple[str, ...]) -> float:
-    """1 if the answer is the reference."""
-    return float(answer in references)
-
-
 NAME = re.compile(r"(parity|mod3)_([1-9]\d{0,3})(_dots)?")
 
 
@@ -96,9 +92,8 @@ def counting(name: str) -> Task:
         hub="",
         splits=dict(zip(N_ROWS, N_ROWS)),
         generate=lambda split: rows(kind, n, dots, split),
-        examples=examples,
+        examples=lambda row: examples(kind, row),
         hints={"count": count_at_pauses}
         | ({} if dots else {"prefix_parity": parity_at_prefix, "prefix_count": count_at_prefix}),
-        metrics={"accuracy": exact},
-        max_new_tokens=3,
+        metrics={"accuracy": choice},
     )

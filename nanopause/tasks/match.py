@@ -21,8 +21,9 @@ from itertools import islice
 
 import numpy as np
 
-from nanopause.tasks.counting import exact, split_of
-from nanopause.tasks.task import Example, Row, Task, text
+from nanopause.tasks.counting import split_of
+from nanopause.tasks.metrics import choice
+from nanopause.tasks.task import Example, Row, Task, chosen, text
 
 N_SHIFTS = 4  # of 2SUM
 N_ROWS = {"train": 50_000, "validation": 1_000, "test": 2_000}
@@ -126,7 +127,7 @@ def match(name: str) -> Task:
         prefix, answer = text(row, "question"), text(row, "answer")
         if row["thinks"]:
             return [Example(prefix, f" {problem.spelled_thought(prefix)} {answer}", (answer,))]
-        return [Example(prefix + (" " + "." * problem.n_thoughts) * bool(form), f" {answer}", (answer,))]
+        return chosen(prefix + (" " + "." * problem.n_thoughts) * bool(form), ["F", "T"], "FT".index(answer))
 
     def thought_at_pauses(prefix: str, n_pauses: int):
         """The chain of thought at the pauses; the last pause predicts the answer's space."""
@@ -140,6 +141,5 @@ def match(name: str) -> Task:
         generate=rows,
         examples=examples,
         hints={} if form else {"thought": thought_at_pauses},
-        metrics={"accuracy": exact},
-        max_new_tokens=3,
+        metrics={"accuracy": choice},
     )
