@@ -1,4 +1,4 @@
-"""Do pauses help? Two published effects in small, in minutes on a CPU.
+"""Do pauses help? Two published effects at a small scale, in minutes on a CPU.
 
     python experiments/counting.py                             # n = 20, one seed
     python experiments/counting.py --n=16,20,24 --seeds=5      # the table of docs/evidence.md
@@ -137,15 +137,15 @@ def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
 
 
 def table(found: list[dict], border: bool) -> list[list[str]]:
-    """Rows of text, the header first: an arm a row, a number of bits a column."""
+    """Rows of text, the header first: one row per arm, one column per number of bits."""
     columns = sorted({(row["n"], row["n_mlp"]) for row in found})
     names = [f"n = {n}" + f", MLP {n_mlp}" * border for n, n_mlp in columns]
     rows = [["accuracy", "parameters", *names]]
     for label in dict.fromkeys(row["label"] for row in found):
-        mine = {(row["n"], row["n_mlp"]): row for row in found if row["label"] == label}
-        sizes = sorted({row["parameters"] for row in mine.values()})
+        by_size = {(row["n"], row["n_mlp"]): row for row in found if row["label"] == label}
+        sizes = sorted({row["parameters"] for row in by_size.values()})
         size = "–".join(f"{size:,}" for size in sizes[:: max(1, len(sizes) - 1)])
-        figures = {at: row["accuracy"][row["pauses"]] for at, row in mine.items()}
+        figures = {at: row["accuracy"][row["pauses"]] for at, row in by_size.items()}
         rows.append([label, size, *(shown(figures[at], 3) if at in figures else "–" for at in columns)])
     return rows
 

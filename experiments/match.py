@@ -101,7 +101,7 @@ def main() -> None:
     for (task, arm), some in runs.items():
         measured = [run.measured() for run in some]
         about = {key: value for key, value in measured[0].items() if key != "accuracy"}
-        figures = over_seeds([one["accuracy"] for one in measured], is_share=True)
+        figures = over_seeds([run["accuracy"] for run in measured], is_share=True)
         found.append({"on": task, **arm._asdict(), **about, "command": some[0].command(), "accuracy": figures})
     at = {(row["on"], row["name"]): row for row in found}
     rows = [["accuracy", *tasks]]

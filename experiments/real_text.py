@@ -101,7 +101,7 @@ def main() -> None:
         values = scores[arm.name, arm.score]
         figures, gain = over_seeds(values), None
         if arm.base:  # paired: the same seed has the same weights at the start and the same blocks in each step
-            gain = over_seeds([mine - base for mine, base in zip(values, scores[arm.base, WITHOUT])])
+            gain = over_seeds([value - base for value, base in zip(values, scores[arm.base, WITHOUT])])
         found.append({**arm._asdict(), "bpb": figures, "difference": gain})
         rows.append([arm.label, shown(figures, 4), shown(gain, 4, "+") if gain else "–"])
     note = f"{settings.seeds} seeds; Student's t; differences paired by seed; lower is better."

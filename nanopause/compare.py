@@ -135,16 +135,16 @@ def load_groups(folders: list[Path]) -> list[Group]:
     unused = {"dataset", "block_size"} if first.config["task"] else {}
     for run in runs:
         for key, reason in REQUIRED.items():
-            one, other = first.config[key], run.config[key]
-            if one != other and key not in unused:
-                raise UserError(f"{first.folder} has {key}={one!r}, but {run.folder} has {key}={other!r}, and "
+            expected, value = first.config[key], run.config[key]
+            if expected != value and key not in unused:
+                raise UserError(f"{first.folder} has {key}={expected!r}, but {run.folder} has {key}={value!r}, and "
                                 f"{reason}: leave one out, or train both with the same --{key}")  # fmt: skip
         settings = {key: value for key, value in run.config.items() if key not in NEUTRAL}
         by_seed = by_settings.setdefault(json.dumps(settings), {})
-        twin = by_seed.setdefault(run.config["seed"], run)
-        if twin is not run:
-            raise UserError(f"{twin.folder} and {run.folder} are the same run, as seed={run.config['seed']} and all "
-                            f"settings that change results are equal: leave one out")  # fmt: skip
+        duplicate = by_seed.setdefault(run.config["seed"], run)
+        if duplicate is not run:
+            raise UserError(f"{duplicate.folder} and {run.folder} are the same run, as seed={run.config['seed']} and "
+                            f"all settings that change results are equal: leave one out")  # fmt: skip
     every = [json.loads(settings) for settings in by_settings]
     differing = [key for key in every[0] if any(settings[key] != every[0][key] for settings in every)]
     groups = []
