@@ -167,35 +167,30 @@ def as_json(prompt: str, generation: Generation, tokenizer: Tokenizer) -> str:
 
 
 def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> float:
-    """What passes with pauses took longer than without: of each kind the median of three differences of a typical one,
-    by turns, times how many there were. It is measured afterwards, on the engine's cache."""
-    at_prompt, per_token, n = policy.at_prompt, policy.per_token, engine.max_batch
-    room = engine.max_length - 1 - max(at_prompt, per_token)
+    """Seconds that pauses added: typical prefills and decode steps, timed afterwards with and without pauses. The
+    median of three differences, times the number of such steps."""
+    n_prompt_pauses, n_pauses = policy.at_prompt, policy.per_token
+    room = engine.max_length - 1 - max(n_prompt_pauses, n_pauses)
     context = max(1, min(round(statistics.mean(prompt_lengths)), room))
 
     @torch.no_grad()
-    def seconds(n: int, context: int, *passes: tuple[int, int]) -> float:
-        """Of passes over n sequences that hold `context`: tokens a sequence, and how many of their outputs are read."""
-        engine.length[:n] = context
+    def seconds(n: int, n_cached: int, n_tokens: int, n_outputs: int) -> float:
+        """Of a step that appends n_tokens to each of n sequences with n_cached tokens, and computes logits."""
+        runner = engine.runner
+        runner.slots.length[:n] = n_cached
+        tokens = torch.zeros(n, n_tokens, dtype=torch.int64, device=runner.device)
         start = time.perf_counter()
-        for count, n_read in passes:
-            x = engine.append(
-                torch.zeros(n, count, dtype=torch.int64, device=engine.device),
-                torch.full((n,), count, device=engine.device),
-            )
-            logits = engine.model.head(x[:, -n_read:])
-        logits[0, 0, 0].item()  # waits
+        x = runner.append(tokens, torch.full((n,), n_tokens, device=runner.device))
+        engine.model.head(x[:, -n_outputs:])[0, 0, 0].item()  # waits for the device
         return time.perf_counter() - start
 
-    prompt, step, added = (1, 0, (context, 1)), (n, context, (1, 1)), 0.0
-    for times, with_pauses, without in (
-        (engine.paused_prompts, (1, 0, (context + at_prompt, 2)), prompt),
-        (engine.paused_steps, (n, context, (1 + per_token, 2)), step),
-        (engine.pause_passes, (*step, (per_token, 1)), step),
-    ):
-        if times:
-            differences = [seconds(*with_pauses) - seconds(*without) for _ in range(4)]
-            added += times * statistics.median(differences[1:])  # the first warms up
+    added, n = 0.0, engine.max_batch
+    if engine.n_paused_prompts:
+        differences = [seconds(1, 0, context + n_prompt_pauses, 2) - seconds(1, 0, context, 1) for _ in range(4)]
+        added += engine.n_paused_prompts * statistics.median(differences[1:])  # the first warms up
+    if engine.n_paused_decodes:
+        differences = [seconds(n, context, 1 + n_pauses, 2) - seconds(n, context, 1, 1) for _ in range(4)]
+        added += engine.n_paused_decodes * statistics.median(differences[1:])
     return added
 
 
@@ -268,7 +263,7 @@ def main() -> None:
         return
     n_tokens, n_pauses = (sum(f(g) for g in generations) for f in (lambda g: len(g.tokens), lambda g: g.pauses))
     text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_pauses} pauses"
-    if engine.paused_prompts + engine.paused_steps + engine.pause_passes:
+    if engine.n_paused_prompts or engine.n_paused_decodes:
         added = added_seconds(engine, policy, [max(1, len(tokenizer.encode(prompt))) for prompt in prompts])
         text += f", which added about {1000 * added:.1f} of {1000 * seconds:.0f} ms"
     print(text, file=sys.stderr)

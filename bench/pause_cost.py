@@ -6,8 +6,8 @@
               layers or heads are as many more as take the FLOPs of the pauses [Goyal et al. 2023, appendix I]
     decode    a later token, behind the pauses or of those models: pauses are paid once, layers and heads for ever
 
-All are passes of the engine (nanopause.engine.Engine.append) over `batch` sequences, and the likeliest next token at
-the end of the last, in GPT-2 124M with random weights; what is fed or said one by one is one chain, timed on its way.
+All are forward passes of the engine (generation.runner.Runner.append) over `batch` sequences, and the likeliest next
+token at the end of the last, in GPT-2 124M with random weights; what is fed or said one by one is one chain.
 The cache holds random keys and values of `context` tokens before a step; the prompt is `context` tokens, and the cache
 empty before it. (Where it generates, the engine's last block leaves out the rows that nobody reads; here it has all.)
 """
@@ -102,10 +102,10 @@ class Run:
         self.engine = Engine(GPT(config).eval().to(bench.device, bench.dtype), tokenizer, max_batch=batch)
         self.text = torch.randint(tokenizer.eot_id, (batch, config.block_size), device=bench.device)
         self.pauses = torch.full((batch, max(PAUSES)), tokenizer.pause_id, device=bench.device)
-        self.engine.cache.normal_()
+        self.engine.runner.cache.normal_()
 
     def append(self, tokens: Tensor) -> Tensor:
-        return self.engine.append(tokens, torch.full((self.n,), tokens.shape[1], device=self.device))
+        return self.engine.runner.append(tokens, torch.full((self.n,), tokens.shape[1], device=self.device))
 
     def now(self) -> Moment:
         if self.device.type != "cuda":
@@ -136,7 +136,7 @@ class Chain:
     @torch.no_grad()
     def __call__(self) -> dict[str, Tensor]:
         run, spoken, self.said = self.run, [], []
-        run.engine.length[: run.n] = self.held
+        run.engine.runner.slots.length[: run.n] = self.held
         start = run.now()
         for i, part in enumerate(self.parts):
             x = run.append(self.said[-1] if part is None else part)[:, -1]

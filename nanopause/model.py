@@ -119,7 +119,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None for _ in "qk")
 
-    def forward(self, x, rope, attend, cache, slots, rows):
+    def forward(self, x, rope, attend, cache, slots):
         qkv = self.qkv(x).unflatten(2, (self.n_head + 2 * self.n_kv_head, -1))
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         if self.q_norm is not None:
@@ -129,15 +129,13 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache
             k, v = keys.index_put_(slots, k.to(keys.dtype)), values.index_put_(slots, v.to(values.dtype))
-        if rows is not None:
-            q = q[:, rows]
         return self.out(attend(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.activation = config.mlp  # None where nanopause.packed has made it part of `up`
+        self.activation = config.mlp
         # SwiGLU's gate and value are one product.
         self.up = nn.Linear(config.n_embd, config.n_mlp * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
         self.down = nn.Linear(config.n_mlp, config.n_embd, bias=config.bias)
@@ -148,7 +146,7 @@ class MLP(nn.Module):
             x = F.gelu(x, approximate="tanh")
         elif self.activation == "relu2":
             x = F.relu(x).square()
-        elif self.activation == "swiglu":
+        else:
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
         return self.down(x)
@@ -160,9 +158,8 @@ class Block(nn.Module):
         self.attention_norm, self.attention = norm(config, config.n_embd), Attention(config)
         self.mlp_norm, self.mlp = norm(config, config.n_embd), MLP(config)
 
-    def forward(self, x, rope, attend, cache, slots, rows=None):
-        kept = x if rows is None else x[:, rows]
-        x = kept + self.attention(self.attention_norm(x), rope, attend, cache, slots, rows)
+    def forward(self, x, rope, attend, cache, slots):
+        x = x + self.attention(self.attention_norm(x), rope, attend, cache, slots)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -196,15 +193,13 @@ class GPT(nn.Module):
         if module is self and self.config.zero_init and not self.config.tied:
             nn.init.zeros_(self.head.weight)
 
-    def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None, slots=None, rows=None) -> Tensor:
+    def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None, slots=None) -> Tensor:
         """The residual stream after the last norm, [B, T, C], of tokens [B, T].
 
         positions: int [B, T], places in the sequence; 0, 1, 2… by default. Packed documents count from 0 each.
         lo, hi: int32 [B, T], the keys a query reads (kernels.attention); causal by default.
         cache: from new_cache; the tokens' keys and values are written to its `slots`, int [B, T], which default to
         their positions, and these must be given; hi defaults to slots + 1.
-        rows: with a cache, which of the T are returned, [B, R, C]: an index, int64 [R], that ascends, or a slice. Of
-        others the last block computes only keys and values.
         """
         if slots is None:
             slots = positions
@@ -222,12 +217,8 @@ class GPT(nn.Module):
         else:
             rope = self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
         layers = [None] * len(self.blocks) if cache is None else zip(*cache.unbind(1))
-        for i, (block, layer) in enumerate(zip(self.blocks, layers, strict=True), 1):
-            if rows is None or i < len(self.blocks):
-                x = block(x, rope, attend, layer, slots)
-            else:
-                attend = kernels.Attend(None if lo is None else lo[:, rows], hi[:, rows])
-                x = block(x, rope, attend, layer, slots, rows)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, rope, attend, layer, slots)
         return self.norm(x)
 
     def forward(

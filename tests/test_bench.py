@@ -20,7 +20,6 @@ from bench.harness import OURS, Bench, Rival, Wrong, check, passes, race
 from nanopause.errors import UserError
 from nanopause.flops import forward_flops, training_flops
 from nanopause.model import GPT, GPTConfig
-from nanopause.packed import PackedLinear
 from nanopause.prepare import prepare
 from nanopause.tokenizer import load_tokenizer
 
@@ -439,7 +438,7 @@ def test_truth_in_pieces_is_the_whole():
 def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(pause_cost, "PAUSES", (1, 3))
-    seconds, append, product = [0.0], pause_cost.Run.append, PackedLinear.forward
+    seconds, append, product = [0.0], pause_cost.Run.append, torch.nn.Linear.forward
 
     def a_second_a_token(run, tokens):
         seconds.append(tokens.shape[1])
@@ -450,7 +449,7 @@ def test_pause_cost_counts_what_the_formula_says(monkeypatch, tmp_path):
         return product(linear, x)
 
     monkeypatch.setattr(pause_cost.Run, "append", a_second_a_token)
-    monkeypatch.setattr(PackedLinear, "forward", a_hundred_for_logits)
+    monkeypatch.setattr(torch.nn.Linear, "forward", a_hundred_for_logits)
     monkeypatch.setattr(pause_cost, "perf_counter", lambda: sum(seconds))
     pause_cost.main(quick=True)
     (file,) = tmp_path.glob("*/pause_cost.quick.json")

@@ -1,19 +1,22 @@
-"""Generation on the cache says what the model says without one, whoever shares the batch."""
+"""Generation with the cache equals full forward passes, in any batch and under any schedule."""
 
 import math
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanopause.engine import Engine, Sampling, gumbel
+from nanopause.engine import Engine
 from nanopause.errors import UserError
+from nanopause.generation import runner
+from nanopause.generation.sampling import Sampling, gumbel, sample
+from nanopause.generation.scheduler import Scheduler
+from nanopause.generation.sequence import Sequence
 from nanopause.model import GPT, GPTConfig
 from nanopause.policy import AfterPrompt, BelowConfidence, Never, OnRequest, StopWhenUseless
 from nanopause.tokenizer import load_tokenizer
@@ -41,10 +44,10 @@ def model_of(style="modern", block_size=64, std=0.3, sharpness=8.0):
     return model
 
 
-def engine_of(model, lockstep=True, **options):
-    """lockstep=False: as on a GPU, padded to the sizes of graphs, pauses riding, the host ahead."""
+def engine_of(model, ahead=False, **options):
+    """ahead: as on a GPU, with padded sizes and two steps scheduled ahead."""
     engine = Engine(model, BYTES, **{"max_batch": 3, "chunk": 7} | options)
-    engine.lockstep = lockstep
+    engine.n_ahead, engine.runner.pads = 2 * ahead, ahead
     return engine
 
 
@@ -97,15 +100,15 @@ POLICIES = [Never(), AfterPrompt(10), BelowConfidence(0.7, 3), BelowConfidence(1
             BelowConfidence(1.0, 5, budget=3), OnRequest(4, budget=20)]  # fmt: skip
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix-LM"])
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 @pytest.mark.parametrize("style", STYLES)
-def test_a_batch_says_what_whole_passes_say(style, policy, prefix, lockstep):
+def test_a_batch_says_what_whole_passes_say(style, policy, prefix, ahead):
     """More prompts than rows, prompts longer than a chunk, every policy."""
     model, attention = model_of(style), "prefix" if prefix else "causal"
     end_and_ask_now_and_then(model, attention)
-    made = engine_of(model, lockstep).generate(PROMPTS, policy, temperature=0, max_new_tokens=12, attention=attention)
+    made = engine_of(model, ahead).generate(PROMPTS, policy, temperature=0, max_new_tokens=12, attention=attention)
     expected = [generate_without_cache(model, prompt, 12, policy, prefix) for prompt in PROMPTS]
     assert [([token.id for token in one.tokens], [token.pauses for token in one.tokens]) for one in made] == expected
     if policy == Never():
@@ -113,7 +116,7 @@ def test_a_batch_says_what_whole_passes_say(style, policy, prefix, lockstep):
     assert (sum(one.pauses for one in made) > 0) == (policy.budget >= max(policy.at_prompt, 1))
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("ahead", [False, True])
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6),
@@ -122,11 +125,11 @@ def test_a_batch_says_what_whole_passes_say(style, policy, prefix, lockstep):
     max_batch=st.integers(1, 4),
     n=st.integers(1, 6),
 )
-def test_any_schedule_says_what_a_prompt_alone_gets(lockstep, lengths, pauses, chunk, max_batch, n):
+def test_any_schedule_says_what_a_prompt_alone_gets(ahead, lengths, pauses, chunk, max_batch, n):
     model = model_of("llama", std=0.15, sharpness=1.0)
     prompts = ["".join(chr(97 + (i + j) % 26) for j in range(length)) for i, length in enumerate(lengths)]
     options = dict(temperature=0, max_new_tokens=n)
-    made = engine_of(model, lockstep, chunk=chunk, max_batch=max_batch).generate(prompts, pauses, **options)
+    made = engine_of(model, ahead, chunk=chunk, max_batch=max_batch).generate(prompts, pauses, **options)
     for prompt, one in zip(prompts, made):
         (alone,) = engine_of(model, chunk=64).generate([prompt], pauses, **options)
         assert [token[1:3] for token in one.tokens] == [token[1:3] for token in alone.tokens]
@@ -148,11 +151,11 @@ def test_ragged_appends_are_one_pass(style, schedule, seed):
     sequences, got = [[], [], []], [[], [], []]
     for counts in schedule:
         new = torch.randint(BYTES.vocab_size, (3, max(counts) + 1), generator=generator)
-        x = model.head(engine.append(new, torch.tensor(counts)))
+        x = model.head(engine.runner.append(new, torch.tensor(counts)))
         for b, count in enumerate(counts):
             sequences[b] += new[b, :count].tolist()
             got[b].append(x[b, :count])
-    assert engine.length[:3].tolist() == [len(tokens) for tokens in sequences]
+    assert engine.runner.slots.length[:3].tolist() == [len(tokens) for tokens in sequences]
     for tokens, logits in zip(sequences, got):
         if tokens:
             with torch.no_grad():
@@ -168,11 +171,11 @@ def test_prompts_and_their_pauses_are_one_pass():
     engine_of(model, chunk=64).generate(["a prompt", "b"], 10, max_new_tokens=2, temperature=0)
     assert passes == [18 + 11, 1]
     del passes[:]
-    engine = engine_of(model, lockstep=False, max_batch=1)
+    engine = engine_of(model, ahead=True, max_batch=1)
     (made,) = engine.generate(["a"], BelowConfidence(1.0, 3), max_new_tokens=3, temperature=0)
     hook.remove()
     assert [token.pauses for token in made.tokens] == [3, 3, 3]
-    assert passes == [4] * 3  # a token and three pauses are a step
+    assert passes == [4] * 3  # a token and its three pauses are one step
 
 
 def test_m_pauses_in_a_step_are_m_steps():
@@ -180,20 +183,20 @@ def test_m_pauses_in_a_step_are_m_steps():
     at_once, one_by_one = engine_of(model), engine_of(model)
     prompt = torch.tensor([BYTES.encode("a prompt")])
     pauses = torch.full((1, 10), PAUSE)
-    together = at_once.append(torch.cat((prompt, pauses), 1), torch.tensor([18]))[:, -1]
-    one_by_one.append(prompt, torch.tensor([8]))
+    together = at_once.runner.append(torch.cat((prompt, pauses), 1), torch.tensor([18]))[:, -1]
+    one_by_one.runner.append(prompt, torch.tensor([8]))
     for _ in range(10):
-        last = one_by_one.append(pauses[:, :1], torch.tensor([1]))[:, -1]
+        last = one_by_one.runner.append(pauses[:, :1], torch.tensor([1]))[:, -1]
     torch.testing.assert_close(model.head(together), model.head(last), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
-def test_a_text_does_not_depend_on_who_shares_its_batch(lockstep):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_text_does_not_depend_on_who_shares_its_batch(ahead):
     model = model_of(std=0.1, sharpness=1.0)
     options = dict(pauses=2, temperature=1.0, top_p=0.95, top_k=200, max_new_tokens=20)
-    together = engine_of(model, lockstep, max_batch=4).generate(PROMPTS, seed=7, **options)
+    together = engine_of(model, ahead, max_batch=4).generate(PROMPTS, seed=7, **options)
     alone = [engine_of(model).generate([prompt], seed=7 + i, **options)[0] for i, prompt in enumerate(PROMPTS)]
-    other = engine_of(model, lockstep, max_batch=4).generate(PROMPTS, seed=70, **options)
+    other = engine_of(model, ahead, max_batch=4).generate(PROMPTS, seed=70, **options)
     assert [one.ids for one in together] == [one.ids for one in alone] != [one.ids for one in other]
     assert len({tuple(one.ids) for one in engine_of(model).generate(["x"] * 5, **options)}) == 5
 
@@ -204,8 +207,7 @@ def test_sampled_text_is_that_of_a_loop_with_the_same_noise():
     tokens = BYTES.encode("a prompt") + [PAUSE] * 3
     for place, token in enumerate(made.tokens):
         logprobs = logprobs_without_cache(model, tokens)[None]
-        noise = gumbel(torch.tensor([5]), torch.tensor([place]), PAUSE)
-        assert token.id == Sampling(0.9).choose(logprobs, noise).item()
+        assert token.id == sample(logprobs, Sampling(0.9), torch.tensor([5]), torch.tensor([place])).item()
         tokens.append(token.id)
 
 
@@ -230,47 +232,28 @@ def test_what_is_said_after_a_request_is_drawn_from_the_model():
 def test_a_prompt_in_chunks_is_the_whole_prompt(chunk):
     model = model_of()
     expected = [generate_without_cache(model, prompt, 8, AfterPrompt(6))[0] for prompt in PROMPTS]
-    for lockstep in (True, False):
-        made = engine_of(model, lockstep, chunk=chunk).generate(PROMPTS, 6, temperature=0, max_new_tokens=8)
+    for ahead in (False, True):
+        made = engine_of(model, ahead, chunk=chunk).generate(PROMPTS, 6, temperature=0, max_new_tokens=8)
         assert [[token.id for token in one.tokens] for one in made] == expected
 
 
-@pytest.mark.parametrize("lockstep, chunk, max_batch", [(True, 64, 1), (True, 3, 3), (False, 64, 3), (False, 5, 3)])
+@pytest.mark.parametrize("ahead, chunk, max_batch", [(False, 64, 1), (False, 3, 3), (True, 64, 3), (True, 5, 3)])
 @pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix-LM"])
 @pytest.mark.parametrize("style", STYLES)
-def test_the_logits_of_whole_passes(style, prefix, lockstep, chunk, max_batch):
+def test_logits_equal_full_forwards(style, prefix, ahead, chunk, max_batch, monkeypatch):
     """Of every token, before its pauses and behind them, to 1e-5: prompts whole and in chunks, alone and in a batch."""
     model, policy = model_of(style, std=0.15, sharpness=1.0), AfterPrompt(6)
-    engine, seen = engine_of(model, lockstep, chunk=chunk, max_batch=max_batch), []
-    receive, settle, logprobs_of, without = engine._receive, engine._settle, engine._logprobs, None
-
-    def logits_become(logits, n_more=0):
-        nonlocal without
-        without = logits.clone()
-        return logprobs_of(logits, n_more)
-
-    def settling(who, logprobs, kept=None, behind=None):
-        logits = without if behind is None else torch.where(kept[:, None] > 0, behind, without)
-        return torch.cat((settle(who, logprobs, kept, behind), logits[:, :PAUSE]), 1)  # behind what the host reads
-
-    def receiving(sent, *rest):
-        seen.extend((one.index, sent.rows[row, -PAUSE:]) for row, one in sent.sequences.items() if not one.done)
-        return receive(sent._replace(rows=sent.rows[:, :-PAUSE]), *rest)
-
-    engine._settle, engine._receive, engine._logprobs = settling, receiving, logits_become
-    options = dict(temperature=0, max_new_tokens=6, attention="prefix" if prefix else "causal")
-    made = engine.generate(PROMPTS, policy, **options)
-    assert [one.pauses for one in made] == [6] * len(PROMPTS)
-    texts = [(BYTES.encode(prompt) or [EOT]) + [PAUSE] * 6 for prompt in PROMPTS]
-    lengths, counts = list(map(len, texts)), Counter()
-    for i, logits in seen:
-        tokens = texts[i] + made[i].ids[: counts[i]]
-        hi = torch.arange(1, len(tokens) + 1).clamp(min=lengths[i] if prefix else 0)[None].int()
-        with torch.no_grad():
-            truth = model(torch.tensor([tokens]), lo=torch.zeros_like(hi), hi=hi)[0, -1, :PAUSE]
-        torch.testing.assert_close(logits, truth, atol=1e-5, rtol=0)
-        counts[i] += 1
-    assert [counts[i] for i in range(len(PROMPTS))] == [len(one.tokens) for one in made]
+    monkeypatch.setattr(runner, "N_TOP", PAUSE)  # the trace of a token then has all of its log-probabilities
+    engine = engine_of(model, ahead, chunk=chunk, max_batch=max_batch)
+    options = dict(temperature=0, max_new_tokens=6, attention="prefix" if prefix else "causal", trace=True)
+    for prompt, generation in zip(PROMPTS, engine.generate(PROMPTS, policy, **options)):
+        assert generation.pauses == 6
+        tokens = (BYTES.encode(prompt) or [EOT]) + [PAUSE] * 6
+        n_prefix = len(tokens) if prefix else 0
+        for token in generation.tokens:
+            truth = logprobs_without_cache(model, tokens, n_prefix)
+            torch.testing.assert_close(torch.tensor([x for _, x in sorted(token.top)]), truth, atol=1e-5, rtol=0)
+            tokens.append(token.id)
 
 
 def test_prompts_are_read_first_come_first():
@@ -281,11 +264,11 @@ def test_prompts_are_read_first_come_first():
     assert first == [0, 1, 2]
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
-def test_pauses_of_others_leave_a_prompt_that_is_read_alone(lockstep):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_pauses_of_others_leave_a_prompt_that_is_read_alone(ahead):
     """Of the third 13 tokens are read where the first held 6, while the second says its last, with pauses."""
     model, policy, prompts = model_of(std=0.15, sharpness=1.0), BelowConfidence(1.0, 2), ["a", 14 * "b", 40 * "c"]
-    engine = engine_of(model, lockstep, max_batch=2, chunk=16)
+    engine = engine_of(model, ahead, max_batch=2, chunk=16)
     *_, third = engine.generate(prompts, policy, temperature=0, max_new_tokens=2)
     (alone,) = engine.generate(prompts[2:], policy, temperature=0, max_new_tokens=2)
     assert third.ids == alone.ids
@@ -300,54 +283,25 @@ def test_a_long_prompt_does_not_stop_the_others():
     assert order.index(1) >= 8  # ten chunks, and a token of the first prompt after each
 
 
-def test_passes_over_prompts_are_even(monkeypatch):
-    """No second pass for what is left over, and none of more than one and a half chunks."""
-    engine, read, hidden = engine_of(model_of(), max_batch=4, chunk=8), [], GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, x, **options: read.append(x.shape[1]) or hidden(self, x, **options))
-    for prompts, pauses, passes in (
-        (["x" * 8, "y"], 0, [9]),
-        (4 * ["x" * 5], 0, [10, 10]),
-        (["x" * 30], 1, [8, 8, 8, 7]),
-    ):
-        read.clear()
-        engine.generate(prompts, pauses, max_new_tokens=1)
-        assert read == passes
-
-
-@pytest.mark.parametrize("lockstep", [True, False])
-def test_a_text_that_has_begun_does_not_wait_for_all_who_come(lockstep):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_text_that_has_begun_does_not_wait_for_all_who_come(ahead):
     """Others end at their first token, and the next come."""
     model = model_of()
     (first,) = engine_of(model).generate(["a prompt"], max_new_tokens=1, temperature=0)
-    engine = engine_of(model, lockstep, chunk=8)
+    engine = engine_of(model, ahead, chunk=8)
     stream = engine.stream(["x", *12 * ["a prompt"]], max_new_tokens=4, temperature=0, until=[first.text])
     order = [token.sequence for token in stream]
     assert order.count(0) == 4 and order.index(0, 1) <= 4 and sorted(set(order)) == [*range(13)]
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_no_step_makes_a_token_too_many(lockstep, n, monkeypatch):
+def test_no_step_makes_a_token_too_many(ahead, n, monkeypatch):
     """Also where the host starts steps before it has seen the last ones."""
-    engine, steps, decode = engine_of(model_of(), lockstep), [], Engine._decode
-    monkeypatch.setattr(Engine, "_decode", lambda self, *case: steps.append(case) or decode(self, *case))
+    engine, steps, decode = engine_of(model_of(), ahead), [], runner.Runner.decode
+    monkeypatch.setattr(runner.Runner, "decode", lambda self, *case: steps.append(case) or decode(self, *case))
     made = engine.generate(["x", "yy"], max_new_tokens=n, temperature=0)
     assert [len(one.tokens) for one in made] == [n, n] and len(steps) == n - 1
-
-
-@pytest.mark.parametrize("lockstep", [True, False])
-def test_a_batch_begins_together(lockstep):
-    """Where two or three passes read its prompts, nobody gets a second token before all have their first."""
-    engine = engine_of(model_of(), lockstep, max_batch=3, chunk=8)
-    for n in (5, 7):
-        order = [token.sequence for token in engine.stream(["x" * n, "y" * n, "z" * n], max_new_tokens=6)]
-        assert order == 6 * [0, 1, 2]
-    alone = [token.sequence for token in engine.stream(["x" * 5, "y" * 29], max_new_tokens=6)]
-    assert alone[:2] == [0, 0]  # who would wait for more than two passes does not
-    engine = engine_of(model_of(), lockstep, max_batch=2, chunk=8, max_length=24)
-    order = [token.sequence for token in engine.stream(["x" * 22, "y", "z" * 13], max_new_tokens=15)]
-    *_, since = "".join(map(str, order[: order.index(2)])).split("0")
-    assert len(since) >= 2  # tokens of the second while the third was read: nor does who is in the middle of its text
 
 
 def test_the_numbers_of_a_token():
@@ -371,9 +325,9 @@ def test_the_numbers_of_a_token():
 
 def test_nobody_knows_what_a_prefix_lm_would_have_said_without_pauses():
     """The prompt has read them."""
-    for lockstep in (True, False):
+    for ahead in (False, True):
         for options in ({"attention": "prefix"}, {}):
-            engine = engine_of(model_of(), lockstep)
+            engine = engine_of(model_of(), ahead)
             (made,) = engine.generate(["a prompt"], 3, max_new_tokens=2, trace=True, **options)
             first, second = made.tokens
             assert math.isnan(first.logprob_without) == (not first.top_without) == bool(options)
@@ -382,35 +336,40 @@ def test_nobody_knows_what_a_prefix_lm_would_have_said_without_pauses():
             assert "after the pauses" in text and ("before the pauses" in text) == (not options)
 
 
-def test_pauses_ride_on_a_cpu_where_the_last_step_paused():
-    engine = engine_of(model_of())
-    (made,) = engine.generate(["a prompt"], BelowConfidence(0.7, 3), temperature=0, max_new_tokens=30)
-    # The first step follows the prompt before anybody has looked at what that said.
-    paused = [False, *(token.pauses > 0 for token in made.tokens[1:])]
-    assert engine.paused_steps == sum(paused[:-1]) > 0
-    assert engine.pause_passes == sum(now and not before for before, now in pairwise(paused)) > 0
-    assert not all(paused[1:])
-
-
-def test_a_step_on_a_cpu_that_does_not_pause_makes_log_probabilities_once():
-    engine, made = engine_of(model_of()), []
-    logprobs_of = engine._logprobs
-    engine._logprobs = lambda logits: made.append(logits.shape) or logprobs_of(logits)
-    engine.generate(["ab"], BelowConfidence(0.0, 3), max_new_tokens=5)
-    assert len(made) == 2 + 4  # the prompt's pauses are read in its pass, before anybody knows
-
-
-@pytest.mark.parametrize("lockstep, steps", [(True, 2), (False, 4)])
-def test_no_pauses_ride_where_nobody_has_any_left(lockstep, steps):
-    """Or where they never have room. With a budget for the prompt and two steps, of which a CPU reads the first in a
-    pass of its own; on a GPU the host hears of it two steps later."""
-    engine = engine_of(model_of(), lockstep)
+@pytest.mark.parametrize("ahead, steps", [(False, 2), (True, 4)])
+def test_no_pauses_are_fused_without_budget(ahead, steps):
+    """The budget is for the prompt and two steps. The host sees it at once, or two steps later when it runs ahead."""
+    engine = engine_of(model_of(), ahead)
     (made,) = engine.generate(["ab"], BelowConfidence(1.0, 2, budget=7), max_new_tokens=9)
     assert [token.pauses for token in made.tokens] == [2] * 3 + [0] * 6
-    assert engine.paused_steps + engine.pause_passes == steps
-    engine = engine_of(model_of(), lockstep, max_length=9)
-    engine.generate(["ab"], BelowConfidence(1.0, 8), max_new_tokens=6)
-    assert engine.paused_steps == 0
+    assert engine.n_paused_decodes == steps
+
+
+def test_the_life_of_a_request():
+    """Three prompts, two slots: the scheduler alone, without a model."""
+    sequences = [Sequence(i, [1] * length, seed=0) for i, length in enumerate((3, 9, 2))]
+    scheduler = Scheduler(sequences, AfterPrompt(2), max_batch=2, max_length=64, chunk=8, max_new_tokens=2,
+                          is_prefix_lm=False)  # fmt: skip
+    states, steps = [], []
+    while scheduler.waiting or scheduler.running:
+        step = scheduler.schedule()
+        steps.append([(chunk.sequence.index, chunk.start, chunk.stop, chunk.n_pauses) for chunk in step.prefill])
+        states.append([sequence.state for sequence in sequences])
+        for sequence in [sequence for sequence in scheduler.running if sequence.n_scheduled == 2]:
+            scheduler.finish(sequence)
+    assert steps == [[(0, 0, 3, 2), (1, 0, 3, 0)], [(1, 3, 9, 2), (2, 0, 1, 0)][:1], [(2, 0, 2, 2)]]
+    assert states == [["decode", "prefill", "waiting"], ["finished", "decode", "prefill"],
+                      ["finished", "finished", "decode"]]  # fmt: skip
+
+
+def test_step_runs_one_step():
+    engine = engine_of(model_of(), chunk=64)
+    engine.submit(["a", "b"], 3, max_new_tokens=3, temperature=0)
+    tokens = []
+    while not engine.is_finished:
+        tokens.append([token.sequence for token in engine.step()])
+    assert tokens == [[0, 1, 0, 1], [0, 1]] and engine.step() == []
+    assert engine.n_paused_prompts == 2
 
 
 # Ends and bad input
@@ -425,8 +384,8 @@ def test_pause_and_padding_are_never_said():
         model.token_embedding.weight.abs_()  # so that the logits of all these are large
         assert model(torch.tensor([[120]])).argmax() >= PAUSE
     for policy in (0, BelowConfidence(1.0, 1), OnRequest(1, budget=3)):
-        for lockstep in (True, False):
-            made = engine_of(model, lockstep).generate(["x"] * 6, policy, temperature=5.0, max_new_tokens=20)
+        for ahead in (False, True):
+            made = engine_of(model, ahead).generate(["x"] * 6, policy, temperature=5.0, max_new_tokens=20)
             assert all(token.id < PAUSE for one in made for token in one.tokens)
 
 
@@ -447,7 +406,7 @@ def test_the_context_is_the_limit():
     assert count("x" * 13, pauses=BelowConfidence(1.0, 2)) == (2, 2, "context")  # no room for two more
     assert count("x" * 15, pauses=BelowConfidence(1.0, 2)) == (2, 0, "context")
     assert count("x" * 10, max_new_tokens=2, pauses=OnRequest(7)) == (2, 0, "length")
-    with pytest.raises(UserError, match=r"prompt 1 and its pauses are 10 \+ 7 tokens, and at most 16 can be read"):
+    with pytest.raises(UserError, match=r"prompt 1 and its pauses are 10 \+ 7 tokens, and max_length is 16"):
         engine_of(model).stream(["x", "x" * 10], 7)
     with pytest.raises(UserError, match=r"prompt 0 and its pauses are 17 \+ 0 tokens"):
         engine_of(model).stream(["x" * 17], BelowConfidence(0.5, 1))
@@ -455,19 +414,19 @@ def test_the_context_is_the_limit():
     assert engine_of(model).generate([]) == []
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("policy", [0, BelowConfidence(0.7, 3)], ids=repr)
-def test_a_text_ends_with_the_first_of_the_texts_that_end_it(policy, lockstep):
+def test_a_text_ends_with_the_first_of_the_texts_that_end_it(policy, ahead):
     """Which may lie across tokens, here bytes, and characters. Others share the batch, and take the free rows."""
     model, options = model_of(), dict(temperature=2.0, max_new_tokens=30)
     with torch.no_grad():
         model.head.weight[128:EOT] *= 0.1  # so that most is ASCII
         said = Counter(i for one in engine_of(model).generate(PROMPTS, **options) for i in one.ids)
         model.head.weight[EOT] = 0.9 * model.head.weight[said.most_common(1)[0][0]]
-    whole = [one.ids for one in engine_of(model, lockstep).generate(PROMPTS * 2, policy, **options)]
+    whole = [one.ids for one in engine_of(model, ahead).generate(PROMPTS * 2, policy, **options)]
     stops = ["nowhere", "<|endoftext|>", *(BYTES.decode(ids[2 + i : 3 + i + i % 3]) for i, ids in enumerate(whole[:9]))]
     stops = [stop for stop in stops if stop and "\ufffd" not in stop]  # half a character cannot be asked for
-    made = engine_of(model, lockstep).generate(PROMPTS * 2, policy, until=stops, **options)
+    made = engine_of(model, ahead).generate(PROMPTS * 2, policy, until=stops, **options)
     for one, ids in zip(made, whole):
         ends = [n for n in range(len(ids) + 1) if any(stop.encode() in BYTES.decode_bytes(ids[:n]) for stop in stops)]
         assert one.ids == ids[: ends[0] if ends else None]
@@ -493,10 +452,11 @@ def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
     (lambda: OnRequest(1, budget=1.5), "budget=1.5 must be a whole number"),
     (lambda: engine_of(model_of()).stream([[1], [2.5]]), "prompt 1 is neither a text nor a list of token ids: .2.5."),
     (lambda: engine_of(model_of()).stream([None]), "prompt 0 is neither a text nor a list of token ids: None"),
-    (lambda: engine_of(model_of()).stream(["x", "y"], seed=[1]), "1 seeds for 2 prompts: give one, or one a prompt"),
+    (lambda: engine_of(model_of()).stream(["x", "y"], seed=[1]), "1 seeds for 2 prompts: give one, or one per prompt"),
     (lambda: StopWhenUseless(Never(), min_count=1), "min_count=1 must be 2 to"),
     (lambda: Engine(model_of(), BYTES, max_length=65), "max_length=65 must be 1 to 64"),
-    (lambda: engine_of(model_of()).append(torch.zeros(4, 1).long(), torch.ones(4).long()), "sequences=4 must be 1 to"),
+    (lambda: engine_of(model_of()).runner.append(torch.zeros(4, 1).long(), torch.ones(4).long()),
+     "sequences=4 must be 1 to"),
     (lambda: engine_of(model_of()).stream(["x"], attention="both"), "attention='both' is neither"),
     (lambda: engine_of(model_of()).stream(["x"], StopWhenUseless(AfterPrompt(2)), attention="prefix"), "taken back"),
 ])  # fmt: skip
@@ -507,9 +467,9 @@ def test_what_cannot_be_is_one_sentence(make, text):
 
 def test_one_stream_at_a_time():
     engine = engine_of(model_of())
-    first, second = (engine.stream(["a prompt"], n, temperature=0, max_new_tokens=5) for n in (5, 0))
-    begun = next(first)
-    assert begun.pauses == 5 and next(second).pauses == 0
+    first = engine.stream(["a prompt"], 5, temperature=0, max_new_tokens=5)
+    assert next(first).pauses == 5
+    assert next(engine.stream(["a prompt"], 0, temperature=0, max_new_tokens=5)).pauses == 0
     with pytest.raises(UserError, match="one at a time"):
         list(first)
     with pytest.raises(UserError, match="a list of prompts"):
@@ -558,8 +518,8 @@ def test_top_k_and_top_p_restrict():
     logprobs = torch.tensor([[0.3, 0.5, 0.05, 0.15]]).log()
 
     def drawn(temperature, top_k, top_p):
-        noise = gumbel(torch.arange(200), torch.zeros(200, dtype=torch.int64), 4)
-        return set(Sampling(temperature, top_k, top_p).choose(logprobs.expand(200, 4), noise).tolist())
+        seeds, places = torch.arange(200), torch.zeros(200, dtype=torch.int64)
+        return set(sample(logprobs.expand(200, 4), Sampling(temperature, top_k, top_p), seeds, places).tolist())
 
     assert drawn(1.0, 0, 1.0) == {0, 1, 2, 3}
     assert drawn(1.0, 2, 1.0) == {0, 1}
@@ -578,7 +538,7 @@ def test_draws_have_the_probabilities_and_no_relatives():
     n = 20_000
     numbers, zeros = torch.arange(n), torch.zeros(n, dtype=torch.int64)
     by_seed, by_place = (
-        Sampling(1.0).choose(p.log().expand(n, 4), gumbel(*noise, 4)) for noise in ((numbers, zeros), (zeros, numbers))
+        sample(p.log().expand(n, 4), Sampling(1.0), *noise) for noise in ((numbers, zeros), (zeros, numbers))
     )
     pairs = torch.outer(p, p).flatten()
     for drawn, probability in (
@@ -593,13 +553,13 @@ def test_draws_have_the_probabilities_and_no_relatives():
 # Turning pauses off
 
 
-@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("inner", [AfterPrompt(4), BelowConfidence(1.0, 2), OnRequest(2)], ids=repr)
-def test_stop_when_useless_measures_and_stops(inner, lockstep):
+def test_stop_when_useless_measures_and_stops(inner, ahead):
     model = model_of()
     end_and_ask_now_and_then(model)
     policy = StopWhenUseless(inner, min_change=1e6, min_count=6)
-    made = engine_of(model, lockstep).generate([*PROMPTS, *PROMPTS], policy, temperature=0, max_new_tokens=12)
+    made = engine_of(model, ahead).generate([*PROMPTS, *PROMPTS], policy, temperature=0, max_new_tokens=12)
     gains = [abs(token.logprob - token.logprob_without) for one in made for token in one.tokens if token.pauses]
     # A step may bring several sequences over the count at once.
     assert 6 <= len(gains) <= 8
@@ -608,8 +568,8 @@ def test_stop_when_useless_measures_and_stops(inner, lockstep):
     assert got_mean == pytest.approx(mean, abs=1e-4)
     assert got_bound == pytest.approx(3 * deviation / math.sqrt(len(gains)), abs=1e-4)
     assert f"pausing turned off after {len(gains)} times" in policy.report()
-    later = engine_of(model, lockstep).generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
-    never = engine_of(model, lockstep).generate(PROMPTS, 0, temperature=0, max_new_tokens=12)
+    later = engine_of(model, ahead).generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
+    never = engine_of(model, ahead).generate(PROMPTS, 0, temperature=0, max_new_tokens=12)
     assert [one.ids for one in later] == [one.ids for one in never]
 
 

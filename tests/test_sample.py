@@ -15,6 +15,7 @@ from nanopause import checkpoint
 from nanopause.config import load_config
 from nanopause.engine import Engine, Generation, Token
 from nanopause.errors import UserError
+from nanopause.generation.runner import Runner
 from nanopause.model import GPT
 from nanopause.policy import BelowConfidence
 from nanopause.tokenizer import load_tokenizer
@@ -60,14 +61,14 @@ def test_several_prompts_are_printed_in_their_order(run):
 
 @pytest.fixture
 def a_token_is_a_second(monkeypatch):
-    """Of the engine's public operation, which sample.py times."""
-    now, append = [0.0], Engine.append
+    """A clock for the operation that sample.py times."""
+    now, append = [0.0], Runner.append
 
-    def timed(engine, tokens, counts):
+    def timed(runner, tokens, counts):
         now[0] += tokens.shape[1]
-        return append(engine, tokens, counts)
+        return append(runner, tokens, counts)
 
-    monkeypatch.setattr(Engine, "append", timed)
+    monkeypatch.setattr(Runner, "append", timed)
     monkeypatch.setattr(sample.time, "perf_counter", lambda: now[0])
 
 
@@ -83,8 +84,8 @@ def test_what_pauses_added(run, a_token_is_a_second, options, added):
 
 def test_every_kind_of_pass_with_pauses_is_timed(out_dir, a_token_is_a_second):
     engine = Engine(checkpoint.load(out_dir, torch.device("cpu"))[0], BYTES)
-    engine.paused_prompts, engine.paused_steps, engine.pause_passes = 1, 10, 100
-    assert sample.added_seconds(engine, BelowConfidence(0.5, 3), [8, 10]) == 111 * 3
+    engine.n_paused_prompts, engine.n_paused_decodes = 1, 10
+    assert sample.added_seconds(engine, BelowConfidence(0.5, 3), [8, 10]) == 11 * 3
 
 
 def test_an_interrupted_text_has_its_time(run, monkeypatch):
@@ -143,7 +144,7 @@ def test_the_most_pauses_that_have_room_are_timed(run):
 def test_prompt_styles(run):
     filled = run("--prompt=Why?", "--filler=. ", "--n_filler=4", "--json")
     assert json.loads(filled.out)["prompt"] == "Why?. . . . " and "filler: '. ' × 4 makes 8 tokens\n" in filled.err
-    with pytest.raises(UserError, match="at most 64 can be read"):  # the longer prompt has no room here
+    with pytest.raises(UserError, match="max_length is 64"):  # the longer prompt has no room here
         run("--prompt=Why?", "--prompt_style=stepwise", "--json")
     asked = sample.STEPWISE.format(prompt="Why?")
     assert asked.startswith("Why?\n") and asked.index("background") < asked.index("solutions") < asked.index("best")
@@ -166,7 +167,7 @@ def test_policies_from_the_command_line(run):
     (["--pauses=2", "--pause_budget=9"], "pause_budget=9 is of below_confidence and on_request: add --pause_when"),
     (["--stop_when_useless"], "add --pauses=5"),
     (["--prompt=x", "--prompt_file=y"], "leave one out"),
-    (["--prompt=x", "--pauses=64"], "1 \\+ 64 tokens, and at most 64"),
+    (["--prompt=x", "--pauses=64"], "1 \\+ 64 tokens, and max_length is 64"),
     (["--batch_size=0"], "batch_size=0 must be 1 to"),
     (["--max_new_tokens=-1"], "max_new_tokens=-1 must be 0 to"),
     (["--n_filler=-1"], "n_filler=-1 must be 0 to"),
