@@ -2,7 +2,8 @@
 
     python experiments/counting.py                             # n = 20, one seed
     python experiments/counting.py --n=16,20,24 --seeds=5      # the table of docs/evidence.md
-    python experiments/counting.py --border --seeds=5          # where pauses in pretraining alone are enough
+    python experiments/counting.py --border --n=12,16,24 --max_steps=1000 --batch_size=512 --seeds=3
+                                                               # where pauses in pretraining alone are enough
     python experiments/counting.py --n=100 --max_steps=20000 --seeds=3     # the paper's sizes, on a GPU
 
 1. Parity of n random bits [London & Kanade 2025, section 5]. With M pauses after the bits, training has the count in
@@ -21,6 +22,7 @@ training set. Chance is 1/2 for parity and 1/3 modulo 3.
 
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.runs import ROOT, Run, accuracy, measurement, over_seeds, report, shown, train_all
 from nanopause import cli, errors
+from nanopause.model import GPT
 
 
 class Arm(NamedTuple):
     """What differs between runs. name: of its folder. pauses: of training. changed: other settings of the model or
-    the optimizer. pretraining: the arm that it continues."""
+    the optimizer. pretraining: the arm that it continues. is_held: see hold_answer."""
 
     name: str
     label: str
@@ -41,9 +44,10 @@ class Arm(NamedTuple):
     hints: str = ""
     changed: tuple[str, ...] = ()
     pretraining: str = ""
+    is_held: bool = False
 
 
-BORDER_MLP = (8, 16, 32)  # widths of the MLP
+BORDER_MLP = (8, 32)  # widths of the MLP
 LARGER = ("--n_embd=32", "--n_mlp=64")  # twice the width and four times the MLP
 MUON = ("--optimizer=muon", "--matrix_learning_rate=0.02")
 
@@ -75,11 +79,20 @@ def variants(n: int) -> list[Arm]:
         "StdPT_count": ("none_count", "; pretraining with hints about the count, without pauses"),
         "PausePT_no_hints": ("no_hints", "; pretraining with pauses, without hints"),
     }
+    held = Arm("PausePT_StdFT_held", "PausePT_StdFT; the answer keeps its position embedding", f"mod3_{n}",
+               pretraining=f"count_{n}", is_held=True)  # fmt: skip
     return [
         Arm(f"{pt}_{ft}FT", f"{pt.partition('_')[0]}_{ft}FT{about}", f"mod3_{n}", m, pretraining=first)
         for pt, (first, about) in pretraining.items()
         for ft, m in (("Std", 0), ("Pause", n))
-    ]
+    ] + [held]
+
+
+def hold_answer(n: int, model: GPT) -> None:
+    """Copy the position embeddings after n bits and n pauses to where they are without pauses. So finetuning without
+    pauses begins with the answer at the position that it had in pause pretraining."""
+    table = model.position_embedding.weight.data
+    table[n : 2 * n] = table[2 * n : 3 * n].clone()
 
 
 @dataclass
@@ -90,9 +103,11 @@ class Settings:
     """Seeds 0, 1, …, as many as this."""
     max_steps: int = 500
     """Steps of every arm, and as many of every finetuning."""
+    batch_size: int = 128
+    """Examples per step."""
     border: bool = False
-    """Instead of all arms: pause pretraining, then finetuning with and without pauses, by number of bits and width of
-    the MLP."""
+    """Instead of all arms: pause pretraining, then standard finetuning with the answer's position held, by number of
+    bits and width of the MLP."""
     out_dir: str = "out/counting"
     """Folder of everything."""
 
@@ -107,10 +122,11 @@ def run_of(settings: Settings, n: int, arm: Arm, seed: int, n_mlp: int = 16) -> 
     return Run(
         Path(settings.out_dir, group, arm.name, f"seed{seed}"),
         (str(ROOT / "config/counting.py"), f"--task={arm.task}", f"--pauses={arm.pauses}", f"--hints={arm.hints}",
-         f"--n_mlp={n_mlp}", *arm.changed, f"--block_size={3 * n + 16}", f"--seed={seed}",
-         f"--max_steps={settings.max_steps}", f"--eval_interval={max(1, settings.max_steps // 5)}",
+         f"--n_mlp={n_mlp}", *arm.changed, f"--batch_size={settings.batch_size}", f"--block_size={3 * n + 16}",
+         f"--seed={seed}", f"--max_steps={settings.max_steps}", f"--eval_interval={max(1, settings.max_steps // 5)}",
          f"--checkpoint_interval={settings.max_steps}", "--log_interval=50"),
         first,
+        partial(hold_answer, n) if arm.is_held else None,
     )  # fmt: skip
 
 
@@ -235,6 +251,7 @@ def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python experiments/counting.py", __doc__)
     errors.check("seeds", settings.seeds, 1, 1000)
     errors.check("max_steps", settings.max_steps, 5, 10**7)
+    errors.check("batch_size", settings.batch_size, 1, 2**20)
     for n in settings.n:
         errors.check("n", n, 8, 1000)
     cells = [(n, n_mlp) for n in settings.n for n_mlp in (BORDER_MLP if settings.border else (16,))]
@@ -242,7 +259,7 @@ def main() -> None:
         (n, n_mlp, arm): [run_of(settings, n, arm, seed, n_mlp) for seed in range(settings.seeds)]
         for n, n_mlp in cells
         for arm in parity_arms(n) + variants(n)
-        if not settings.border or arm.name in (f"count_{n}", "PausePT_StdFT", "PausePT_PauseFT")
+        if not settings.border or arm.name in (f"count_{n}", "PausePT_StdFT_held")
     }
     train_all([run for some in runs.values() for run in some], measure)
     found = [summary(*key, some) for key, some in runs.items()]

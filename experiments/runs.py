@@ -46,20 +46,34 @@ SECONDS_BETWEEN_LINES = 20.0  # of progress, without a terminal
 
 
 class Run(NamedTuple):
-    """folder: out_dir of the run. arguments: of train.py besides. first: a run that must be finished before."""
+    """folder: out_dir of the run. arguments: of train.py besides. first: the run that it continues. edit: changes the
+    weights that it begins with, a function of the model."""
 
     folder: Path
     arguments: tuple[str, ...]
     first: "Run | None" = None
+    edit: Callable[[GPT], None] | None = None
+
+    def init_from(self) -> Path | None:
+        if self.first is None:
+            return None
+        return self.first.folder if self.edit is None else self.folder.with_name(f"{self.folder.name}_start")
+
+    def all_arguments(self) -> list[str]:
+        return [*self.arguments, *([f"--init_from={self.init_from()}"] if self.first else [])]
 
     def config(self) -> Config:
-        arguments = [f"--init_from={self.first.folder}"] if self.first else []
-        return load_config([*self.arguments, *arguments, f"--out_dir={self.folder}", "--resume", "--compile=False"])
+        return load_config([*self.all_arguments(), f"--out_dir={self.folder}", "--resume", "--compile=False"])
 
     def command(self) -> str:
         """The command that repeats the run, but for its folder."""
-        arguments = [f"--init_from={self.first.folder}"] if self.first else []
-        return shlex.join(["python", "train.py", *(one.removeprefix(f"{ROOT}/") for one in self.arguments), *arguments])
+        return shlex.join(["python", "train.py", *(one.removeprefix(f"{ROOT}/") for one in self.all_arguments())])
+
+    def write_start(self) -> None:
+        """Save the weights of the first run, edited, for the run to begin with."""
+        model, _, state = checkpoint.load(self.first.folder, torch.device("cpu"))
+        self.edit(model)
+        checkpoint.save(self.init_from(), state["step"], model, [], Config(**state["config"]), knows_pauses=True)
 
     def check(self) -> None:
         """Raises UserError where the folder has a run with other settings."""
@@ -104,6 +118,8 @@ def _work(run: Run, measure: Measure) -> None:
     with open(f"{run.folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             if not run.is_trained():
+                if run.edit:
+                    run.write_start()
                 train(run.config())
             if run.is_trained():  # train also returns when SIGTERM stops it
                 write_json(run.folder / "measured.json", measure(run.folder))
