@@ -8,6 +8,7 @@ al. 2022, appendix B]. Norms, activations, rotations and look-ups do not.
 import re
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from nanopause.model import GPTConfig
@@ -39,6 +40,12 @@ def training_flops(config: GPTConfig, n_tokens: int, *, batch_size: int = 1, n_l
     Three forwards: the backward has two products for each one. What an implementation computes again is not counted.
     """
     return 3 * forward_flops(config, n_tokens, batch_size=batch_size, n_live=n_live)
+
+
+def step_flops(config: GPTConfig, lengths: np.ndarray, n_live: int) -> int:
+    """FLOPs of a forward and a backward pass over sequences of these lengths, int [n], n_live targets with a loss in
+    all. A forward pass alone is a third."""
+    return 3 * int(np.sum(forward_flops(config, lengths, n_live=0)) + forward_flops(config, 0, n_live=n_live))
 
 
 def flops_per_pause(config: GPTConfig, context: int) -> int:

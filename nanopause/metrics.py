@@ -79,9 +79,9 @@ def plot(rows: list[dict], file: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     curves = {
         "loss": ("training", {"color": "0.6", "linewidth": 1}),
-        "val_loss": ("held out", {"color": "black", "marker": "o", "markersize": 4}),
+        "val_loss": ("validation", {"color": "black", "marker": "o", "markersize": 4}),
         "val_loss_pauses": (
-            "held out, with pauses",
+            "validation, with pauses",
             {"color": "tab:red", "marker": "s", "markersize": 4, "linestyle": "--"},
         ),
     }
@@ -91,7 +91,7 @@ def plot(rows: list[dict], file: Path, title: str) -> None:
             axes.plot(*zip(*points), label=label, **style)
     final = [row for row in rows if "val_bpb" in row][-1:]
     for row in final:
-        title += f": {row['val_bpb']:.3f} bits per byte held out after {row['step']} steps"
+        title += f": {row['val_bpb']:.3f} validation bits per byte after {row['step']} steps"
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

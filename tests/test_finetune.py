@@ -435,7 +435,7 @@ def test_a_task_from_its_file_to_an_answer(train, data_dir, tmp_path, attention)
     out = tmp_path / "run"
     args = (f"--data_dir={data_dir}", "--pauses=10", f"--attention={attention}", "--trainable=all")
     ended = finetune(train, out, *args, "--max_steps=10", "--eval_interval=5")
-    assert "gsm8k, train: " in ended.stdout and "held out: gsm8k, validation: " in ended.stdout
+    assert "gsm8k, train: " in ended.stdout and "validation: gsm8k, validation: " in ended.stdout
     assert "10 pauses (pause_position append), target; attention " + attention in ended.stdout
     last = rows(out)[-1]
     assert last["loss"] < rows(out)[0]["loss"] and last["tokens"] == sum_of_tokens(data_dir, 10, 10)

@@ -87,6 +87,8 @@ def test_the_experiment(experiment, monkeypatch):
     monkeypatch.setattr("nanopause.tasks.match.N_ROWS", {"train": 200, "validation": 20, "test": 50})
     text, found = experiment(matching, "--tasks=match3_3", "--max_steps=5")
     assert "chain of thought as hints" in text and "chance is 0.5" in text
+    *found, counts = found
+    assert counts["name"] == "counts" and 0.5 < counts["accuracy"]["mean"] < 1
     assert [arm["name"] for arm in found] == [arm.name for arm in matching.ARMS]
     assert len({(arm["parameters"], arm["steps"], arm["batch_size"]) for arm in found}) == 1
     assert all(0 <= arm["accuracy"]["mean"] <= 1 for arm in found)
