@@ -1,11 +1,11 @@
-"""Write text with a model that train.py made.
+"""Generate text with a trained model.
 
-One prompt, or several; a file of them, a line each; or a conversation of prompts at the terminal:
+One prompt, or several; a file of prompts, one per line; or a conversation at the terminal:
     python sample.py --out_dir=out/pause --prompt="The function returns" --pauses=10 --show_pauses
     python sample.py --prompt="Return a" --prompt="Raises" --trace=out.html
     python sample.py --prompt_file=prompts.txt --json
     python sample.py --prompt_file=-
-Pauses where the model is unsure, turned off once they are seen to change nothing:
+Pauses where the model is unsure, turned off once they no longer change its log-probabilities:
     python sample.py --prompt="Return a" --pauses=5 --pause_when=below_confidence --threshold=0.3 --stop_when_useless
 """
 
@@ -32,66 +32,72 @@ from nanopause.policy import PauseOptions, Policy, StopWhenUseless
 from nanopause.tokenizer import Tokenizer
 from nanopause.trace import page
 
-# The untrained imitation of pauses by a prompt alone: background, possible solutions, the best of them and why.
+# A prompt that imitates pauses without training: background, possible solutions, the best of them and why.
 STEPWISE = """{prompt}
 
 Answer in this order. First, the background: what is known about this problem. Then, the possible solutions, one by one.
 Last, the best of them, and why.
 """
-
-
-CONVERSATION = 4096  # tokens of its longest prompt that a conversation has room for
+CONVERSATION = 4096  # tokens: the longest prompt of a conversation
 
 
 @dataclass
 class Settings(PauseOptions):
     out_dir: str = "out/pause"
-    """Folder of a run, whose newest intact checkpoint is read; or a transformers folder, a GGUF file or a hub id."""
+    """Folder of a run (its newest intact checkpoint is used), a transformers folder, a GGUF file or a hub id."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Text to continue; several times for several texts. None: a new document."""
+    """Text to continue; repeat the option for several texts. None: a new document."""
     prompt_file: str = ""
-    """File with a prompt a line; - is standard input, at a terminal a conversation of prompts."""
+    """File with one prompt per line; - is standard input, at a terminal a conversation."""
     prompt_style: Literal["plain", "stepwise"] = "plain"
-    """stepwise asks for background, solutions and the best of them: pauses imitated by a prompt, without training."""
+    """stepwise asks for background, solutions and the best of them: a baseline of pauses that needs no training."""
     filler: str = "."
-    """Text that is repeated n_filler times after the prompt: the baseline of pauses that nobody trained."""
+    """Text that is repeated n_filler times after the prompt: a baseline of pauses that needs no training."""
     n_filler: int = 0
-    """How often the filler stands after the prompt. A tokenizer may make fewer tokens of it, which is told."""
+    """Number of fillers after the prompt. The tokenizer may merge them; the number of tokens is reported."""
     pauses: int | None = None
-    """Pauses, wherever they go. None: after the prompt, as many as prompts had in finetuning."""
+    """Pauses at each place. None: after the prompt, as many as in finetuning."""
     attention: Literal["causal", "prefix"] | None = None
-    """prefix: prompt and pauses read each other both ways. None: as the run was finetuned, else causal."""
+    """prefix: prompt and pauses attend to each other in both directions. None: as in finetuning, else causal."""
     max_new_tokens: int = 200
-    """Tokens to write at most, a prompt."""
+    """Most tokens to generate per prompt."""
     temperature: float = 0.8
     """0 takes the likeliest token."""
     top_k: int = 0
-    """Sample among the k likeliest tokens; 0 does not restrict."""
+    """Sample among the k likeliest tokens; 0: among all."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities reach this."""
     seed: int = 1337
-    """Of the sampling; the i-th prompt has seed + i."""
+    """Of sampling; prompt i has seed + i."""
     batch_size: int = 8
     """Prompts at a time."""
     show_pauses: bool = False
     """Print a mark for every pause."""
     json: bool = False
-    """Print one JSON object a prompt, in the order of the prompts, instead of the text."""
+    """Print one JSON object per prompt, in the order of the prompts, instead of the text."""
     trace: str = ""
-    """HTML file to write: every token shaded by its likelihood, with what was likeliest before and after pauses."""
+    """HTML file to write: every token shaded by its likelihood, with the likeliest tokens before and after pauses."""
     device: str = "auto"
-    """cpu, cuda, …; auto takes a GPU where there is one."""
+    """cpu, cuda, …; auto: a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of weights and cache; auto is bfloat16 on a GPU."""
+    """Precision of weights and cache; auto: bfloat16 on a GPU."""
+
+    @property
+    def is_conversation(self) -> bool:
+        return self.prompt_file == "-" and sys.stdin.isatty()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
 
 
 def read_prompts(settings: Settings) -> Iterator[list[str]]:
-    """Prompts, those that are answered together; at a terminal one after the other. Empty lines are none."""
+    """Lists of prompts, each generated in one batch; in a conversation one at a time. Empty lines are skipped."""
     if settings.prompt and settings.prompt_file:
-        raise UserError("--prompt and --prompt_file both say what to continue: leave one out")
+        raise UserError("--prompt and --prompt_file both name the text to continue: leave one out")
     if not settings.prompt_file:
         yield list(settings.prompt) or [""]
-    elif settings.prompt_file == "-" and sys.stdin.isatty():
+    elif settings.is_conversation:
         while True:
             print("> ", end="", file=sys.stderr, flush=True)
             line = sys.stdin.readline()
@@ -108,34 +114,50 @@ def read_prompts(settings: Settings) -> Iterator[list[str]]:
         yield [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
+def styled(prompts: list[str], settings: Settings, tokenizer: Tokenizer) -> list[str]:
+    """The prompts in their prompt_style and with their fillers."""
+    if settings.prompt_style == "stepwise":
+        prompts = [STEPWISE.format(prompt=prompt) for prompt in prompts]
+    if not settings.n_filler or not prompts:
+        return prompts
+    filled = [prompt + settings.filler * settings.n_filler for prompt in prompts]
+    n_tokens = len(tokenizer.encode(filled[0])) - len(tokenizer.encode(prompts[0]))
+    print(f"filler: {settings.filler!r} × {settings.n_filler} makes {n_tokens} tokens", file=sys.stderr)
+    return filled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+
 class Printer:
-    """Prints the texts in the order of their prompts: each as far as it has come, or in JSON when it has ended."""
+    """Prints the texts in the order of their prompts, as they are generated; as JSON once they are finished."""
 
     def __init__(self, prompts: list[str], tokenizer: Tokenizer, settings: Settings):
         self.prompts, self.tokenizer, self.settings = prompts, tokenizer, settings
-        self.made = [Generation() for _ in prompts]
-        self.current = self.printed = 0  # the text whose turn it is, and how many of its tokens are printed
+        self.generations = [Generation() for _ in prompts]
+        self.current = 0  # the text that is being printed
         self.begin()
 
     def begin(self) -> None:
-        self.printed = 0
+        self.n_printed = 0  # tokens of the current text
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
         if self.current < len(self.prompts) and not self.settings.json:
             print(self.prompts[self.current], end="", flush=True)
 
     def end(self) -> None:
         if self.settings.json:
-            print(as_json(self.prompts[self.current], self.made[self.current], self.tokenizer), flush=True)
+            print(as_json(self.prompts[self.current], self.generations[self.current], self.tokenizer), flush=True)
         else:
             print(flush=True)
         self.current += 1
         self.begin()
 
     def add(self, token: Token) -> None:
-        self.made[token.sequence].tokens.append(token)
-        while self.current < len(self.prompts) and self.printed < len(self.made[self.current].tokens):
-            token = self.made[self.current].tokens[self.printed]
-            self.printed += 1
+        self.generations[token.sequence].tokens.append(token)
+        while self.current < len(self.prompts) and self.n_printed < len(self.generations[self.current].tokens):
+            token = self.generations[self.current].tokens[self.n_printed]
+            self.n_printed += 1
             if not self.settings.json:
                 self.print(token)
             if token.end:
@@ -148,13 +170,13 @@ class Printer:
         print(self.decoder.decode(text, final=token.end is not None), end="", flush=True)
 
     def close(self) -> None:
-        """End the texts that got no token at all."""
+        """End the texts without a single token."""
         while self.current < len(self.prompts):
             self.end()
 
 
 def as_json(prompt: str, generation: Generation, tokenizer: Tokenizer) -> str:
-    """A line: the text, and of every token, an end of text included, its id, the pauses before it and its
+    """One line: the text, and for every token, an end of text included, its id, the pauses before it and its
     log-probability in nats."""
     return json.dumps({
         "prompt": prompt,
@@ -194,6 +216,10 @@ def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> 
     return added
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
 def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python sample.py", __doc__)
     errors.check("batch_size", settings.batch_size, 1, 2**20)
@@ -202,50 +228,40 @@ def main() -> None:
     device = Processes(settings.device).device
     model, tokenizer, state = hub.load(settings.out_dir, device)
     trained = Config(**state["config"]) if state else Config()
-    settings.attention = settings.attention or trained.attention
-    settings.pauses = trained.prefix_pauses if settings.pauses is None else settings.pauses
-    if not settings.pauses and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
-        raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=5, say")
-    policy = settings.policy(settings.pauses)
+    n_pauses = trained.prefix_pauses if settings.pauses is None else settings.pauses
+    if not n_pauses and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
+        raise UserError("--pause_when and --stop_when_useless need a number of pauses: add --pauses=5, say")
+    policy = settings.policy(n_pauses)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot show become question marks
+
     engine, prompts, generations, seconds = None, [], [], 0.0
-    conversation = settings.prompt_file == "-" and sys.stdin.isatty()
     try:
         for group in read_prompts(settings):
-            if settings.prompt_style == "stepwise":
-                group = [STEPWISE.format(prompt=prompt) for prompt in group]
-            if settings.n_filler and group:
-                filled = [prompt + settings.filler * settings.n_filler for prompt in group]
-                n = len(tokenizer.encode(filled[0])) - len(tokenizer.encode(group[0]))
-                print(f"filler: {settings.filler!r} × {settings.n_filler} makes {n} tokens", file=sys.stderr)
-                group = filled
+            group = styled(group, settings, tokenizer)
             if engine is None:
-                # A conversation's prompts are not known yet.
-                longest = (
-                    CONVERSATION
-                    if conversation
-                    else max((len(tokenizer.encode(prompt)) for prompt in group), default=0)
-                )
-                length = min(model.config.block_size, longest + 1 + settings.max_new_tokens + policy.budget)
+                n_longest = max((len(tokenizer.encode(prompt)) for prompt in group), default=0)
+                n_longest = CONVERSATION if settings.is_conversation else n_longest
+                length = min(model.config.block_size, n_longest + 1 + settings.max_new_tokens + policy.budget)
                 engine = Engine(model, tokenizer, max(1, min(settings.batch_size, len(group))), length)
             try:
                 tokens = engine.stream(
                     group, policy, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
                     top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed + len(prompts),
-                    attention=settings.attention, trace=bool(settings.trace),
+                    attention=settings.attention or trained.attention, trace=bool(settings.trace),
                 )  # fmt: skip
             except UserError as error:
-                if not conversation:
+                if not settings.is_conversation:
                     raise
                 print(f"error: {error}", file=sys.stderr)  # the conversation goes on
                 continue
             if settings.trace:
-                Path(settings.trace).touch()  # fails now rather than when all is said
-            kernels.choose(None, device)  # says which, before the text
+                Path(settings.trace).touch()  # fails before generation rather than after it
+            kernels.choose(None, device)  # reports which, before the text
             printer = Printer(group, tokenizer, settings)
-            prompts, generations = prompts + group, generations + printer.made
+            prompts += group
+            generations += printer.generations
             start = time.perf_counter()
             try:
                 for token in tokens:
@@ -255,14 +271,16 @@ def main() -> None:
                 seconds += time.perf_counter() - start
     except KeyboardInterrupt:
         print(file=sys.stderr)
+
     if settings.trace:
         text = page(settings.out_dir, prompts, generations, tokenizer)
         Path(settings.trace).write_text(text, "utf-8", errors="replace")
         print(f"written: {settings.trace}", file=sys.stderr)
     if not generations:
         return
-    n_tokens, n_pauses = (sum(f(g) for g in generations) for f in (lambda g: len(g.tokens), lambda g: g.pauses))
-    text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_pauses} pauses"
+    n_tokens = sum(len(generation.tokens) for generation in generations)
+    n_paused = sum(generation.pauses for generation in generations)
+    text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_paused} pauses"
     if engine.n_paused_prompts or engine.n_paused_decodes:
         added = added_seconds(engine, policy, [max(1, len(tokenizer.encode(prompt))) for prompt in prompts])
         text += f", which added about {1000 * added:.1f} of {1000 * seconds:.0f} ms"

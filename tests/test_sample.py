@@ -93,7 +93,7 @@ def test_an_interrupted_text_has_its_time(run, monkeypatch):
 
     def add_three(printer, token):
         add(printer, token)
-        if len(printer.made[0].tokens) == 3:
+        if len(printer.generations[0].tokens) == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sample.time, "perf_counter", lambda: next(now))
