@@ -47,7 +47,7 @@ class Arm(NamedTuple):
     is_held: bool = False
 
 
-BORDER_MLP = (8, 32)  # widths of the MLP
+BORDER_MLP = (8, 16, 32)  # widths of the MLP
 LARGER = ("--n_embd=32", "--n_mlp=64")  # twice the width and four times the MLP
 MUON = ("--optimizer=muon", "--matrix_learning_rate=0.02")
 
@@ -114,7 +114,7 @@ class Settings:
 
 def run_of(settings: Settings, n: int, arm: Arm, seed: int, n_mlp: int = 16) -> Run:
     """The run of an arm. Every arm has the same settings but for the fields of Arm."""
-    group = f"n{n}" + f"_mlp{n_mlp}" * (n_mlp != 16)
+    group = f"border/n{n}_mlp{n_mlp}" if settings.border else f"n{n}"
     first = None
     if arm.pretraining:
         first = next(a for a in parity_arms(n) if a.name == arm.pretraining)
