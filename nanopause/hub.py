@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
 
@@ -129,7 +129,32 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
 
 
 def transformers_config(config: GPTConfig) -> dict:
-    """The transformers config of a GPTConfig. Raises UserError where transformers has no such model."""
+    """The transformers config of a GPTConfig. Raises UserError for a setting that transformers' model does not have:
+    what an import of the written config gives must be the same model."""
+    theirs = _transformers_config(config)
+    restored = config_of(theirs, "the export")
+    for field in fields(config):
+        ours, written = _effective(config, field.name), _effective(restored, field.name, field.default)
+        if ours != written:
+            raise UserError(f"transformers' {theirs['model_type']} has no {field.name}={ours}, only {written}: train "
+                            f"with that for an export")  # fmt: skip
+    return theirs
+
+
+def _effective(config: GPTConfig, name: str, default: object = None) -> object:
+    """A setting as far as a trained model depends on it. default: of a setting that the config lacks."""
+    if name == "zero_init" or (name.startswith("rope_") and config.position == "learned"):
+        return None  # initialisation; no rotary positions
+    if name == "head_dim":
+        return config.head_width
+    if name in ("bias", "qkv_bias"):
+        has_all_biases = config.norm == "layer"  # GPT-2 has them; ours without are exported as zeros
+        return True if has_all_biases else bool(config.bias if config.qkv_bias is None else getattr(config, name))
+    return getattr(config, name, default)
+
+
+def _transformers_config(config: GPTConfig) -> dict:
+    """The same, unchecked beyond the choice of the architecture."""
     if config.norm == "layer":
         ours = config.qk_norm, config.position, config.mlp, config.n_kv_head, config.n_head * config.head_width
         if ours != (False, "learned", "gelu", config.n_head, config.n_embd):

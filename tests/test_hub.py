@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from nanopause.config import Config
 from nanopause.engine import Engine
 from nanopause.errors import UserError
 from nanopause.hub import export, load_pretrained
-from nanopause.model import GPT
+from nanopause.model import GPT, GPTConfig
 from nanopause.optimizer import make_optimizers
 from nanopause.prepare import prepare
 from nanopause.tokenizer import PAUSE, PretrainedTokenizer, load_tokenizer
@@ -155,12 +155,12 @@ def test_logits_with_a_cache_and_padding_are_transformers(saved):
     made = theirs.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, output_logits=True,
                            return_dict_in_generate=True, eos_token_id=None, pad_token_id=0)  # fmt: skip
     engine = Engine(model, tokenizer, max_batch=3)
-    x = engine.append(torch.stack([torch.nn.functional.pad(p, (0, width - len(p))) for p in prompts]),
-                      torch.tensor([len(prompt) for prompt in prompts]))  # fmt: skip
+    x = engine.runner.append(torch.stack([torch.nn.functional.pad(p, (0, width - len(p))) for p in prompts]),
+                             torch.tensor([len(prompt) for prompt in prompts]))  # fmt: skip
     x = torch.stack([row[len(prompt) - 1] for row, prompt in zip(x, prompts)])
     for i, expected in enumerate(made.logits):
         close(model.head(x)[:, :257], expected[:, :257])
-        x = engine.append(made.sequences[:, width + i, None], torch.ones(3, dtype=torch.int64))[:, 0]
+        x = engine.runner.append(made.sequences[:, width + i, None], torch.ones(3, dtype=torch.int64))[:, 0]
 
 
 def test_the_pause_begins_as_the_mean(saved):
@@ -422,6 +422,19 @@ def test_our_tokenizers_go_out(name):
 def test_what_transformers_has_not_is_refused(config):
     with pytest.raises(UserError, match="transformers has"):
         hub.transformers_config(GPT(Config(**config).gpt(258)).config)
+
+
+def test_an_export_refuses_a_setting_that_transformers_does_not_have():
+    """Also one that a fork adds to GPTConfig, of which the export has never heard."""
+
+    @dataclass
+    class Windowed(GPTConfig):
+        window: int = 0
+
+    shape = dict(vocab_size=258, n_layer=1, n_head=2, n_embd=16)
+    assert hub.transformers_config(Windowed(**shape)) == hub.transformers_config(GPTConfig(**shape))
+    with pytest.raises(UserError, match="transformers' qwen3 has no window=128, only 0"):
+        hub.transformers_config(Windowed(**shape, window=128))
 
 
 @pytest.mark.parametrize("biases", [dict(bias=False, qkv_bias=True), dict(bias=True, qkv_bias=False)])
