@@ -16,128 +16,108 @@ CHUNK_ELEMENTS = 1 << 23
 
 
 def _visible(bounds: Tensor) -> bool:
-    """Whether they can be looked at without waiting for a device, or breaking a graph."""
+    """Whether the host can use their values without synchronisation or a graph break."""
     cpu = bounds.device.type == "cpu" and type(bounds) is Tensor
     return cpu and bounds.numel() > 0 and not torch.compiler.is_compiling()
 
 
 class Part(NamedTuple):
-    """Queries, and the keys that they read, from `first` to before `last`.
+    """A run of queries, and the run of keys that they share with no other part."""
 
-    causal: plain causal among them. mask: otherwise what SDPA adds to their scores, or in bool what they read,
-    [B, 1, T, last - first], or None where they read all. empty: bool [B, T], queries that read nothing, or None."""
-
-    first: int
+    n_queries: int
+    n_keys: int
+    first: int  # the queries attend to keys first … last − 1 of the run
     last: int
-    causal: bool
-    mask: Tensor | None
-    empty: Tensor | None
-
-
-WASTE = 1 << 17  # elements of keys that a row reads in vain before rows are parted: about what another call costs
-# Along which dimension, of how many queries and of how many keys each, and which. Dimension −1: packed documents of one
-# length become the sequences of a batch.
-Parts = tuple[int, list[int], list[int], list[Part]]
+    is_causal: bool  # plain causal among these
+    mask: Tensor | None  # otherwise what SDPA adds to the scores, or bool, [B, 1, n_queries, last − first]; None: all
+    empty: Tensor | None  # bool [B, n_queries], queries that attend to nothing
+    n_documents: int = 1  # of one length, which become the sequences of a batch
 
 
 def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
-    """All of it, where the bounds cannot be looked at."""
-    empty, s = hi <= lo, torch.arange(S, device=hi.device, dtype=hi.dtype)
-    # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
+    """One part with a dense mask, where the values of the bounds are not known on the host."""
+    empty = hi <= lo
+    s = torch.arange(S, device=hi.device, dtype=hi.dtype)
+    # SDPA turns a row without keys into NaN, forward and backward: it attends to the first key and is zeroed after.
     mask = ((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == 0))
-    return Part(0, S, False, mask[:, None], empty)
+    return Part(hi.shape[1], S, 0, S, False, mask[:, None], empty)
 
 
-def _part(lo: np.ndarray | None, hi: np.ndarray, dtype: torch.dtype) -> Part:
-    """Without the keys that nobody reads, such as a cache's unused slots, and without a mask that would hide nothing,
-    or what plain causal hides. The mask is in `dtype`: SDPA would turn one in bool into that every time."""
-    # Neither decreases along t.
-    (lo_min, lo_max), (hi_min, hi_max) = (
-        (0, 0) if x is None else (min(x[:, 0].tolist()), max(x[:, -1].tolist())) for x in (lo, hi)
-    )
-    last = max(hi_max, 1)
-    first = min(lo_min, last - 1)
-    causal = 1 < hi.shape[1] == last - first and lo_max <= first and bool((hi == np.arange(first, last) + 1).all())
-    if causal or (lo_max <= first and hi_min >= last):
-        return Part(first, last, causal, None, None)
+def _part(lo: np.ndarray, hi: np.ndarray, n_keys: int, dtype: torch.dtype) -> Part:
+    """One part, without keys that no query attends to, such as the free slots of a cache, and without a mask that would
+    hide nothing or that is plain causal. The mask is in `dtype`: SDPA would convert a bool mask at every call."""
+    # Bounds do not decrease along t.
+    lo_min, lo_max, hi_min, hi_max = lo[:, 0].min(), lo[:, -1].max(), hi[:, 0].min(), hi[:, -1].max()
+    T, last = hi.shape[1], int(max(hi_max, 1))
+    first = int(min(lo_min, last - 1))
+    is_causal = 1 < T == last - first and lo_max <= first and bool((hi == np.arange(first, last) + 1).all())
+    if is_causal or (lo_max <= first and hi_min >= last):
+        return Part(T, n_keys, first, last, is_causal, None, None)
     s = np.arange(first, last, dtype=np.int32)
-    hides, empty = s >= hi[..., None], None
-    if lo_max > first:
-        hides = hides | (s < lo[..., None])
-    if lo_max >= hi_min and (none := hi <= (0 if lo is None else lo)).any():
-        hides = hides & ~(none[..., None] & (s == first))
-        empty = torch.from_numpy(none)
-    mask = torch.from_numpy(np.where(hides, np.float32(-np.inf), np.float32(0)))
-    return Part(first, last, False, mask[:, None].to(dtype), empty)
+    is_hidden = (s >= hi[..., None]) | (s < lo[..., None])
+    is_empty, empty = hi <= lo, None
+    if is_empty.any():
+        is_hidden &= ~(is_empty[..., None] & (s == first))  # as in _whole
+        empty = torch.from_numpy(is_empty)
+    mask = torch.from_numpy(np.where(is_hidden, np.float32(-np.inf), np.float32(0)))
+    return Part(T, n_keys, first, last, False, mask[:, None].to(dtype), empty)
 
 
-def _within(S: int, bounds: Tensor) -> np.ndarray:
-    """Bounds of S keys, for NumPy: in a step of generation each operation of torch takes 10 μs. A list has them under
-    torch.func too."""
-    return np.minimum(np.maximum(bounds.tolist(), 0), S).astype(np.int32)
-
-
-def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Parts:
-    """What queries read: documents of packed rows, or prompts in a cache, that share no key; sequences of a batch whose
-    keys differ much in number; or one part. Plain causal needs no mask in memory; other intervals take a dense one, on
-    a CPU one for each part."""
-    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> list[Part]:
+    """What queries attend to: the documents of packed rows, or prompts in a cache, which share no keys; otherwise one
+    part. Plain causal needs no mask in memory, other intervals take a dense one."""
+    (B, T), S = q.shape[:2], k.shape[1]
     if lo is None and hi is None and T in (1, S):
-        return 0, [B], [B], [Part(0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is no bool
-    n = B if lo is not None or hi is not None else 1  # whose masks differ
+        return [Part(T, S, 0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is not a bool
+    n = B if lo is not None or hi is not None else 1  # sequences whose masks differ
     hi = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=q.device)[None] if hi is None else hi
+    lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
+    lo, hi = lo.expand(n, T), hi.expand(n, T)
     if not (n and S and _visible(hi)):
-        lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
-        return 0, [B], [B], [_whole(lo.expand(n, T).clamp(0, S), hi.expand(n, T).clamp(0, S), S)]
-    if T == 1 and lo is None:
-        ends = hi.flatten().tolist()
-        if 0 < ends[0] <= S and ends.count(ends[0]) == len(ends):  # sequences of one length, or just one
-            return 0, [B], [B], [Part(0, ends[0], False, None, None)]
-    lo, hi = None if lo is None else _within(S, lo), _within(S, hi.expand(n, T))
-    if lo is not None and T > 1:
-        # A part begins with a query that reads something, and nothing that was read before it.
-        ends = hi[:, :-1].max(0)
-        (begins,) = ((lo[:, 1:].min(0) >= ends) & (ends > 0) & (lo < hi).any(0)[1:]).nonzero()
-        if len(begins):
-            t = int(begins[0]) + 1
-            if T == S and not T % t and (lo == np.arange(T) // t * t).all() and (hi == np.arange(T) + 1).all():
-                return -1, [t], [t], [Part(0, t, True, None, None)]
-            t, s = (0, *(begins + 1).tolist(), T), (0, *ends[begins].tolist(), S)
-            parts = [_part(lo[:, i:j] - key, hi[:, i:j] - key, q.dtype) for (i, j), key in zip(pairwise(t), s)]
-            return 1, [j - i for i, j in pairwise(t)], [j - i for i, j in pairwise(s)], parts
-    if (G if T == 1 else H) >= 2 * torch.get_num_threads():  # a row's heads, or groups of them, occupy every thread
-        ends = hi[:, -1].tolist()
-        if (n * max(ends) - sum(ends)) * G * D > n * WASTE:
-            rows = [None] * n if lo is None else np.split(lo, n)
-            return 0, [1] * n, [1] * n, [_part(*row, q.dtype) for row in zip(rows, np.split(hi, n))]
-    return 0, [B], [B], [_part(lo, hi, q.dtype)]
+        return [_whole(lo.clamp(0, S), hi.clamp(0, S), S)]
+    # NumPy: an operation of torch on so few numbers takes 10 μs. tolist also works under torch.func.
+    lo, hi = (np.clip(bounds.tolist(), 0, S).astype(np.int32) for bounds in (lo, hi))
+    # A part begins with a query that attends to something, and to nothing that a query before it does.
+    ends = hi[:, :-1].max(0)
+    (begins,) = ((lo[:, 1:].min(0) >= ends) & (ends > 0) & (lo < hi).any(0)[1:]).nonzero()
+    if not len(begins):
+        return [_part(lo, hi, S, q.dtype)]
+    length = int(begins[0]) + 1
+    every = np.arange(T)
+    if T == S and T % length == 0 and (lo == every // length * length).all() and (hi == every + 1).all():
+        return [Part(T, S, 0, length, True, None, None, T // length)]
+    t, s = (0, *(begins + 1).tolist(), T), (0, *ends[begins].tolist(), S)
+    return [
+        _part(lo[:, i:j] - start, hi[:, i:j] - start, stop - start, q.dtype)
+        for (i, j), (start, stop) in zip(pairwise(t), pairwise(s))
+    ]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor:
+    shape = q.shape
+    if part.n_documents > 1:
+        q, k, v = (x.unflatten(1, (part.n_documents, -1)).flatten(0, 1) for x in (q, k, v))
     if part.last - part.first < k.shape[1]:
         k, v = (x.narrow(1, part.first, part.last - part.first) for x in (k, v))
     (B, T, H, D), G = q.shape, k.shape[2]
-    # The heads of a group, of one query each, are as many queries of one head: so its keys are read once.
-    group = T == 1 and G < H
+    # One query per sequence: the query heads of a group become queries of one head, so that its keys are loaded once.
+    is_grouped = T == 1 and G < H
     out = F.scaled_dot_product_attention(
-        q.reshape(B, G, H // G, D) if group else q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=part.mask, is_causal=part.causal, scale=scale, enable_gqa=G < H and not group,
+        q.reshape(B, G, H // G, D) if is_grouped else q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=part.mask, is_causal=part.is_causal, scale=scale, enable_gqa=G < H and not is_grouped,
     )  # fmt: skip
-    out = out.reshape(B, T, H, D) if group else out.transpose(1, 2)
+    out = out.reshape(shape) if is_grouped else out.transpose(1, 2).reshape(shape)
     return out if part.empty is None else out.masked_fill(part.empty[..., None, None], 0)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, parts: Parts, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], scale: float) -> Tensor:
     """See kernels.attention. parts: from parts_of."""
-    dim, of_queries, of_keys, parts = parts
-    if dim < 0:
-        documents = [x.unflatten(1, (-1, of_queries[0])).flatten(0, 1) for x in (q, k, v)]
-        return _attend(*documents, parts[0], scale).reshape(q.shape)
     if len(parts) == 1:
         return _attend(q, k, v, parts[0], scale)
-    # A piece's gradient is as large as the piece; that of a slice as large as what it is cut from.
-    pieces = zip(q.split(of_queries, dim), k.split(of_keys, dim), v.split(of_keys, dim), parts)
-    return torch.cat([_attend(*piece, scale) for piece in pieces], dim)
+    n_keys = [part.n_keys for part in parts]
+    # The gradient of a piece of a split is as large as the piece; that of a slice as large as the whole tensor.
+    pieces = zip(q.split([part.n_queries for part in parts], 1), k.split(n_keys, 1), v.split(n_keys, 1), parts)
+    return torch.cat([_attend(*piece, scale) for piece in pieces], 1)
 
 
 def _sum_and_gradients(

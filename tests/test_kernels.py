@@ -263,35 +263,6 @@ def test_gradients_of_packed_rows_are_as_large_as_their_documents():
     assert any("Split" in name for name in seen) and not any("Slice" in name for name in seen)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
-def test_sequences_of_a_cache_cost_what_their_own_keys_do(monkeypatch):
-    """Where their lengths differ by enough; a batch of equal ones, or with fewer heads than threads, stays together."""
-    keys, dense = [], F.scaled_dot_product_attention
-
-    def counted(q, k, v, **options):
-        keys.append(tuple(k.shape[:3:2]))
-        return dense(q, k, v, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    monkeypatch.setattr(plain, "WASTE", 16)
-    inputs = attention_inputs(3, 2, 40, 4, 2, 8, torch.float32)
-    hi = torch.tensor([[8, 9], [29, 30], [0, 1]], dtype=torch.int32)
-    with threads(1):
-        check_attention(attention, inputs, torch.zeros_like(hi), hi, impl="torch")
-        assert keys[:3] == [(1, 9), (1, 30), (1, 1)]
-        keys.clear()
-        attention(*inputs[:3], None, hi // 16 + 7, impl="torch")
-        assert keys == [(3, 8)]
-        keys.clear()
-        attention(inputs[0][:, 1:], *inputs[1:3], None, hi[:, 1:], impl="torch")
-        assert len(keys) == 3
-    for n_threads, queries in ((3, slice(None)), (2, slice(1, None))):  # a query's groups are two
-        with threads(n_threads):
-            keys.clear()
-            attention(inputs[0][:, queries], *inputs[1:3], None, hi[:, queries], impl="torch")
-            assert keys == [(3, 30)]
-
-
 @contextmanager
 def threads(n):
     before = torch.get_num_threads()

@@ -206,23 +206,6 @@ def test_cache_of_a_prefix_lm(model):
     close(torch.cat(parts, dim=1), model(tokens, hi=hi))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("rows", [torch.tensor([0, 7, 8, 8, 21]), slice(None, None, 5), slice(-1, None)], ids=str)
-def test_rows_are_those_of_all_tokens(model, rows, impl, monkeypatch):
-    """Causal in a batch, and of two prefix-LM documents in one row of a cache; all keys and values are written."""
-    here = torch.arange(N)[None]
-    document = here >= 8
-    lo, hi = 8 * document.int(), torch.where(document, (here + 1).clamp(min=15), 8).int()
-    monkeypatch.setattr(kernels, "choose", lambda *_: impl)
-    for B, intervals in ((3, {}), (1, dict(lo=lo, hi=hi))):
-        caches = [model.new_cache(B, N + 3).fill_(99.0) for _ in "ab"]
-        settings = dict(positions=here.expand(B, N), **intervals)
-        whole = model.hidden(tokens_of(B, N), cache=caches[0], **settings)
-        close(model.hidden(tokens_of(B, N), cache=caches[1], rows=rows, **settings), whole[:, rows])
-        close(*caches)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_is_cross_entropy_of_the_logits(model, reduction):
     tokens, targets = tokens_of(3, N), tokens_of(3, N, seed=1)
