@@ -1,17 +1,17 @@
-"""Score a checkpoint on tasks, with several numbers of pauses in every prompt, and say what they cost.
+"""Evaluate a checkpoint on tasks with several numbers of pauses: scores with intervals, and cost.
 
 Tasks of nanopause, from the hub or from a folder of JSON lines:
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k,squad --pauses=0,10,50
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k --data_dir=tasks --limit=200
-Pauses where the model is unsure, 0 for none, turned off once they are seen to change nothing; programs, sampled:
+Pauses where the model is unsure, turned off once they no longer change its log-probabilities; sampled programs:
     python evaluate.py --out_dir=out/dit --tasks=gsm8k --pauses=0,5 --pause_when=below_confidence --stop_when_useless
     python evaluate.py --out_dir=out/dit --tasks=mbpp --allow_code_execution --samples=10 --temperature=0.8
 Any task of lm-evaluation-harness (pip install -e '.[harness]'), its own or local ones:
     python evaluate.py --out_dir=out/pause --harness=hellaswag,arc_easy --pauses=0,10
     python evaluate.py --out_dir=out/pause --harness=mine --harness_path=my_tasks
 
-The results folder gets examples.jsonl, a line an example as soon as it is done, results.json, and with several numbers
-of pauses pauses.png. The same command goes on where one broke off; more tasks and more pauses add to what is there.
+The results folder has examples.jsonl, one line per finished example, results.json, and with several numbers of pauses
+pauses.png. The same command continues an interrupted evaluation; more tasks and pauses add to the results.
 """
 
 import sys
@@ -52,16 +52,16 @@ from nanopause.evaluation import (
 )
 from nanopause.policy import PauseOptions, StopWhenUseless
 from nanopause.progress import Ticker
-from nanopause.tasks import get_task, load
+from nanopause.tasks import Task, get_task, load
 
-SAY_EVERY = 30.0  # seconds, where there is no terminal
+SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
 
 
 @dataclass
 class Settings(PauseOptions):
     out_dir: str = "out/pause"
-    """Folder of a run, whose newest intact checkpoint is read, or out_dir/best in it, which has the lowest validation
-    loss; or a transformers folder, a GGUF file or a hub id."""
+    """Folder of a run (its newest intact checkpoint is used), out_dir/best (lowest validation loss), a transformers
+    folder, a GGUF file or a hub id."""
     tasks: str = ""
     """Tasks of nanopause, with commas: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq, aqua, mbpp."""
     allow_code_execution: bool = False
@@ -71,41 +71,49 @@ class Settings(PauseOptions):
     harness_path: str = ""
     """Folder of YAML files with tasks that the harness does not have."""
     pauses: str = ""
-    """Numbers of pauses in every prompt, or wherever pause_when has them, with commas. Empty: as many as prompts had in
-    finetuning."""
+    """Numbers of pauses in every prompt, or at each place of pause_when, with commas. Empty: as in finetuning."""
     pause_position: Literal["append", "prepend"] | None = None
-    """Pauses after the prompt or before it. None: as the run was finetuned, else after it."""
+    """Pauses after the prompt or before it. None: as in finetuning, else after it."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_p: float = 1.0
     """Sample among the fewest tokens whose probabilities reach this."""
     samples: int = 1
-    """Texts an example, whose scores are averaged."""
+    """Texts per example, whose scores are averaged."""
     pass_at: str = ""
-    """Every k of pass@k, with commas, where answers are programs. Empty: 1 and samples."""
+    """Every k of pass@k, with commas, for tasks whose answers are programs. Empty: 1 and samples."""
     seed: int = 1337
-    """Of the sampling; sample j of example i has seed + i · samples + j."""
+    """Of sampling; sample j of example i has seed + i · samples + j."""
     data_dir: str = ""
     """Folder of files like gsm8k_test.jsonl for --tasks. Empty: the hub."""
     split: Literal["test", "validation", "train"] = "test"
-    """Of --tasks; test is what papers report."""
+    """Of --tasks; papers report test."""
     limit: int | None = None
     """Only the first so many examples of a task. None: all."""
     attention: Literal["causal", "prefix"] | None = None
-    """prefix: prompt and pauses read each other both ways. None: as the run was finetuned, else causal."""
+    """prefix: prompt and pauses attend to each other in both directions. None: as in finetuning, else causal."""
     batch_size: int = 8
     """Sequences at a time."""
     device: str = "auto"
-    """cpu, cuda, …; auto takes a GPU where there is one."""
+    """cpu, cuda, …; auto: a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of weights and cache; auto is bfloat16 on a GPU."""
+    """Precision of weights and cache; auto: bfloat16 on a GPU."""
     results: str = ""
-    """Folder of the results. Empty: evaluation/ in the run (evaluation-best/ of its best checkpoint), or in out/ and
-    the name of what is no run."""
+    """Folder of the results. Empty: evaluation/ in the run (evaluation-best/ for its best checkpoint), or out/NAME for
+    a model that is not a run."""
+
+    @property
+    def uses_policy(self) -> bool:
+        """Whether pauses are placed during generation, rather than in the prompt."""
+        return self.pause_when != "after_prompt" or self.stop_when_useless
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
 
 
 def decoding_of(settings: Settings) -> Decoding:
-    """What --samples, --temperature and the like say. Raises UserError."""
+    """Samples, temperature and the like, checked."""
     n, ks = settings.samples, numbers("pass_at", settings.pass_at)
     errors.check("samples", n, 1, 10_000)
     errors.check("temperature", settings.temperature, 0, 1e6)
@@ -118,66 +126,139 @@ def decoding_of(settings: Settings) -> Decoding:
     return Decoding(n, settings.temperature, settings.top_p, settings.seed, tuple(ks or sorted({1, n})))
 
 
+def check(settings: Settings, tasks: list[Task]) -> None:
+    """Raises UserError for settings that do not fit together."""
+    if settings.uses_policy and not settings.pauses:
+        raise UserError("--pause_when and --stop_when_useless need numbers of pauses: add --pauses=0,5, say")
+    if not tasks and not settings.harness:
+        raise UserError("nothing to evaluate: name tasks by --tasks=gsm8k,squad or --harness=hellaswag")
+    errors.check("batch_size", settings.batch_size, 1, 2**20)
+    if settings.limit is not None:
+        errors.check("limit", settings.limit, 1, 2**62)
+    if (settings.uses_policy or settings.temperature) and settings.harness:
+        raise UserError("--pause_when, --stop_when_useless, --temperature and --samples are for --tasks: leave out "
+                        "--harness")  # fmt: skip
+    if settings.uses_policy and settings.pause_position:
+        raise UserError("--pause_position is for pauses in prompts, and --pause_when and --stop_when_useless have none "
+                        "there: leave it out")  # fmt: skip
+    if settings.pass_at and not any(task.executes_code for task in tasks):
+        raise UserError("--pass_at is for answers that are programs: add --tasks=mbpp, or leave it out")
+
+
 def results_folder(settings: Settings) -> Path:
     path = Path(settings.out_dir)
     run, named = checkpoint.run_of(path) or (Path("out", path.stem), None)
     return Path(settings.results or run / (f"evaluation-{path.name}" if named else "evaluation"))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate_tasks(cells: list[Cell], file: Path, batch_size: int, ticker: Ticker) -> list[dict]:
+    """Answer what is not in `file` yet, example by example, and return the summaries."""
+    before = read_rows(file)
+    finished = [cell.rows_of(before, file) for cell in cells]
+    n_total = sum(len(cell.examples) for cell in cells)
+    n_done = sum(map(len, finished))
+    if n_done:
+        ticker.say(f"{n_done:,} of {n_total:,} examples are in {file} already")
+    generating = [cell for cell in cells if cell.max_new_tokens]
+    engine = None
+    if generating:
+        cell = generating[0]
+        engine = Engine(cell.model, cell.tokenizer, batch_size, max(cell.max_length() for cell in generating))
+    last_line = time.perf_counter()
+    for cell, rows in zip(cells, finished):
+        name = f"{cell.task.name}, {cell.pauses} pauses"
+        todo = [i for i in range(len(cell.examples)) if i not in rows]
+        if todo:
+            cell.warm_up(todo, engine)
+        for answer, seconds in timed(cell.answers(todo, engine) if todo else ()):
+            row = cell.row(answer, seconds)
+            add_row(file, row)
+            rows[answer.index] = row
+            n_done += 1
+            is_due = time.perf_counter() - last_line > SECONDS_BETWEEN_LINES
+            last_line = time.perf_counter() if is_due else last_line
+            ticker.step(n_done, f"{name}: {len(rows):,} of {len(cell.examples):,}", is_due)
+        report = f"; {cell.policy.report()}" if todo and isinstance(cell.policy, StopWhenUseless) else ""
+        ticker.say(f"{name}: {described(cell, rows)}{report}")
+    return summaries(read_rows(file))
+
+
+def described(cell: Cell, rows: dict[int, dict]) -> str:
+    """The scores of a task with a number of pauses, and what limits them, in one line."""
+    figures = summary(rows)
+    text = "; ".join(f"{metric} {format_figure(figure)}" for metric, figure in figures["metrics"].items())
+    if cell.policy:
+        text += f"; {figures['pauses_per_example']:.3g} pauses per example"
+    if figures["n_cut"]:
+        text += f"; {figures['n_cut']:,} of {len(rows):,} prompts cut from the {cell.placing[-1]} to fit"
+    if figures["n_unfinished"]:
+        text += f"; {figures['n_unfinished']:,} answers reached their limit of {figures['max_new_tokens']} tokens"
+    return text
+
+
+def evaluate_harness(names: list[str], harnesses: list, manager, limit: int | None, file: Path) -> list[dict]:
+    """The results of lm-evaluation-harness; a task that is not in `file` yet is evaluated as a whole."""
+    found = {(row["task"], row["pauses"]): row["results"] for row in read_rows(file)}
+    for name in names:
+        for lm in harnesses:
+            if (name, lm.pauses) not in found:
+                found[name, lm.pauses] = harness_results(lm, name, manager, limit)
+                add_row(file, {"task": name, "pauses": lm.pauses, "results": found[name, lm.pauses]})
+    return [with_intervals(row) for key in sorted(found) for row in found[key]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
 def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python evaluate.py", __doc__)
     tasks = [get_task(name).permitted(settings.allow_code_execution) for name in words(settings.tasks)]
-    of_harness = words(settings.harness)
-    counts, decoding = numbers("pauses", settings.pauses), decoding_of(settings)
-    policy, by_policy = settings.resolved(), settings.pause_when != "after_prompt" or settings.stop_when_useless
-    if by_policy and not counts:
-        raise UserError("--pause_when and --stop_when_useless ask how many pauses: add --pauses=0,5, say")
-    if not tasks and not of_harness:
-        raise UserError("nothing to evaluate: name tasks by --tasks=gsm8k,squad or --harness=hellaswag")
-    errors.check("batch_size", settings.batch_size, 1, 2**20)
-    if settings.limit is not None:
-        errors.check("limit", settings.limit, 1, 2**62)
-    if (by_policy or decoding.temperature) and of_harness:
-        raise UserError("--pause_when, --stop_when_useless, --temperature and --samples are for --tasks: leave out "
-                        "--harness")  # fmt: skip
-    if by_policy and settings.pause_position:
-        raise UserError("--pause_position is for pauses in prompts, and --pause_when and --stop_when_useless have none "
-                        "there: leave it out")  # fmt: skip
-    if settings.pass_at and not any(task.executes_code for task in tasks):
-        raise UserError("--pass_at is for answers that are programs: add --tasks=mbpp, or leave it out")
+    harness_names, decoding = words(settings.harness), decoding_of(settings)
+    options = settings.resolved()
+    check(settings, tasks)
 
-    # The model, and everything that is to be answered, before anything is.
+    # ---- the model
     processes = Processes(settings.device)
     if processes.count > 1:
-        raise UserError(f"evaluate.py is one process, not {processes.count}: start it without torchrun, or once a task "
-                        f"and GPU")  # fmt: skip
+        raise UserError(f"evaluate.py is one process, not {processes.count}: start it without torchrun, or once per "
+                        f"task and GPU")  # fmt: skip
     device = processes.device
     model, tokenizer, state = hub.load(settings.out_dir, device)
     trained = Config(**state["config"]) if state else Config()
-    counts = counts or [trained.prefix_pauses]
+    counts = numbers("pauses", settings.pauses) or [trained.prefix_pauses]
     attention = settings.attention or trained.attention
     pause_position, cut = settings.pause_position or trained.pause_position, trained.cut
     weights = fingerprint(model)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
+
+    # ---- what to evaluate: everything is checked before the first example
     cells, sources = [], []
     for task in tasks:
         examples, source = load(task, settings.split, settings.data_dir or None, settings.limit)
         sources.append(source)
-        for pauses in counts:
-            asked = settings.batch_size, pause_position, cut, settings.policy(pauses) if by_policy else None, decoding
-            cells.append(Cell(model, tokenizer, task, examples, pauses, attention, *asked))
-    if of_harness:
+        for n_pauses in counts:
+            cell_policy = settings.policy(n_pauses) if settings.uses_policy else None
+            cells.append(Cell(model, tokenizer, task, examples, n_pauses, attention, settings.batch_size,
+                              pause_position, cut, cell_policy, decoding))  # fmt: skip
+    harnesses, manager = [], None
+    if harness_names:
         if pause_position == "prepend":
             raise UserError("tasks of lm-evaluation-harness take pauses after the prompt: use --pause_position=append")
-        manager = harness_tasks(of_harness, settings.harness_path)
+        manager = harness_tasks(harness_names, settings.harness_path)
         from nanopause.harness import Harness
 
-        harnesses = [Harness(model, tokenizer, pauses, settings.batch_size, attention) for pauses in counts]
+        harnesses = [Harness(model, tokenizer, n, settings.batch_size, attention) for n in counts]
     folder = results_folder(settings)
-    threads = f" ({torch.get_num_threads()} threads)"
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type + threads
-    same = {
+    device_name = device.type + f" ({torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    fixed = {  # what all results of a folder have in common
         "format": 2,  # of examples.jsonl
         "step": state.get("step"),
         "weights": weights,
@@ -187,83 +268,42 @@ def main() -> None:
         "pause_position": pause_position,
         "cut": cut,
         "batch_size": settings.batch_size,
-        "policy": policy if by_policy else None,
+        "policy": options if settings.uses_policy else None,
         "decoding": decoding._asdict() if decoding.temperature else None,
         "dtype": str(model.head.weight.dtype).removeprefix("torch."),
         "device": device_name,
     }
-    claim(folder, same)
-    file = folder / "examples.jsonl"
-    before = read_rows(file)
-    done = [cell.rows_of(before, file) for cell in cells]
-    kernels.choose(None, device)  # says which
+    claim(folder, fixed)
+    kernels.choose(None, device)  # reports which
 
-    # Answers
-    total = sum(len(cell.examples) for cell in cells)
-    with Ticker(total, enabled=True) as ticker:
+    # ---- scores
+    with Ticker(sum(len(cell.examples) for cell in cells), enabled=True) as ticker:
         ticker.say("\n".join([f"results: {folder}", *sources]))
         if any(task.executes_code for task in tasks):
             ticker.say(str(sandbox.protections()))
-        if n_before := sum(map(len, done)):
-            ticker.say(f"{n_before:,} of {total:,} examples are in {file} already")
-        engine, n_done, shown = None, sum(map(len, done)), time.perf_counter()
-        if any(cell.max_new_tokens for cell in cells):
-            length = max(cell.max_length() for cell in cells if cell.max_new_tokens)
-            engine = Engine(model, tokenizer, settings.batch_size, length)
-        for cell, rows in zip(cells, done):
-            name = f"{cell.task.name}, {cell.pauses} pauses"
-            if todo := [i for i in range(len(cell.examples)) if i not in rows]:
-                cell.warm_up(todo, engine)
-            for answer, seconds in timed(cell.answers(todo, engine) if todo else ()):
-                row = cell.row(answer, seconds)
-                add_row(file, row)
-                rows[answer.index], n_done = row, n_done + 1
-                logged = time.perf_counter() - shown > SAY_EVERY
-                shown = time.perf_counter() if logged else shown
-                ticker.step(n_done, f"{name}: {len(rows):,} of {len(cell.examples):,}", logged)
-            figures = summary(rows)
-            text = "; ".join(f"{metric} {format_figure(figure)}" for metric, figure in figures["metrics"].items())
-            if by_policy:
-                text += f"; {figures['pauses_per_example']:.3g} pauses an example"
-            if figures["n_cut"]:
-                text += f"; {figures['n_cut']:,} of {len(rows):,} prompts cut from the {cut} to fit"
-            if figures["n_unfinished"]:
-                text += f"; {figures['n_unfinished']:,} answers ended by their {figures['max_new_tokens']} tokens"
-            if isinstance(cell.policy, StopWhenUseless) and todo:
-                text += f"; {cell.policy.report()}"
-            ticker.say(f"{name}: {text}")
-
-    # lm-evaluation-harness, whose tasks are done as a whole
-    results, file = summaries(read_rows(file)), folder / "harness.jsonl"
-    kept = {(row["task"], row["pauses"]): row["results"] for row in read_rows(file)}
-    for name in of_harness:
-        for lm in harnesses:
-            if (name, lm.pauses) not in kept:
-                kept[name, lm.pauses] = harness_results(lm, name, manager, settings.limit)
-                add_row(file, {"task": name, "pauses": lm.pauses, "results": kept[name, lm.pauses]})
-    results += [with_intervals(row) for key in sorted(kept) for row in kept[key]]
-
-    # Table, JSON, figure
+        results = evaluate_tasks(cells, folder / "examples.jsonl", settings.batch_size, ticker)
+    results += evaluate_harness(harness_names, harnesses, manager, settings.limit, folder / "harness.jsonl")
     order = list(dict.fromkeys((row["by"], row["task"]) for row in results))
     results.sort(key=lambda row: order.index((row["by"], row["task"])))
-    about = {"source": settings.out_dir, "model": asdict(model.config), "tokenizer": tokenizer.name}
-    about["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    written = {"checkpoint": about, "settings": {**asdict(settings), **same}, "sources": sources,
-               "versions": versions(), "results": results}  # fmt: skip
-    write_json(folder / "results.json", written)
+
+    # ---- table, JSON, figure
+    about = {"source": settings.out_dir, "model": asdict(model.config), "tokenizer": tokenizer.name,
+             "parameters": sum(parameter.numel() for parameter in model.parameters())}  # fmt: skip
+    write_json(folder / "results.json", {"checkpoint": about, "settings": {**asdict(settings), **fixed},
+                                         "sources": sources, "versions": versions(), "results": results})  # fmt: skip
     ticker.show(table(results))
-    note = f"difference: to the fewest pauses, example by example; ms an example at batch size {settings.batch_size}"
-    note += "; GFLOPs without the pauses that were taken back" * by_policy
-    ticker.say(f"{note}, {device_name}, {same['dtype']}")
+    note = (f"difference: to the fewest pauses, paired by example; ms per example at batch size {settings.batch_size}"
+            + "; GFLOPs without the pauses that were rolled back" * settings.uses_policy)  # fmt: skip
+    ticker.say(f"{note}, {device_name}, {fixed['dtype']}")
     if note := interval_note(results):
         ticker.say(note)
-    written = "examples.jsonl, results.json"
+    files = "examples.jsonl, results.json"
     if len({row["pauses"] for row in results}) > 1:
         step = f", step {state['step']:,}" if state else ""
-        place = f"at a place, {settings.pause_when}" if by_policy else "in the prompt"
+        place = f"at a place, {settings.pause_when}" if settings.uses_policy else "in the prompt"
         plot(results, folder / "pauses.png", f"{Path(settings.out_dir).name}{step}", place)
-        written += ", pauses.png"
-    ticker.say(f"written: {folder} ({written})")
+        files += ", pauses.png"
+    ticker.say(f"written: {folder} ({files})")
 
 
 if __name__ == "__main__":

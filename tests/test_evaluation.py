@@ -161,7 +161,7 @@ def test_answers_to_other_examples_are_not_kept(run, run_folder, tmp_path):
 
 def test_answers_that_are_cut_are_told(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "new_tokens", lambda *_: 2)
-    assert "; 8 answers ended by their 2 tokens" in run(tmp_path, "--tasks=webq", "--pauses=0")
+    assert "; 8 answers reached their limit of 2 tokens" in run(tmp_path, "--tasks=webq", "--pauses=0")
 
 
 def test_one_process(run_folder, tmp_path):
@@ -352,9 +352,8 @@ def test_pauses_where_a_policy_has_them(run, model, tmp_path):
             assert rows[pauses, i]["tokens"]["pauses"] == one.pauses == (0 if pauses == 0 else 8)
             flops = generation_flops(model.config, len(prompts[i]), [token.pauses for token in one.tokens])
             assert rows[pauses, i]["flops"] == flops
-    assert (
-        "exact_match 1.0000 [0.6756, 1.0000]; 0 pauses an example" in said and "; 8 pauses an example; pausing " in said
-    )
+    assert "exact_match 1.0000 [0.6756, 1.0000]; 0 pauses per example" in said
+    assert "; 8 pauses per example; pausing " in said
     assert "in all" in said
     with pytest.raises(UserError, match="has results with policy="):
         run(tmp_path, "--tasks=webq", "--pauses=0", "--pause_when=below_confidence", "--pause_budget=8")
@@ -417,7 +416,7 @@ def test_pass_at_k(model):
         (["--harness=arc_easy", "--pause_when=on_request"], "are for --tasks: leave out --harness"),
         (["--harness=arc_easy", "--temperature=1"], "are for --tasks: leave out --harness"),
         (["--pause_position=prepend", "--pause_when=below_confidence"], "--pause_position is for pauses in prompts"),
-        (["--pauses=", "--pause_when=below_confidence"], "ask how many pauses: add --pauses=0,5, say"),
+        (["--pauses=", "--pause_when=below_confidence"], "need numbers of pauses: add --pauses=0,5, say"),
         (["--pauses=7", "--pause_when=on_request", "--pause_budget=6"], "pause_budget=6 is less than the 7 pauses"),
         (["--threshold=0.3"], "threshold=0.3 is of below_confidence: add --pause_when=below_confidence"),
         (["--stop_when_useless", "--attention=prefix"], "pauses after the prompt cannot be taken back"),
