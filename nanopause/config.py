@@ -158,6 +158,8 @@ class Config(GPTConfig):
         if (self.pause_loss or self.consecutive > 1) and self.placement in ("appd", "sft"):
             raise UserError(f"pause_loss and consecutive are of pauses in a target, and placement={self.placement} has "
                             f"none: use --placement=dit, ran or aaw")  # fmt: skip
+        if self.hints and self.task and self.pause_position == "prepend":
+            raise UserError(f"hints={self.hints} are results at pauses after the prefix: use --pause_position=append")
         if self.hints and self.task and self.placement not in ("appd", "sft"):
             raise UserError(f"hints={self.hints} is for the prefix of a task and its pauses: use --placement=appd")
         if self.hints and not self.task and (self.hints != "next_token" or not self.pausing):
