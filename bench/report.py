@@ -29,7 +29,7 @@ Candidates run interleaved in one process (A B A B) on the same inputs. A baseli
 by more than the tolerance is listed as missing and not timed. Times are medians. A number in brackets is the baseline's
 time over ours, the median of the ratios of all rounds. **Bold**: the baseline is faster. *Italics*: neither is clearly
 faster, because the 10th and the 90th percentile of the ratio are on both sides of 1. Figures show the median ratio and
-these percentiles.
+these percentiles. nanoGPT runs with GPT-2's GELU instead of its own.
 """
 
 

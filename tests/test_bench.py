@@ -596,6 +596,25 @@ def test_committed_report_is_that_of_the_committed_results():
             assert (harness.RESULTS / folder / f"{name}.png").exists(), "run: python -m bench report"
 
 
+def test_readme_table_has_the_numbers_of_the_committed_result():
+    """GPT-2 124M, context 1024, from pause_cost.json of the EPYC."""
+    rows = json.loads((harness.RESULTS / "amd-epyc-2-threads" / "pause_cost.json").read_text())["rows"]
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| a (token|prompt), ", line)]
+    assert len(lines) == 6
+    for line in lines:
+        case, without, *ratios = line.strip("| ").split(" | ")
+        kind, batch, way = case.split(", ")
+        names = {name: text for name, text in report.WAYS.items() if text in ("without pauses", way)}
+        expected = {}
+        for row in rows:
+            shape = row["shape"]
+            same = report.KINDS[row["what"]] == kind and f"batch {shape['batch']}" == batch and row["name"] in names
+            if same and shape["context"] == 1024:
+                expected[shape["pauses"]] = row
+        assert without == f"{harness.number(expected[0]['p50_ms'])} ms"
+        assert ratios == [f"{expected[pauses]['ratio']:.2f}" for pauses in (1, 8, 50)]
+
+
 def test_a_damaged_result_is_reported_in_one_sentence(tmp_path):
     (tmp_path / "chip").mkdir()
     (tmp_path / "chip" / "loss.json").write_text("{")
