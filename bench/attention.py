@@ -129,7 +129,8 @@ def block_mask(problem: Problem):
 
 
 def flex(problem: Problem) -> Callable:
-    compiled, mask = torch.compile(flex_attention, dynamic=False), block_mask(problem)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    mask = block_mask(problem)
     return lambda *inputs: compiled(*(x.transpose(1, 2) for x in inputs), block_mask=mask).transpose(1, 2)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bench.harness import OURS, Baseline, Bench, Candidate, Shape, wall_clock
 from bench.models import GPT2, GPT2_124M, GPT2_SMALL, compiled, transformers_model
-from nanopause.data import ROW_MULTIPLE, Batch
+from nanopause.data import ROW_MULTIPLE
 from nanopause.finetune import Pair, encode, pack
 from nanopause.flops import training_flops
 from nanopause.model import GPT, GPTConfig
@@ -29,16 +29,13 @@ class Problem:
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, pairs: list[Pair]):
         torch.manual_seed(0)
-        size, tokenizer = MODELS[shape["model"]], load_tokenizer("gpt2")
-        config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=BLOCK_SIZE, **size, **GPT2)
+        tokenizer = load_tokenizer("gpt2")
+        config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=BLOCK_SIZE, **MODELS[shape["model"]], **GPT2)
         self.model = GPT(config).to(device, dtype)
-        self.pause_id, self.device = tokenizer.pause_id, device
+        self.pause_id = tokenizer.pause_id
+        self.device = device
         self.pairs = pairs[: shape["pairs"]]
         self.batches = [self.pairs[i : i + shape["batch"]] for i in range(0, len(self.pairs), shape["batch"])]
-
-    def packed(self, pairs: list[Pair]) -> Batch:
-        batch = pack(pairs, self.pause_id, "causal").to(self.device)
-        return batch.padded(ROW_MULTIPLE) if self.device.type == "cuda" else batch
 
     def padded(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 [len(pairs), tokens of the longest pair]."""
@@ -68,7 +65,10 @@ def gradients(model: torch.nn.Module, losses: Callable, embedding: torch.Tensor)
 
 
 def ours(problem: Problem) -> Candidate:
-    forward, batches = compiled(problem.model), [problem.packed(batch) for batch in problem.batches]
+    forward = compiled(problem.model)
+    batches = [pack(pairs, problem.pause_id, "causal").to(problem.device) for pairs in problem.batches]
+    if problem.device.type == "cuda":
+        batches = [batch.padded(ROW_MULTIPLE) for batch in batches]
 
     def losses():
         return (forward(batch.inputs, batch.targets, reduction="sum", **batch.layout) for batch in batches)
@@ -80,7 +80,8 @@ def padded(problem: Problem, one_by_one: bool = False) -> Candidate:
     """Our model on rows padded to the longest of each batch; one_by_one: in batches of one pair, without padding.
     Padding follows the pair, so causal attention hides it."""
     groups = [[pair] for pair in problem.pairs] if one_by_one else problem.batches
-    forward, batches = compiled(problem.model), [problem.padded(pairs) for pairs in groups]
+    forward = problem.model if one_by_one else compiled(problem.model)  # every length would compile again
+    batches = [problem.padded(pairs) for pairs in groups]
 
     def losses():
         return (forward(*batch, reduction="sum") for batch in batches)
@@ -91,7 +92,8 @@ def padded(problem: Problem, one_by_one: bool = False) -> Candidate:
 def transformers(problem: Problem) -> Candidate:
     """transformers' model and loss, on rows padded to the longest."""
     theirs = transformers_model(problem.model).train()
-    forward, batches = compiled(theirs), [problem.padded(batch) for batch in problem.batches]
+    forward = compiled(theirs)
+    batches = [problem.padded(pairs) for pairs in problem.batches]
 
     def losses():
         for inputs, targets in batches:

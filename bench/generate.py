@@ -105,7 +105,8 @@ def different_tokens(bench: Bench, tokens: Tensor, expected: Tensor) -> float:
 
 
 def measure(bench: Bench, shape: Shape) -> None:
-    problem, checkout = Problem(shape, bench.device, bench.dtype), bench.options.nanogpt
+    problem = Problem(shape, bench.device, bench.dtype)
+    checkout = bench.options.nanogpt
     baselines = (
         Baseline("transformers", "transformers", transformers),
         Baseline("transformers, static cache", "transformers", partial(transformers, cache_implementation="static")),

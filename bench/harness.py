@@ -188,7 +188,8 @@ class Bench:
     """One run of a bench: measures shapes, collects rows and missing entries, and writes the JSON."""
 
     def __init__(self, name: str, options: Options):
-        self.name, self.options = name, options
+        self.name = name
+        self.options = options
         self.rows: list[Row] = []
         self.missing: list[dict] = []
         self.failed: list[str] = []  # shapes that raised an error, with the reason

@@ -23,7 +23,6 @@ from nanopause.tokenizer import load_tokenizer
 
 WITHOUT, SEQUENTIAL = "without", "sequential"
 PAUSES = (1, 2, 4, 8, 15, 50)
-Cases = dict[tuple[int, str], tuple[Candidate, int]]  # by pauses and name: the call and its FLOPs
 
 
 def shapes(device: str, quick: bool) -> list[Shape]:
@@ -43,8 +42,9 @@ class Run:
     """An engine of `batch` sequences whose cache has random keys and values."""
 
     def __init__(self, bench: Bench, config: GPTConfig, batch: int):
-        self.config, self.batch, self.device, tokenizer = config, batch, bench.device, load_tokenizer("gpt2")
         torch.manual_seed(0)
+        self.batch = batch
+        tokenizer = load_tokenizer("gpt2")
         self.engine = Engine(GPT(config).eval().to(bench.device, bench.dtype), tokenizer, max_batch=batch)
         self.text = torch.randint(tokenizer.eot_id, (batch, config.block_size), device=bench.device)
         self.pauses = torch.full((batch, max(PAUSES)), tokenizer.pause_id, device=bench.device)
@@ -52,7 +52,7 @@ class Run:
 
     def append(self, tokens: Tensor) -> Tensor:
         """The hidden states [batch, n, C] of new tokens [batch, n]."""
-        return self.engine.runner.append(tokens, torch.full((self.batch,), tokens.shape[1], device=self.device))
+        return self.engine.runner.append(tokens, torch.full((self.batch,), tokens.shape[1], device=tokens.device))
 
     def case(self, context: int, parts: list[Tensor]) -> tuple[Candidate, int]:
         """A candidate that appends the parts, one forward pass each, to `context` cached tokens and computes the most
@@ -66,30 +66,13 @@ class Run:
             self.engine.model.head(hidden).argmax(-1)
             return {"hidden": hidden.clone()}  # a CUDA graph overwrites its outputs
 
+        config = self.engine.model.config
         flops, cached = 0, context
         for i, part in enumerate(parts, 1):
             n_live = self.batch * (i == len(parts))
-            flops += forward_flops(self.config, part.shape[1], batch_size=self.batch, context=cached, n_live=n_live)
+            flops += forward_flops(config, part.shape[1], batch_size=self.batch, context=cached, n_live=n_live)
             cached += part.shape[1]
         return call, flops
-
-
-def add_rows(bench: Bench, shape: Shape, cases: Cases) -> None:
-    """Check, then time all cases interleaved, and add their rows, relative to (0, WITHOUT). Raises WrongOutput."""
-    errors = {}
-    for (m, name), (call, _) in cases.items():
-        if (m, SEQUENTIAL) in cases and name == OURS:
-            errors[m, name] = check(call(), cases[m, SEQUENTIAL][0](), TOLERANCE[bench.dtype])
-    samples = time_interleaved({key: call for key, (call, _) in cases.items()}, bench.timer, bench.seconds)
-    base, base_flops = samples[0, WITHOUT], cases[0, WITHOUT][1]
-    for (m, name), (_, flops) in cases.items():
-        facts = {"flops": flops, "flops_ratio": flops / base_flops, "error": errors.get((m, name))}
-        if m:
-            added_seconds = float(np.median(np.subtract(samples[m, name], base)))
-            facts |= {"added_ms_per_pause": 1e3 * added_seconds / m, "flops_per_pause": (flops - base_flops) / m}
-        about = {"batch": shape["batch"], "context": shape["context"], "pauses": m}
-        bench.rows.append(bench.row(shape["what"], about, name, samples[m, name], base, **facts))
-    print(f"pause_cost: {label(shape)}: {number(1e3 * np.median(base))} ms without pauses", file=sys.stderr)
 
 
 def measure(bench: Bench, shape: Shape) -> None:
@@ -100,8 +83,19 @@ def measure(bench: Bench, shape: Shape) -> None:
     size = dict(n_layer=2, n_head=4, n_embd=64) if bench.options.quick else GPT2_124M
     run = Run(bench, GPTConfig(vocab_size=50304, block_size=context + max(PAUSES) + 1, **size, **GPT2), batch)
     tokens = run.text[:, cached : cached + n_new]
-    cases: Cases = {(0, WITHOUT): run.case(cached, [tokens])}
+    cases = {(0, WITHOUT): run.case(cached, [tokens])}  # by pauses and name: the call and its FLOPs
+    errors = {}
     for m in PAUSES:
         cases[m, OURS] = run.case(cached, [torch.cat((tokens, run.pauses[:, :m]), 1)])
         cases[m, SEQUENTIAL] = run.case(cached, [tokens, *[run.pauses[:, :1]] * m])
-    add_rows(bench, shape, cases)
+        errors[m, OURS] = check(cases[m, OURS][0](), cases[m, SEQUENTIAL][0](), TOLERANCE[bench.dtype])
+    samples = time_interleaved({key: call for key, (call, _) in cases.items()}, bench.timer, bench.seconds)
+    base, base_flops = samples[0, WITHOUT], cases[0, WITHOUT][1]
+    for (m, name), (_, flops) in cases.items():
+        facts = {"flops": flops, "flops_ratio": flops / base_flops, "error": errors.get((m, name))}
+        if m:
+            added_seconds = float(np.median(np.subtract(samples[m, name], base)))
+            facts |= {"added_ms_per_pause": 1e3 * added_seconds / m, "flops_per_pause": (flops - base_flops) / m}
+        about = {"batch": batch, "context": context, "pauses": m}
+        bench.rows.append(bench.row(shape["what"], about, name, samples[m, name], base, **facts))
+    print(f"pause_cost: {label(shape)}: {number(1e3 * np.median(base))} ms without pauses", file=sys.stderr)

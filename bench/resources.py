@@ -135,7 +135,8 @@ def rows_of(arch: str, case: dict, compiled: bool = True) -> list[dict]:
 
 def fault(row: dict) -> str | None:
     """Why a configuration must not be offered, or None."""
-    case, limit = row["case"], TARGETS[row["arch"]][3]
+    case = row["case"]
+    limit = TARGETS[row["arch"]][3]
     if row["stack"]:
         return f"{row['stack']} bytes of registers on the stack"
     if row["shared"] > limit:

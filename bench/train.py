@@ -69,7 +69,8 @@ class Problem:
 
 def compute_truth(problem: Problem) -> dict[str, Tensor]:
     """Loss and gradient norm of the first step, by full logits and PyTorch's cross-entropy in float32."""
-    model, batch = deepcopy(problem.model), next(problem.batches())
+    model = deepcopy(problem.model)
+    batch = next(problem.batches())
     loss = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), problem.config.grad_clip)
@@ -77,8 +78,10 @@ def compute_truth(problem: Problem) -> dict[str, Tensor]:
 
 
 def ours(problem: Problem) -> Candidate:
-    config, processes, model = problem.config, Processes(problem.config.device), deepcopy(problem.model)
-    optimizers, forward = make_optimizers(model, config), compiled(model)
+    config, processes = problem.config, Processes(problem.config.device)
+    model = deepcopy(problem.model)
+    optimizers = make_optimizers(model, config)
+    forward = compiled(model)
     batches, steps = problem.batches(), count()
 
     def call() -> dict[str, Tensor]:
@@ -95,7 +98,8 @@ def ours(problem: Problem) -> Candidate:
 
 def plain_step(problem: Problem, model: nn.Module, loss_of: Callable) -> Candidate:
     """A training step in plain PyTorch. loss_of: compiled model, Batch → mean loss."""
-    batches, config, forward = problem.batches(), problem.config, compiled(model.train())
+    batches, config = problem.batches(), problem.config
+    forward = compiled(model.train())
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **settings, fused=True)
 
@@ -128,7 +132,8 @@ def nanogpt(problem: Problem, checkout: str) -> Candidate:
 
 
 def measure(bench: Bench, shape: Shape) -> None:
-    problem, checkout = Problem(shape, bench.device), bench.options.nanogpt
+    problem = Problem(shape, bench.device)
+    checkout = bench.options.nanogpt
     bench.timer = wall_clock
     baselines = (
         Baseline("transformers", "transformers", transformers),
