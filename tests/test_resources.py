@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that need not be there: bench/resources.py."""
+"""The kernels compiled for GPUs that need not be present: bench/resources.py."""
 
 import json
 import os
@@ -12,21 +12,21 @@ from bench import resources
 
 
 def python(*arguments: str) -> str:
-    """What a Python that compiles kernels, instead of interpreting them, prints."""
+    """The output of a Python process that compiles kernels instead of interpreting them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True, env=environment)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
 
-def test_kernels_compile_and_keep_nothing_on_the_stack(record_property):
+def test_kernels_compile_without_spills(record_property):
     printed = python("-m", "bench", "resources", "--quick")
     record_property("compiled without a GPU", printed)
-    assert "kernels compiled, 0 of them" in printed
+    assert "kernels compiled, 0 with a fault" in printed
 
 
-def test_the_committed_table_is_of_what_the_launchers_choose():
-    """All four architectures, every case. After a change of tiles: python -m bench resources."""
+def test_committed_json_has_the_configurations_that_the_launchers_choose():
+    """All four architectures, every case. After a change of tile sizes, run: python -m bench resources."""
     table = json.loads((resources.RESULTS / "compiled" / "resources.json").read_text())["rows"]
     assert not [row for row in table if resources.fault(row)]
     code = """if True:
@@ -46,7 +46,7 @@ def test_the_committed_table_is_of_what_the_launchers_choose():
     ({"matrix": ["HMMA"]}, "no HGMMA"),
     ({"matrix": ["HMMA"], "arch": "sm_80", "shared": 1000}, None),
 ])  # fmt: skip
-def test_faults(change, fault):
+def test_faults_of_a_configuration(change, fault):
     row = {"arch": "sm_90", "case": {"precision": "bfloat16", "D": 64}, "kernel": "_forward", "stack": 0,
            "shared": 200_000, "matrix": ["HGMMA"]}  # fmt: skip
     assert resources.fault(row | change) == fault
