@@ -6,6 +6,7 @@ import re
 from conftest import ROOT
 
 from experiments import counting
+from experiments.runs import shown
 
 TEXT = (ROOT / "docs/evidence.md").read_text()
 
@@ -16,6 +17,12 @@ def test_the_table_of_counting():
         arm["accuracy"] = {int(m): figures for m, figures in arm["accuracy"].items()}
     for row in counting.table(arms, False):
         assert f"| {' | '.join(row)} |" in TEXT
+
+
+def test_the_table_of_match():
+    arms = json.loads((ROOT / "experiments/results/match.json").read_text())["arms"]
+    for arm in (arm for arm in arms if arm["name"] != "counts"):
+        assert f"| {arm['label']} | " in TEXT and shown(arm["accuracy"], 3) in TEXT
 
 
 def test_every_claim_has_a_verdict():
