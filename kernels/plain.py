@@ -1,4 +1,4 @@
-"""The fastest way that plain PyTorch has: SDPA for attention, a loss in chunks of live rows."""
+"""The fastest plain-PyTorch implementation: SDPA for attention, and a loss in chunks of unmasked positions."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,22 +10,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-# Logits in memory at once, in elements: 8 Mi in float32 are 32 MiB. They are read and written five times, in a cache if
-# they fit; with fewer rows the products are slow.
+# Logits in memory at once, in elements: 8 Mi, 32 MiB in float32. They are read and written five times, which a cache
+# speeds up if they fit; smaller chunks make the products slow.
 CHUNK_ELEMENTS = 1 << 23
 
 
 def _visible(bounds: Tensor) -> bool:
-    """Whether they can be looked at without waiting for a device, or breaking a graph."""
+    """Whether the values can be inspected without a device synchronisation or a graph break."""
     cpu = bounds.device.type == "cpu" and type(bounds) is Tensor
     return cpu and bounds.numel() > 0 and not torch.compiler.is_compiling()
 
 
 class Part(NamedTuple):
-    """Queries, and the keys that they read, from `first` to before `last`.
+    """A group of queries and the keys that they attend to, first ≤ s < last.
 
-    causal: plain causal among them. mask: otherwise what SDPA adds to their scores, or in bool what they read,
-    [B, 1, T, last - first], or None where they read all. empty: bool [B, T], queries that read nothing, or None."""
+    causal: plain causal mask among these keys. mask: otherwise SDPA's attn_mask [B, 1, T, last - first], additive or
+    bool, or None if all keys are attended to. empty: bool [B, T], queries with an empty interval; None if none."""
 
     first: int
     last: int
@@ -34,24 +34,25 @@ class Part(NamedTuple):
     empty: Tensor | None
 
 
-WASTE = 1 << 17  # elements of keys that a row reads in vain before rows are parted: about what another call costs
-# Along which dimension, of how many queries and of how many keys each, and which. Dimension −1: packed documents of one
-# length become the sequences of a batch.
+# Masked key elements per sequence above which the sequences of a batch are computed separately: about one call's cost.
+WASTE = 1 << 17
+# The dimension to split along, the number of queries and of keys of each part, and the parts. Dimension −1: packed
+# documents of equal length become the sequences of a batch.
 Parts = tuple[int, list[int], list[int], list[Part]]
 
 
 def _whole(lo: Tensor, hi: Tensor, S: int) -> Part:
-    """All of it, where the bounds cannot be looked at."""
+    """One part with a dense mask, if the bounds cannot be inspected."""
     empty, s = hi <= lo, torch.arange(S, device=hi.device, dtype=hi.dtype)
-    # SDPA turns a row without keys into NaN, forward and backward: it reads the first and is zeroed after.
+    # SDPA gives NaN for a query without keys, forward and backward: it attends to the first key and is zeroed later.
     mask = ((lo[..., None] <= s) & (s < hi[..., None])) | (empty[..., None] & (s == 0))
     return Part(0, S, False, mask[:, None], empty)
 
 
 def _part(lo: np.ndarray | None, hi: np.ndarray, dtype: torch.dtype) -> Part:
-    """Without the keys that nobody reads, such as a cache's unused slots, and without a mask that would hide nothing,
-    or what plain causal hides. The mask is in `dtype`: SDPA would turn one in bool into that every time."""
-    # Neither decreases along t.
+    """The part without keys that no query attends to, such as unused cache slots, and without a mask if it would be all
+    visible or plain causal. The mask is additive in `dtype`: SDPA would convert a bool mask in every call."""
+    # Neither bound decreases along t.
     (lo_min, lo_max), (hi_min, hi_max) = (
         (0, 0) if x is None else (min(x[:, 0].tolist()), max(x[:, -1].tolist())) for x in (lo, hi)
     )
@@ -72,19 +73,19 @@ def _part(lo: np.ndarray | None, hi: np.ndarray, dtype: torch.dtype) -> Part:
 
 
 def _within(S: int, bounds: Tensor) -> np.ndarray:
-    """Bounds of S keys, for NumPy: in a step of generation each operation of torch takes 10 μs. A list has them under
-    torch.func too."""
+    """Bounds clamped to [0, S], as int32 NumPy array: in a decode step each torch operation would take 10 μs. tolist
+    also works under torch.func."""
     return np.minimum(np.maximum(bounds.tolist(), 0), S).astype(np.int32)
 
 
 def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Parts:
-    """What queries read: documents of packed rows, or prompts in a cache, that share no key; sequences of a batch whose
-    keys differ much in number; or one part. Plain causal needs no mask in memory; other intervals take a dense one, on
-    a CPU one for each part."""
+    """Divide attention into parts: packed documents, or prompts in a cache, that share no keys; sequences of a batch
+    with very different numbers of keys; or everything as one part. Plain causal attention needs no mask in memory;
+    other intervals need a dense one, on a CPU one per part."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     if lo is None and hi is None and T in (1, S):
-        return 0, [B], [B], [Part(0, S, True if 1 < T else False, None, None)]  # compiled for any T, 1 < T is no bool
-    n = B if lo is not None or hi is not None else 1  # whose masks differ
+        return 0, [B], [B], [Part(0, S, True if 1 < T else False, None, None)]  # with a dynamic T, 1 < T is a SymBool
+    n = B if lo is not None or hi is not None else 1  # number of different masks
     hi = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=q.device)[None] if hi is None else hi
     if not (n and S and _visible(hi)):
         lo = torch.zeros(1, T, dtype=torch.int32, device=q.device) if lo is None else lo
@@ -95,7 +96,7 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
             return 0, [B], [B], [Part(0, ends[0], False, None, None)]
     lo, hi = None if lo is None else _within(S, lo), _within(S, hi.expand(n, T))
     if lo is not None and T > 1:
-        # A part begins with a query that reads something, and nothing that was read before it.
+        # A part begins at a query with keys, none of which an earlier query attends to.
         ends = hi[:, :-1].max(0)
         (begins,) = ((lo[:, 1:].min(0) >= ends) & (ends > 0) & (lo < hi).any(0)[1:]).nonzero()
         if len(begins):
@@ -105,7 +106,7 @@ def parts_of(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None) -> Part
             t, s = (0, *(begins + 1).tolist(), T), (0, *ends[begins].tolist(), S)
             parts = [_part(lo[:, i:j] - key, hi[:, i:j] - key, q.dtype) for (i, j), key in zip(pairwise(t), s)]
             return 1, [j - i for i, j in pairwise(t)], [j - i for i, j in pairwise(s)], parts
-    if (G if T == 1 else H) >= 2 * torch.get_num_threads():  # a row's heads, or groups of them, occupy every thread
+    if (G if T == 1 else H) >= 2 * torch.get_num_threads():  # one sequence's heads, or groups, occupy every thread
         ends = hi[:, -1].tolist()
         if (n * max(ends) - sum(ends)) * G * D > n * WASTE:
             rows = [None] * n if lo is None else np.split(lo, n)
@@ -117,7 +118,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> Tensor
     if part.last - part.first < k.shape[1]:
         k, v = (x.narrow(1, part.first, part.last - part.first) for x in (k, v))
     (B, T, H, D), G = q.shape, k.shape[2]
-    # The heads of a group, of one query each, are as many queries of one head: so its keys are read once.
+    # With one query per sequence, the heads of a group become queries of one head, so that its keys are read once.
     group = T == 1 and G < H
     out = F.scaled_dot_product_attention(
         q.reshape(B, G, H // G, D) if group else q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
@@ -135,7 +136,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, parts: Parts, scale: float) -> Te
         return _attend(*documents, parts[0], scale).reshape(q.shape)
     if len(parts) == 1:
         return _attend(q, k, v, parts[0], scale)
-    # A piece's gradient is as large as the piece; that of a slice as large as what it is cut from.
+    # split, not slices: the gradient of a slice is as large as the sliced tensor.
     pieces = zip(q.split(of_queries, dim), k.split(of_keys, dim), v.split(of_keys, dim), parts)
     return torch.cat([_attend(*piece, scale) for piece in pieces], dim)
 
@@ -143,11 +144,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, parts: Parts, scale: float) -> Te
 def _sum_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the live rows' losses, dx and dweight (empty without with_grad). The gradients are computed with the loss,
-    while a chunk's logits are at hand: three products a chunk, as many as with all logits kept, and none repeated."""
+    """Sum of the unmasked losses, dx and dweight (empty without with_grad). The gradients are computed together with
+    the loss from each chunk's logits: three products per chunk, without recomputation."""
     live = (targets != ignore_index).nonzero()[:, 0]
     loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    # dweight sums over chunks: in bfloat16 every sum would round.
+    # dweight accumulates over chunks in float32 or wider: every addition in bfloat16 would be rounded.
     dx, dweight = x.new_zeros(x.shape if with_grad else 0), loss.new_zeros(weight.shape if with_grad else 0)
     for rows in live.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
         x_rows, target = x[rows], targets[rows, None]
@@ -165,11 +166,11 @@ def _sum_and_gradients(
             else:
                 dweight += dlogits.T @ x_rows
             del dlogits
-        del logits  # before the next chunk makes its own
+        del logits  # free the memory before the next chunk
     return loss, dx, dweight.to(weight.dtype)
 
 
-# An operator of its own: the number of live rows is data, which torch.compile could not trace through.
+# A custom operator, as the number of unmasked positions depends on data, which torch.compile cannot trace.
 _library = torch.library.Library("nanopause", "FRAGMENT")
 _library.define("chunked_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool with_grad) "
                 "-> (Tensor, Tensor, Tensor)")  # fmt: skip
@@ -205,9 +206,9 @@ def _losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, by_rows: bool) -> Tensor:
-    """The sum of the live rows' losses or every row's, see kernels.linear_cross_entropy. Finding the live rows waits
-    for a GPU."""
-    if by_rows:  # whose gradients differ, so that they are not known with the losses: logits are computed again
+    """The sum of the unmasked losses, or with by_rows the loss of every position; see kernels.linear_cross_entropy.
+    Finding the unmasked positions synchronises with a GPU."""
+    if by_rows:  # the factors of the gradients are unknown in the forward pass, so the logits are recomputed
         live = (targets != ignore_index).nonzero()[:, 0]
         chunks = live.split(max(1, CHUNK_ELEMENTS // weight.shape[0]))
         losses = [checkpoint(_losses, x[rows], weight, targets[rows], use_reentrant=False) for rows in chunks]
