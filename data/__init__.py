@@ -1,1 +1,1 @@
-"""One short script a corpus."""
+"""One short script per corpus."""

@@ -14,7 +14,7 @@ import tyro
 from nanopause.errors import UserError, run
 from nanopause.prepare import prepare
 
-# The branch in which the hub keeps every corpus as Parquet, whatever the main one holds.
+# The branch in which the hub keeps every dataset as Parquet, whatever the format of its main branch.
 OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs%2Fconvert%2Fparquet/**/*.parquet"
 MISSING = "reading a corpus needs datasets: pip install -e '.[data]'"
 EXTENSIONS = (".parquet", ".txt", ".txt.gz", ".txt.xz")
@@ -29,48 +29,50 @@ def main(
     workers: int | None = None,
     data_dir: str = str(Path(__file__).resolve().parent),
 ) -> None:
-    """Tokenize a corpus into data_dir/name/tokenizer/; run again after a break, it goes on where it was.
+    """Tokenize a corpus into data_dir/name/tokenizer/. An interrupted run resumes when started again.
 
     Args:
-        files: pattern of the files, here or at any address that fsspec knows: Parquet with a column `text`, or
+        files: pattern of local files or of any URL that fsspec supports: Parquet with a column `text`, or
             .txt, .txt.gz, .txt.xz with a line <|endoftext|> between documents.
-        name: what `--dataset` of train.py will call the corpus.
+        name: name of the corpus for `--dataset` of train.py.
         tokenizer: bytes or gpt2.
-        limit: take only the first so many documents.
-        val_fraction: share of the documents that are held out (nanoGPT's, by default).
-        workers: processes that tokenize; one a core by default.
+        limit: number of documents to read; default: all.
+        val_fraction: fraction of the documents for validation (default: nanoGPT's).
+        workers: tokenizer processes; default: one per core.
         data_dir: the folder of all corpora.
     """
     prepare(name, find(files), read, data_dir, tokenizer, val_fraction=val_fraction, limit=limit, workers=workers)
 
 
 def find(pattern: str) -> list[str]:
-    """The addresses of the files that match, sorted. Raises UserError: none does, or none that `read` can read."""
+    """The paths or URLs of the matching files, sorted. Raises UserError if there are none, they cannot be reached, or
+    one has an extension that `read` does not support."""
     try:
         filesystem, path = fsspec.url_to_fs(pattern)
         sources = sorted(filesystem.unstrip_protocol(match).removeprefix("file://") for match in filesystem.glob(path))
     except ImportError as error:
         raise UserError(MISSING) from error
-    except Exception as error:  # of whatever HTTP library
+    except Exception as error:  # depends on the HTTP library
         raise UserError(f"cannot reach {pattern} ({_first_line(error)}): name local files by --files") from error
     if not sources:
-        raise UserError(f"no file matches {pattern}")
+        raise UserError(f"no file matches {pattern}: change --files")
     for source in sources:
         if not source.endswith(EXTENSIONS):
-            raise UserError(f"{source} is none of {', '.join(EXTENSIONS)}")
+            raise UserError(f"{source} is none of {', '.join(EXTENSIONS)}: change --files")
     return sources
 
 
 def read(source: str) -> Iterator[str]:
-    """The documents of a file in order, never more than a piece of it in memory. Raises UserError: not readable."""
+    """The documents of a file in order, streamed. Raises UserError if the file cannot be read."""
     try:
         yield from _read_parquet(source) if source.endswith(".parquet") else _read_text(source)
     except UserError:
         raise
     except ImportError as error:
         raise UserError(MISSING) from error
-    except Exception as error:  # of Arrow, of lzma, of whatever HTTP library
-        raise UserError(f"cannot read {source}, it is damaged or out of reach: {_first_line(error)}") from error
+    except Exception as error:  # Arrow, lzma and HTTP libraries raise many types
+        raise UserError(f"cannot read {source}, which is damaged or unreachable ({_first_line(error)}): download it "
+                        f"again or check the connection") from error  # fmt: skip
 
 
 def _read_parquet(source: str) -> Iterator[str]:
@@ -80,7 +82,7 @@ def _read_parquet(source: str) -> Iterator[str]:
     columns = {name: getattr(feature, "dtype", "list") for name, feature in rows.features.items()}
     if columns.get("text") not in ("string", "large_string"):
         shown = ", ".join(f"{name} ({dtype})" for name, dtype in columns.items())
-        raise UserError(f"{source} has no column text of strings, only {shown}")
+        raise UserError(f"{source} has no column text of strings, only {shown}: rename or convert the column")
     for batch in rows.select_columns(["text"]).iter(batch_size=1000):
         yield from (text or "" for text in batch["text"])
 

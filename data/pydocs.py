@@ -1,4 +1,4 @@
-"""The default corpus: the documentation that every Python carries, with no network and nothing to license.
+"""The default corpus: Python's own documentation. It needs no network and raises no licensing question.
 
 python data/pydocs.py --tokenizer=bytes          # writes data/pydocs/bytes/
 """
@@ -22,7 +22,7 @@ from nanopause.errors import run
 from nanopause.prepare import prepare
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-# Not documentation, or a module whose import does something: antigravity opens a browser, readline writes to stdout.
+# Not documentation, or modules with side effects on import: antigravity opens a browser, readline writes to stdout.
 SKIP = {"antigravity", "encodings", "idlelib", "lib2to3", "pydoc_data", "readline", "test", "tests", "turtledemo"}
 WINDOW = 8  # words
 
@@ -30,10 +30,10 @@ Entry = tuple[str, str]  # a heading such as "choice(seq)" and the text under it
 
 
 def documents() -> Iterator[str]:
-    """The topics of `help()`, then each module of the standard library: its docstrings in source order.
+    """The topics of `help()`, then each module of the standard library with its docstrings in source order.
 
-    A paragraph that mostly stood in earlier ones is left out, because topics contain one another and modules
-    written in both C and Python say everything twice: held-out text must have no copy in the training text.
+    A paragraph that mostly repeats earlier ones is left out, so that validation text has no copy in the training text:
+    topics contain one another, and modules written in both C and Python have every docstring twice.
     """
     seen: set[tuple[str, ...]] = set()
     for entries in [*_topics(), *_modules()]:
@@ -48,7 +48,7 @@ def documents() -> Iterator[str]:
 
 
 def _unseen_paragraphs(text: str, seen: set[tuple[str, ...]]) -> str:
-    """The paragraphs with at most half of their windows of eight words in `seen`, which grows by all windows."""
+    """The paragraphs with at most half of their windows of eight words in `seen`. Adds all windows to `seen`."""
     kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         words = re.findall(r"\w+", paragraph.lower())
@@ -62,7 +62,7 @@ def _unseen_paragraphs(text: str, seen: set[tuple[str, ...]]) -> str:
 def _topics() -> Iterator[list[Entry]]:
     for text in sorted(topics.values(), key=len, reverse=True):  # a topic before the shorter ones that it contains
         heading, _, rest = text.strip().partition("\n")
-        yield [(heading, re.sub(r"\A\*+\s*", "", rest))]  # less the line of stars under the heading
+        yield [(heading, re.sub(r"\A\*+\s*", "", rest))]  # without the line of stars under the heading
 
 
 def _modules() -> Iterator[list[Entry]]:
@@ -93,7 +93,7 @@ def _from_source(name: str, path: Path) -> Iterator[Entry]:
 
 
 def _from_extension(name: str) -> Iterator[Entry]:
-    """A module without Python source, imported: a docstring of it is known only to the running object."""
+    """Entries of a module without Python source. It is imported, as its docstrings exist only at run time."""
 
     def members(parent: object, prefix: str) -> Iterator[Entry]:
         for name, child in sorted(vars(parent).items()):
@@ -108,7 +108,7 @@ def _from_extension(name: str) -> Iterator[Entry]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated modules
             module = importlib.import_module(name)
-    except ImportError:  # not built here, or of another system
+    except ImportError:  # not built, or for another operating system
         return
     yield f"module {name}", inspect.getdoc(module) or ""
     yield from members(module, "")

@@ -1,7 +1,8 @@
-"""The one door to the two operations a transformer spends its time in, and the choice of who computes them.
+"""API of the two operations that dominate a transformer's run time, with a choice of implementations.
 
-An implementation is `triton` (attention.py, decode.py, linear_cross_entropy.py), `torch` (plain.py: the fastest plain
-PyTorch) or `reference` (dense and obvious, the oracle of all tests). `impl=None` picks by device and says once which.
+Implementations: `triton` (attention.py, decode.py, linear_cross_entropy.py), `torch` (plain.py: the fastest plain
+PyTorch) and `reference` (dense and simple, the oracle of all tests). `impl=None` selects by device and prints the
+choice once.
 """
 
 import sys
@@ -16,8 +17,8 @@ from torch import Tensor
 from kernels import plain, reference
 
 IMPLEMENTATIONS = {"torch": plain, "reference": reference}
-if find_spec("triton"):  # there is none for macOS and Windows
-    # Before the functions below, which take their modules' names.
+if find_spec("triton"):  # not available for macOS and Windows
+    # Import before the functions below shadow the names of these modules.
     from kernels.attention import attention as _attention
     from kernels.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 
@@ -26,7 +27,9 @@ _said = set()
 
 
 def choose(impl: str | None, device: torch.device) -> str:
-    """The name of the implementation that runs; for None the device's, said once on stderr."""
+    """The name of the implementation to run. None: the default of the device, printed once per device type to stderr.
+
+    Raises ValueError for an unknown name."""
     if impl is None:
         impl, why = "torch", ""
         if device.type == "cuda":
@@ -45,7 +48,7 @@ def choose(impl: str | None, device: torch.device) -> str:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast in its precision, as every matrix product."""
+    """Cast to the autocast dtype if autocast is enabled, as for every matrix product."""
     device_type = tensors[0].device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
@@ -53,9 +56,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class Attend:
-    """Attention for the layers of a pass, whose queries read the same: what an implementation makes of the intervals,
-    such as a mask, it makes once. Arguments as in `attention`; lo and hi must not be written to in between, and an
-    Attend of inference mode is not for training."""
+    """Attention shared by the layers of one forward pass, which have the same intervals: what an implementation derives
+    from them, such as a mask, is computed once. Arguments as in `attention`. lo and hi must not be modified between
+    calls, and an Attend used in inference mode must not be used for training."""
 
     def __init__(
         self, lo: Tensor | None = None, hi: Tensor | None = None, *, scale: float | None = None, impl: str | None = None
@@ -100,12 +103,13 @@ def attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention in which query t reads the keys lo[t] ≤ s < hi[t].
+    """Attention in which query t attends to the keys lo[t] ≤ s < hi[t].
 
-    q: [B, T, H, D]; k, v: [B, S, G, D], where query head h reads key head h // (H // G).
+    q: [B, T, H, D]; k, v: [B, S, G, D]; query head h attends to key head h // (H // G).
     lo, hi: int32 [B, T], both non-decreasing along t. None: lo = 0, and hi = S - T + t + 1, causal with the last query
-    reading all keys. scale: positive, 1/√D by default.
-    Returns [B, T, H, D]. A query with an empty interval returns zeros and gives zero gradient.
+    attending to all keys. scale: positive; default 1/√D. impl: see `choose`.
+    Returns [B, T, H, D]. The output of a query with an empty interval is zero, and so are its gradients.
+    Raises ValueError for shapes that do not fit together or a scale that is not positive.
     """
     return Attend(lo, hi, scale=scale, impl=impl)(q, k, v)
 
@@ -119,11 +123,12 @@ def linear_cross_entropy(
     reduction: str = "mean",
     impl: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of the logits x weightᵀ, which are never in memory whole, and never computed for masked rows.
+    """Cross-entropy of the logits x weightᵀ, which are never stored as a whole, and not computed at masked positions.
 
-    x: [N, C]; weight: [V, C]; targets: int64 [N], `ignore_index` where a row has no loss.
-    reduction: "mean" over the live rows, "sum", or "none" for the loss of every row, [N], 0 where there is none.
-    Returns float32 or wider, in nats; with no live row the loss and all gradients are 0.
+    x: [N, C]; weight: [V, C]; targets: int64 [N], `ignore_index` at masked positions. impl: see `choose`.
+    reduction: "mean" over the unmasked positions, "sum", or "none" for the loss of every position, [N], 0 if masked.
+    Returns float32 or wider, in nats. If all positions are masked, the loss and all gradients are 0.
+    Raises ValueError for shapes, dtypes or reductions other than these.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(f"linear_cross_entropy takes x [N,C], weight [V,C] and targets [N], "

@@ -1,11 +1,11 @@
-"""Flash attention in which every query reads one interval of keys.
+"""Flash attention in which every query attends to one interval of keys.
 
-For head h, which reads key head g = h // (H // G), query t and keys lo[t] ≤ s < hi[t]:
+For head h, which attends to key head g = h // (H // G), query t and keys lo[t] ≤ s < hi[t]:
 
     z[t,s] = scale · q[t] · k[s]      p[t,s] = exp(z[t,s]) / Σ exp(z[t,·])      out[t] = Σ p[t,s] v[s]
 
-lo and hi do not decrease along t. That is enough for the masks of training and of generation, and needs no mask in
-memory (queries downwards, keys to the right; # is read, . is not):
+lo and hi do not decrease along t. These intervals express every mask used in training and generation without a mask in
+memory (queries downwards, keys to the right; # attended, . masked):
 
       causal         packed         prefix-LM       window       ragged decode
                     documents       (4 tokens)     (3 tokens)   (cached 5 and 2,
@@ -21,17 +21,17 @@ memory (queries downwards, keys to the right; # is read, . is not):
     hi t + 1       the document   hi max(t + 1,  hi t + 1       hi cached + j + 1
                    hi t + 1         prefix)                     lo = hi: no query
 
-As both bounds are monotone, what a block of queries reads is one range of keys with one range inside it that every
-query reads, and the same holds of the queries that read a block of keys:
+Both bounds are monotone, so each block of queries attends to one contiguous range of keys, and all its queries attend
+to one inner range of it. The same holds for the queries that attend to a block of keys:
 
     edge   [start, inner)      masked: lo cuts through these blocks
     inner  [inner, inner_end)  no mask
     edge   [inner_end, end)    masked: hi cuts through these blocks
 
-The forward pass is the online softmax of [Dao 2023, Algorithm 1] in powers of two. It keeps the logarithm to base 2
-of each row's sum, `lse`, +inf for an empty row. The backward pass [Algorithm 2] recomputes p = 2^(z·log₂e − lse), so
-that an empty row's p is 0, and is two kernels, one that owns a block of queries and one that owns a block of keys:
-seven products instead of the five of a kernel with atomic additions, and the same bits every time.
+The forward pass is the online softmax of [Dao 2023, Algorithm 1] in powers of two. It stores the base-2 logarithm of
+each query's sum, `lse`, +inf for an empty interval. The backward pass [Algorithm 2] recomputes p = 2^(z·log₂e − lse),
+so p is 0 for an empty interval. It has two kernels, one with a block of queries per program and one with a block of
+keys: seven products, two more than a kernel with atomic additions, but a deterministic result.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ from kernels.launch import (
 )
 
 LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(1 / LOG2_E)  # takes log₂e out of the kernels' scale again
+LN_2 = tl.constexpr(1 / LOG2_E)  # removes log₂e from the kernels' scale
 
 
 class Tile(NamedTuple):
@@ -70,8 +70,8 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _block_and_head(n_blocks, n_heads, section):
-    """This program's block and head. Programs start in order: the heads of a section, which fit into the L2 cache
-    together, go through their blocks side by side."""
+    """This program's block and head. Programs start in order, so the heads of a section, which fit into the L2 cache
+    together, are processed at the same time."""
     i = tl.program_id(0)
     first = i // (section * n_blocks) * section
     n = tl.minimum(section, n_heads - first)
@@ -81,7 +81,7 @@ def _block_and_head(n_blocks, n_heads, section):
 
 @triton.jit
 def _key_ranges(lo, hi, i_t, T, S, LO: tl.constexpr, HI: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
-    """start, inner, inner_end, end of the keys that the queries of block i_t read."""
+    """start, inner, inner_end, end of the keys that the queries of block i_t attend to."""
     first, last = i_t * BLOCK_T, tl.minimum(i_t * BLOCK_T + BLOCK_T, T) - 1
     start, inner, inner_end, end = 0, 0, S - T + first + 1, S - T + last + 1
     if LO:
@@ -98,7 +98,8 @@ def _key_ranges(lo, hi, i_t, T, S, LO: tl.constexpr, HI: tl.constexpr, BLOCK_T: 
 
 @triton.jit
 def _blocks(start, inner, inner_end, end, BLOCK: tl.constexpr, EDGES: tl.constexpr):
-    """The blocks at both edges, or the inner ones: the first, how many, how many before a gap, and the gap."""
+    """The edge blocks, or the inner blocks: start of the first, number of blocks, number before the gap, and length of
+    the gap. The edge blocks have the inner ones as their gap."""
     if EDGES:
         before = (inner - start) // BLOCK
         return start, before + tl.cdiv(tl.maximum(end - inner_end, 0), BLOCK), before, inner_end - inner
@@ -108,7 +109,7 @@ def _blocks(start, inner, inner_end, end, BLOCK: tl.constexpr, EDGES: tl.constex
 
 @triton.jit
 def _bounds(lo, hi, o_t, T, S, LO: tl.constexpr, HI: tl.constexpr):
-    """lo and hi of the queries o_t; what they are past the last query does not matter."""
+    """lo and hi of the queries o_t; arbitrary past the last query."""
     b_lo, b_hi = tl.zeros_like(o_t), S - T + 1 + o_t
     if LO:
         b_lo = tl.load(lo + o_t, mask=o_t < T, other=0)
@@ -123,7 +124,7 @@ def _read(
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, LO: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the inner blocks of keys, or with MASK over those at the edges."""
+    """Online softmax over the inner blocks of keys, or with MASK over the edge blocks."""
     first, n, before, gap = _blocks(start, inner, inner_end, end, BLOCK_S, MASK)
     for i in range(n):
         i_s = first + i * BLOCK_S + (tl.where(i < before, 0, gap) if MASK else 0)
@@ -135,7 +136,7 @@ def _read(
                 visible = visible & (i_s + o_s[None, :] >= b_lo[:, None])
             b_z = tl.where(visible, b_z, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_z, 1) * scale)
-        # A row that has seen no key yet has -inf here, and -inf - -inf is NaN.
+        # b_new is -inf for a query without any key so far, and -inf - -inf is NaN.
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new) if MASK else b_new
         b_p = tl.exp2(b_z * scale - b_shift[:, None])
         b_rescale = tl.exp2(b_max - b_shift)
@@ -155,7 +156,7 @@ def _forward(
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
     i_block, i_head = _block_and_head(n_blocks, B * H, section)
-    i_t = n_blocks - 1 - i_block  # the longest rows of a causal mask first
+    i_t = n_blocks - 1 - i_block  # the queries with the most keys under a causal mask first
     i_b, i_h = (i_head // H).to(tl.int64), (i_head % H).to(tl.int64)
     i_g = i_h // (H // G)
     lo, hi = lo + i_b * lo_b if LO else lo, hi + i_b * hi_b if HI else hi
@@ -220,7 +221,7 @@ def _backward_q(
     D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta = Σ_d out · dout, which the other kernel needs too. scale is log₂e · the scale of attention."""
+    """dq, and delta = Σ_d out · dout for _backward_kv. scale is log₂e · the scale of attention."""
     n_blocks = tl.cdiv(T, BLOCK_T)
     i_block, i_head = _block_and_head(n_blocks, B * H, section)
     i_t = n_blocks - 1 - i_block
@@ -345,7 +346,7 @@ def _backward_kv(
 
 
 def _query_ranges(lo: Tensor | None, hi: Tensor | None, B: int, T: int, S: int, block: int, device) -> Tensor:
-    """Where the queries of a block of keys [s, s + block) are: int32 [2, B, 2, n_blocks].
+    """Bounds of the queries that attend to each block of keys [s, s + block): int32 [2, B, 2, n_blocks].
 
     [1, :, 0]: the first query with hi > s; [1, :, 1]: the first with hi ≥ s + block: both bounds of the masked edge.
     [0, :, 0]: the first query with lo > s; [0, :, 1]: the first with lo ≥ s + block."""
@@ -356,8 +357,8 @@ def _query_ranges(lo: Tensor | None, hi: Tensor | None, B: int, T: int, S: int, 
     return torch.searchsorted(torch.stack((lo, hi)), keys, right=True, out_int32=True)
 
 
-# By architecture, kernel and the largest BLOCK_D it serves: the largest tiles that compile without keeping registers on
-# the stack (python -m bench resources), not yet chosen by time.
+# Tiles by architecture, kernel and maximum BLOCK_D: the largest that compile without register spills (python -m bench
+# resources), not yet tuned by time.
 _FORWARD = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
 TILES = {
     "sm_80": {
@@ -387,7 +388,7 @@ TILES = {
         "backward_kv": {64: Tile(64, 128, 4, 1), 128: Tile(32, 128, 4, 1), 256: Tile(16, 32, 4, 1)},
     },
 }
-# Widths that are no power of two, whose loads are masked, take more registers; so does float32.
+# Widths that are not powers of two need masked loads, which take more registers; so does float32.
 ODD_WIDTHS = {
     "forward": {64: Tile(64, 64, 8, 2), 128: Tile(64, 32, 8, 1), 256: Tile(32, 32, 4, 2)},
     "backward_q": {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
@@ -401,8 +402,8 @@ FLOAT32 = {
 
 
 def tile(kernel: str, arch: str, D: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel: a function of the call alone, so that it gives the same bits every time. "backward_kv
-    grouped" is "backward_kv" where several query heads share keys, which on sm_90 takes more registers."""
+    """The tile of a kernel. It depends on the arguments only (no autotuning), so that results are deterministic.
+    "backward_kv grouped" is "backward_kv" with several query heads per key head: on sm_90 it takes more registers."""
     tables = FLOAT32
     if dtype != torch.float32:
         tables = TILES[arch] if D == triton.next_power_of_2(D) >= 16 else ODD_WIDTHS
@@ -412,7 +413,7 @@ def tile(kernel: str, arch: str, D: int, dtype: torch.dtype) -> Tile:
 
 
 def _section(rows: int, width: int, k: Tensor) -> int:
-    """Heads whose two operands, `rows` long, take half of the L2 cache."""
+    """Number of heads such that their two operands, [rows, width] each, fit into half of the L2 cache."""
     return max(1, l2_bytes(k.device) // 2 // max(1, 2 * rows * width * k.element_size()))
 
 
@@ -500,7 +501,7 @@ def _gradients(ctx, dout, _):
 _attention.register_autograd(_gradients, setup_context=_save)
 
 
-# The convention of PyTorch's own counter: all pairs of query and key, two products forward and five backward.
+# PyTorch's own convention: all pairs of query and key, two products forward and five backward.
 @register_flop_formula(torch.ops.nanopause.attention)
 def _(q, k, *_, **__):
     return 4 * q[0] * q[1] * q[2] * q[3] * k[1]
@@ -512,7 +513,7 @@ def _(dout, q, k, *_, **__):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, scale: float) -> Tensor:
-    """See kernels.attention. The intervals must not decrease along T."""
+    """See kernels.attention; D must be a multiple of 8, at most 256. Raises ValueError for other widths or dtypes."""
     check_input("attention", q)
     D = q.shape[3]
     if D % 8 or D > 256:

@@ -1,14 +1,14 @@
-"""Attention of few queries against many keys: a token and its pauses against a cache.
+"""Split-KV attention of few queries to many keys: a token and its pauses against a cache.
 
-A step of generation has T queries a sequence, one to a few dozen, and S keys, hundreds to many thousands. Its time is
-that of reading the keys and values once, so the work is cut along them:
+A decode step has T queries per sequence, one to a few dozen, and S keys, hundreds to many thousands. It is bound by
+reading the keys and values from memory once, so the work is split along the keys:
 
-- One program takes the queries of all heads that share a key head: a tile of up to MAX_ROWS rows (t, head), which
-  reads keys and values once for all of them. A pause more is a row more in a tile that is padded to 16 rows anyway.
-- The keys that the tile reads, of min lo to max hi, are shared out to `n_splits` programs. How many depends on
-  the shape alone, one query or two; who reads what is found on the device, where the lengths are.
-- Every program leaves a normalised output and the logarithm of its sum, lse; a second kernel weighs the parts by
-  2^(lse_i − max lse). With one split the first writes the result.
+- One program processes the queries of all heads that share a key head: a tile of up to MAX_ROWS rows (t, head), for
+  which keys and values are loaded once. One more pause adds rows to a tile that is padded to 16 rows anyway.
+- The keys of the tile, from min lo to max hi, are divided among `n_splits` programs. n_splits depends on the shape
+  only; the ranges are computed on the device from the lengths there, without host synchronisation.
+- Every program writes a normalised output and the logarithm of its sum, lse; a second kernel combines these parts with
+  weights 2^(lse_i − max lse). With one split the first kernel writes the result.
 """
 
 import torch
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from kernels.launch import architecture, batch_strides, cast, dot, load_rows, multiprocessors, precision
 
-MAX_ROWS = 64  # rows (query, head) of a tile
-MIN_KEYS = 256  # keys that a program takes at least
-PARTS = 16  # parts that are combined at a time
+MAX_ROWS = 64  # maximum rows (query, head) of a tile
+MIN_KEYS = 256  # minimum keys per program
+PARTS = 16  # parts that are combined at once
 
 
 def is_better(B: int, T: int, S: int, H: int, G: int, n_blocks: int, n_processors: int) -> bool:
-    """Whether to split the keys: where there are more keys than queries, and the queries are few or, in n_blocks tiles
-    a head, leave processors idle. Heads play no part, so that a query more meets no cliff."""
+    """Whether to split the keys: if there are at least twice as many keys as queries, and there are few queries or
+    their n_blocks tiles per head leave multiprocessors idle. The limit on T does not depend on the number of heads, so
+    that one more query causes no jump in time."""
     return S >= 2 * T and (T <= MAX_ROWS or B * H * n_blocks < n_processors)
 
 
@@ -36,7 +37,7 @@ def _decode(
     D: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows against a share of its keys. Row r is query r // R of head r % R in the group of R heads."""
+    """A tile of rows and a share of its keys. Row r is query r // R of head r % R in the group of R heads."""
     i_r, i_bg, i_split = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles, tl.program_id(1)
     i_b, i_g = (i_bg // G).to(tl.int64), (i_bg % G).to(tl.int64)
     R = H // G
@@ -89,7 +90,7 @@ def _combine(
     parts, parts_lse, out, lse, T, n_splits, out_split, lse_split, H,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row (sequence, query, head) of all parts, BLOCK_N of them at a time."""
+    """Combine one row (sequence, query, head) of all parts, BLOCK_N parts at a time."""
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_t, i_h = i_row // H // T, i_row // H % T, i_row % H
     i_lse = (i_b * H + i_h) * T + i_t
@@ -113,7 +114,7 @@ def _combine(
 
 
 def tile(n_rows: int, arch: str, D: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows and keys of a tile and the stages of its pipeline, chosen as kernels.attention.TILES are."""
+    """Rows and keys of a tile and its pipeline stages, chosen as kernels.attention.TILES."""
     if dtype == torch.float32 or D > 128 or D != triton.next_power_of_2(D):
         return 16, 16, 1
     max_rows, keys = (MAX_ROWS, 64) if D <= 64 else (MAX_ROWS // 2, 32)

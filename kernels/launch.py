@@ -1,4 +1,4 @@
-"""What a launcher asks of the device, and the tile loads that all kernels share."""
+"""Device properties for the launchers, and tile operations shared by all kernels."""
 
 import os
 from functools import cache
@@ -7,14 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-# Triton reads the variable when a kernel is defined: the kernels then run on the CPU, in numpy.
+# With TRITON_INTERPRET=1, kernels run on the CPU in NumPy. Triton reads the variable when a kernel is defined.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Whose tiles a device takes, sm_80's, sm_90's, sm_100's or gfx942's. sm_80's need no more shared memory than the
-    smaller GPUs of capability 8 and 12 have; the interpreter takes sm_90's."""
+    """Key of the tile tables for a device: sm_80, sm_90, sm_100 or gfx942. The tiles of sm_80 fit into the shared
+    memory of the smaller GPUs of capability 8 and 12. The interpreter uses sm_90."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
@@ -33,9 +33,9 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def precision(dtype: torch.dtype, arch: str, width: int = 0) -> str:
-    """How tl.dot multiplies. float32: in tf32 where torch.set_float32_matmul_precision allows it; else exactly, which
-    NVIDIA's matrix units do by three products in tf32. Heads wider than 128 do not fit into registers three times:
-    they are multiplied one number at a time."""
+    """input_precision of tl.dot. float32: tf32 if torch.set_float32_matmul_precision allows it; otherwise full
+    precision, which NVIDIA's tensor cores reach by three tf32 products. Heads wider than 128 do not fit into registers
+    three times and use ordinary float32 arithmetic."""
     if dtype != torch.float32:
         return "ieee"
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -44,8 +44,8 @@ def precision(dtype: torch.dtype, arch: str, width: int = 0) -> str:
 
 
 def all_registers(arch: str) -> dict[str, int]:
-    """The option of a launch that lets a thread have all registers it asks for. Without it ptxas may aim at more
-    programs a multiprocessor and keep a few values on the stack."""
+    """Launch option that allows a thread the maximum number of registers. Without it ptxas may aim for more programs
+    per multiprocessor and spill a few values to the stack."""
     return {} if arch == "gfx942" else {"maxnreg": 255}
 
 
@@ -54,7 +54,7 @@ def batch_strides(*tensors: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def unit_stride(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors, copied where neighbours in the last dimension are not neighbours in memory."""
+    """The tensors, each made contiguous if the stride of its last dimension is not 1."""
     return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
@@ -67,16 +67,16 @@ def check_input(what: str, tensor: torch.Tensor) -> None:
 
 @triton.jit
 def dot(a, b, c, PRECISION: tl.constexpr):
-    """a b + c, in float32."""
-    if INTERPRET:  # whose tl.dot takes bfloat16 for integers
+    """a b + c, accumulated in float32."""
+    if INTERPRET:  # its tl.dot treats bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, c, input_precision=PRECISION)
 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x, float32, rounded to nearest."""
-    if INTERPRET and dtype == tl.bfloat16:  # which would be cut off
+    """x, float32, rounded to the nearest value of dtype."""
+    if INTERPRET and dtype == tl.bfloat16:  # the interpreter truncates to bfloat16
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
@@ -84,7 +84,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def load_rows(p, o_row, n_rows, o_col, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The tile at pointers p [R, C], zeros past the last row (if ROWS) and past the last column (if COLS)."""
+    """The tile at pointers p [R, C], with zeros past the last row (if ROWS) and past the last column (if COLS)."""
     if ROWS and COLS:
         return tl.load(p, mask=(o_row[:, None] < n_rows) & (o_col[None, :] < n_cols), other=0.0)
     elif ROWS:

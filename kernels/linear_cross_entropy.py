@@ -1,25 +1,27 @@
-"""Cross-entropy of the logits x weightᵀ, without the logits, for the live rows alone.
+"""Cross-entropy of the logits x weightᵀ, without storing them, at the unmasked positions only.
 
-For the live rows n (targets[n] ≠ ignore_index) of x [N, C], weight [V, C] and targets y [N]:
+For the unmasked ("live") positions n (targets[n] ≠ ignore_index) of x [N, C], weight [V, C] and targets y [N]:
 
     l[n,v] = x[n] · weight[v]      lse[n] = log Σ_v exp(l[n,v])      loss = Σ_n lse[n] − l[n,y[n]]
     dl[n,v] = exp(l[n,v] − lse[n]) − [v = y[n]]      dx = dl weight      dweight = dlᵀ x
 
-Live rows are numbered 0 … n_live − 1 on the device: `rows` lists where they are, and programs past n_live end at once.
-So a masked row costs no product, the host never waits for a count, and a captured CUDA graph serves any targets.
+Unmasked positions are numbered 0 … n_live − 1 on the device: `rows` lists their indices, and programs past n_live exit.
+So a masked position costs no product, there is no host synchronisation, and one captured CUDA graph works for any
+targets.
 
-Sums and the target's logit are float32; dl is formed in float32 and rounded once, for the products.
+Sums and the target's logit are float32; dl is computed in float32 and rounded once, for the products.
 
-Forward: every program multiplies a tile of logits and leaves the tile's log-sum-exp a row and the target's logit, in
-float32; a second kernel sums the tiles up. Backward: for one slice of the vocabulary after the other, the tiles are
-multiplied again and dl is written in the precision of the inputs; then one launch multiplies dl with weight and with x.
+Forward: every program computes a tile of logits and writes, in float32, its log-sum-exp for each position and the
+target's logit; a second kernel combines the tiles. Backward: for each slice of the vocabulary, the logits are computed
+again and dl is written in the dtype of the inputs; then one launch multiplies dl with weight and with x.
 
-The logits are computed twice: 8·N·C·V FLOPs in all. Computing the gradients in the forward, a slice of rows at a time,
-takes 6 (kernels/plain.py does), and a float32 dweight to add the slices' parts into: with V = 50,304 and C = 768 that
-alone is 9 % of the logits of 16,384 rows. A slice of the vocabulary writes its dweight once, in the precision of the
-inputs, and adds to dx, which is kept as the sum of two 16-bit numbers, the result and what its rounding left. So the
-memory beside the gradients is a slice of dl and one more dx: for these sizes 4.8 % of the logits. Nor is a logit ever
-rounded to 16 bits before the softmax, or anything computed in a forward pass that has no backward.
+The logits are computed twice: 8·N·C·V FLOPs in total. Computing the gradients in the forward pass, a slice of positions
+at a time, takes 6·N·C·V (see kernels/plain.py), but needs a float32 dweight to accumulate the slices: for V = 50,304
+and C = 768 that alone is 9 % of the logits of 16,384 positions. Here each slice of the vocabulary writes its dweight
+once, in the dtype of the inputs, and adds to dx, which is stored as the sum of two 16-bit numbers, the result and its
+rounding error. So the memory besides the gradients is one slice of dl and one more dx: 4.8 % of the logits for these
+sizes. Logits are not rounded to 16 bits before the softmax, and a forward pass without a backward computes no
+gradients.
 """
 
 from typing import NamedTuple
@@ -32,14 +34,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import architecture, cast, check_input, dot, load_rows, precision, unit_stride
 
-SLICES = 31  # of the vocabulary in the backward pass: 1/31 of the logits and GPT-2's dx are below 5 % of them
-SLICE_BYTES = 32 << 20  # unless a slice is smaller than this: few rows would not fill a GPU
-GROUP = 8  # row blocks that go through the columns together
+SLICES = 31  # of the vocabulary in the backward pass: 1/31 of the logits plus GPT-2's dx is below 5 % of the logits
+SLICE_BYTES = 32 << 20  # minimum size of a slice: with few positions a smaller one would not occupy a GPU
+GROUP = 8  # row blocks that share column blocks in L2
 
 
 @triton.jit
 def _tile(i, n_row_blocks, n_col_blocks, GROUP: tl.constexpr):
-    """Row and column block of tile i: GROUP row blocks go through the columns side by side, and share them in L2."""
+    """Row and column block of tile i: GROUP row blocks are processed together and share the columns in L2."""
     first = i // (GROUP * n_col_blocks) * GROUP
     n = tl.minimum(n_row_blocks - first, GROUP)
     i = i - first * n_col_blocks
@@ -51,7 +53,8 @@ def _logits(
     x, weight, rows, n_live, o_n, o_v, C, V, x_n, weight_v,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the live rows o_n and the columns o_v, float32 [BLOCK_N, BLOCK_V]; anything past n_live and V."""
+    """Logits of the unmasked positions o_n and the columns o_v, float32 [BLOCK_N, BLOCK_V]; arbitrary past n_live and
+    V."""
     o_c = tl.arange(0, BLOCK_C)
     i_row = tl.load(rows + o_n, mask=o_n < n_live, other=0)
     p_x = x + i_row[:, None] * x_n + o_c[None, :]
@@ -70,7 +73,7 @@ def _log_sums(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """tile_lse [n_tiles, N] and target_logit [N], both by live row."""
+    """tile_lse [n_tiles, N] and target_logit [N], both indexed by unmasked position."""
     n_live = tl.load(live).to(tl.int32)
     n_blocks = tl.cdiv(n_live, BLOCK_N)
     if tl.program_id(0) < n_blocks * n_tiles:
@@ -92,7 +95,7 @@ def _log_sums(
 
 @triton.jit(do_not_specialize=["N", "n_tiles"])
 def _sum_tiles(tile_lse, target_logit, live, lse, losses, N, n_tiles, BLOCK_N: tl.constexpr, BLOCK_TILES: tl.constexpr):
-    """lse and losses, both [N] by live row and zero past the last."""
+    """lse and losses, both [N], indexed by unmasked position and zero past the last."""
     n_live = tl.load(live).to(tl.int32)
     o_n, o_tile = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_TILES)
     m_n = o_n < n_live
@@ -116,7 +119,7 @@ def _dlogits(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr, EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dlogit [live rows, n_tiles · BLOCK_V] of the columns from `first`, zero past the last live row and past V."""
+    """dlogit [unmasked positions, n_tiles · BLOCK_V] of the columns from `first`, zero past n_live and past V."""
     n_live = tl.load(live).to(tl.int32)
     n_blocks = tl.cdiv(n_live, BLOCK_N)
     if tl.program_id(0) < n_blocks * n_tiles:
@@ -139,8 +142,8 @@ def _gradients(
     x, weight, rows, live, dlogit, dloss, dx, dx_rest, dweight, C, V, first, width, x_n, weight_v,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dweight of the columns first … first + width, and their part of dx, which is dx + dx_rest. The tiles of dweight,
-    whose sums run over all live rows, start first: with many rows they are the longer ones."""
+    """dweight of the columns first … first + width − 1, and their contribution to dx, stored as dx + dx_rest. The tiles
+    of dweight, which sum over all unmasked positions, start first: with many positions they take longer."""
     n_live = tl.load(live).to(tl.int32)
     scale = tl.load(dloss)
     n_c = tl.cdiv(C, BLOCK_C)
@@ -188,23 +191,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-# For _log_sums, _dlogits and _gradients; chosen as kernels.attention.TILES are.
+# Tiles of _log_sums, _dlogits and _gradients; chosen as kernels.attention.TILES.
 NVIDIA = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3)
 AMD = Tile(128, 128, 64, 4, 1), Tile(128, 128, 32, 4, 1), Tile(128, 128, 32, 4, 1)
-# Widths that are no multiple of 64, whose loads are masked, take more registers; so does float32.
+# Widths that are not multiples of 64 need masked loads, which take more registers; so does float32.
 ODD_WIDTHS = Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2)
 FLOAT32 = Tile(64, 128, 32, 8, 2), Tile(64, 64, 16, 4, 2), Tile(64, 64, 16, 4, 2)
 
 
 def tiles(arch: str, C: int, dtype: torch.dtype) -> tuple[Tile, Tile, Tile]:
-    """Of _log_sums, _dlogits and _gradients."""
+    """Tiles of _log_sums, _dlogits and _gradients."""
     amd = arch == "gfx942"
     shapes = FLOAT32 if dtype == torch.float32 else ODD_WIDTHS if C % 64 else AMD if amd else NVIDIA
     return tuple(shape._replace(warps=4, stages=1) for shape in shapes) if amd else shapes
 
 
 def by_row(values: Tensor, rows: Tensor, live: Tensor) -> Tensor:
-    """Values [N] by live row as values by row, zero where there is no loss."""
+    """Values [N], indexed by unmasked position, reindexed by position, [N]; zero at masked positions."""
     N = len(values)
     place = torch.where(torch.arange(N, device=values.device) < live, rows, N)
     return values.new_zeros(N + 1).scatter(0, place, values)[:N]
@@ -214,8 +217,8 @@ def by_row(values: Tensor, rows: Tensor, live: Tensor) -> Tensor:
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sum of the losses, float32 []; by live row, zero past the last, the losses and for the backward lse, float32
-    [N], and rows, int64 [N]; their number []."""
+    """Returns the sum of the losses, float32 []; losses and lse (for the backward pass), float32 [N], indexed by
+    unmasked position and zero past the last; rows, int64 [N]; and the number of unmasked positions, int64 []."""
     (N, C), V = x.shape, weight.shape[0]
     x, weight = unit_stride(x, weight)
     is_live = targets != ignore_index
@@ -251,8 +254,9 @@ def _backward(
     dloss: Tensor | None, dlosses: Tensor | None, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, rows: Tensor,
     live: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dloss: the gradient of the sum of the losses; dlosses: of each, by live row. A row's own factor stays out of dl,
-    which 16 bits could not hold: it goes into the x that dweight is a product with, and into dx when that is done."""
+    """dloss: gradient with respect to the sum of the losses; dlosses: with respect to each, indexed by unmasked
+    position. The factor of a position is not multiplied into dl, which could underflow in 16 bits: it is applied to x
+    for dweight, and to dx at the end."""
     (N, C), V = x.shape, weight.shape[0]
     x, weight = unit_stride(x, weight)
     scaled, scale, factor = x, dloss, None
@@ -295,7 +299,7 @@ def _(dloss, dlosses, x, weight, targets, lse, rows, live):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output[2:])
-    ctx.set_materialize_grads(False)  # which of the two gradients there is, is how it is computed
+    ctx.set_materialize_grads(False)  # _backward distinguishes missing gradients from zero gradients
 
 
 def _backward_of(ctx, dloss, dlosses, *_):
@@ -318,7 +322,7 @@ def _(dloss, dlosses, x, weight, targets, lse, rows, live, **_):
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, by_rows: bool = False
 ) -> Tensor:
-    """The sum of the live rows' losses or every row's, see kernels.linear_cross_entropy."""
+    """The sum of the unmasked losses, or with by_rows the loss of every position; see kernels.linear_cross_entropy."""
     check_input("linear_cross_entropy", x)
     if x.dtype != weight.dtype:
         raise ValueError(f"linear_cross_entropy takes x and weight of one dtype, not {x.dtype} and {weight.dtype}")

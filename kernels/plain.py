@@ -1,4 +1,4 @@
-"""The fastest way that plain PyTorch has: SDPA for attention, a loss in chunks of live rows."""
+"""The fastest plain-PyTorch implementation: SDPA for attention, and a loss in chunks of unmasked positions."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-# Logits in memory at once, in elements: 8 Mi in float32 are 32 MiB. They are read and written five times, in a cache if
-# they fit; with fewer rows the products are slow.
+# Logits in memory at once, in elements: 8 Mi, 32 MiB in float32. They are read and written five times, which a cache
+# speeds up if they fit; smaller chunks make the products slow.
 CHUNK_ELEMENTS = 1 << 23
 
 
@@ -123,11 +123,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, parts: list[Part], scale: float) 
 def _sum_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the live rows' losses, dx and dweight (empty without with_grad). The gradients are computed with the loss,
-    while a chunk's logits are at hand: three products a chunk, as many as with all logits kept, and none repeated."""
+    """Sum of the unmasked losses, dx and dweight (empty without with_grad). The gradients are computed together with
+    the loss from each chunk's logits: three products per chunk, without recomputation."""
     live = (targets != ignore_index).nonzero()[:, 0]
     loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    # dweight sums over chunks: in bfloat16 every sum would round.
+    # dweight accumulates over chunks in float32 or wider: every addition in bfloat16 would be rounded.
     dx, dweight = x.new_zeros(x.shape if with_grad else 0), loss.new_zeros(weight.shape if with_grad else 0)
     for rows in live.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
         x_rows, target = x[rows], targets[rows, None]
@@ -145,11 +145,11 @@ def _sum_and_gradients(
             else:
                 dweight += dlogits.T @ x_rows
             del dlogits
-        del logits  # before the next chunk makes its own
+        del logits  # free the memory before the next chunk
     return loss, dx, dweight.to(weight.dtype)
 
 
-# An operator of its own: the number of live rows is data, which torch.compile could not trace through.
+# A custom operator, as the number of unmasked positions depends on data, which torch.compile cannot trace.
 _library = torch.library.Library("nanopause", "FRAGMENT")
 _library.define("chunked_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, bool with_grad) "
                 "-> (Tensor, Tensor, Tensor)")  # fmt: skip
@@ -185,9 +185,9 @@ def _losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, by_rows: bool) -> Tensor:
-    """The sum of the live rows' losses or every row's, see kernels.linear_cross_entropy. Finding the live rows waits
-    for a GPU."""
-    if by_rows:  # whose gradients differ, so that they are not known with the losses: logits are computed again
+    """The sum of the unmasked losses, or with by_rows the loss of every position; see kernels.linear_cross_entropy.
+    Finding the unmasked positions synchronises with a GPU."""
+    if by_rows:  # the factors of the gradients are unknown in the forward pass, so the logits are recomputed
         live = (targets != ignore_index).nonzero()[:, 0]
         chunks = live.split(max(1, CHUNK_ELEMENTS // weight.shape[0]))
         losses = [checkpoint(_losses, x[rows], weight, targets[rows], use_reentrant=False) for rows in chunks]

@@ -1,4 +1,4 @@
-"""The README of an exported checkpoint, filled from its run."""
+"""The README (model card) of an exported checkpoint, generated from its run."""
 
 import importlib.metadata
 from pathlib import Path
@@ -18,8 +18,8 @@ tags: [pause-tokens]
 
 # {name}
 
-A language model with *pause tokens* ([Goyal et al. 2023](https://arxiv.org/abs/2310.02226)): after the prompt come some
-`<|pause|>`, id {pause_id}, and the answer starts at the last of them. Made with nanopause.
+A language model with *pause tokens* ([Goyal et al. 2023](https://arxiv.org/abs/2310.02226)): some `<|pause|>` tokens,
+id {pause_id}, follow the prompt, and the answer is generated from the last of them. Made with nanopause.
 
 | | |
 |---|---|
@@ -28,7 +28,7 @@ A language model with *pause tokens* ([Goyal et al. 2023](https://arxiv.org/abs/
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{folder}"  # where this file is, or its hub id
+folder = "{folder}"  # the folder of this file, or its hub id
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 inputs = tokenizer("Return a", return_tensors="pt")
@@ -36,14 +36,14 @@ model.generate(**inputs, max_new_tokens=50)  # without pauses
 model.generate(**inputs, max_new_tokens=50, custom_generate=folder, trust_remote_code=True, pauses=10)
 ```
 
-Where ids are taken, pauses are ids at the end of the prompt: `ids + 10 * [{pause_id}]`. {vllm}
+Software that takes token ids needs pauses as ids at the end of the prompt: `ids + 10 * [{pause_id}]`. {vllm}
 """
-VLLM = "So in vLLM, as `prompt_token_ids`."
-NO_VLLM = "vLLM does not take this model: its MLPs have gates of SiLU alone, and this one's are of ReLU."
+VLLM = "In vLLM, use `prompt_token_ids`."
+NO_VLLM = "vLLM does not support this model: its MLPs are gated by ReLU, and vLLM supports SiLU gates only."
 
 
 def card(source: str, folder: Path, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
-    """folder: of the export. state: checkpoint.json of the run `source`, or {} where there is none."""
+    """The text of the card. folder: of the export. state: checkpoint.json of the run `source`, or {} if it is none."""
     config = state.get("config", {})
     out_dir, _ = checkpoint.run_of(Path(source)) or (Path(source), None)
     rows = {"architecture": f"{model.config.n_layer} layers, {model.config.n_embd} wide, "
@@ -57,19 +57,19 @@ def card(source: str, folder: Path, model: GPT, tokenizer: Tokenizer, state: dic
             "trained on": f"{Path(config['dataset']).name}, sequences of {config['block_size']} tokens",
             "steps": f"{state['step']:,}",
             "tokens": f"{state['tokens']:,}",
-            "pauses in training": f"{rate} a token, {rate / (1 + rate):.1%} of the positions" if rate else "none",
+            "pauses in training": f"{rate} per token, {rate / (1 + rate):.1%} of the positions" if rate else "none",
         }
         if config["task"]:
             rows |= {
-                "trained on": f"{config['task']}, {config['batch_size']} pairs a step",
+                "trained on": f"{config['task']}, {config['batch_size']} pairs per step",
                 "an example": described(Config(**config)),
             }
             del rows["pauses in training"]
         logged = [row for row in metrics.read(out_dir / "metrics.jsonl") if row["step"] <= state["step"]]
-        for key, name in (("loss", "training loss"), ("val_loss", "held-out loss"),
-                          ("val_loss_pauses", "held-out loss with pauses")):  # fmt: skip
-            if seen := [row for row in logged if key in row]:
-                rows[name] = f"{seen[-1][key]:.3f} nats a token at step {seen[-1]['step']:,}"
+        for key, name in (("loss", "training loss"), ("val_loss", "validation loss"),
+                          ("val_loss_pauses", "validation loss with pauses")):  # fmt: skip
+            if with_key := [row for row in logged if key in row]:
+                rows[name] = f"{with_key[-1][key]:.3f} nats per token at step {with_key[-1]['step']:,}"
         rows["trained with"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     else:
         rows["made from"] = Path(source).name

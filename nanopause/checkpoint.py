@@ -1,12 +1,12 @@
-"""Checkpoints that survive a kill at any moment, and say so when they did not.
+"""Crash-safe checkpoints. Damage is detected by sha256.
 
     out_dir/step_00000500/    model.safetensors, optimizer.pt, checkpoint.json (step, configs, versions, sha256s)
-    out_dir/latest            the name of the newest
-    out_dir/best              finetuning: the name of the one with the lowest loss on held-out examples
-    out_dir/tokenizer/        where the run began with a transformers checkpoint: its tokenizer
+    out_dir/latest            name of the newest checkpoint
+    out_dir/best              finetuning: name of the checkpoint with the lowest validation loss
+    out_dir/tokenizer/        the tokenizer of a run that started from a transformers checkpoint
 
-A checkpoint is written beside its final name, fsynced and renamed; `latest` moves last; then all but it, the one before
-it and the best go.
+A checkpoint is written to a temporary folder, fsynced and renamed; then `latest` is updated; then all checkpoints but
+the newest, the one before it and the best are deleted.
 """
 
 import json
@@ -28,11 +28,11 @@ from nanopause.files import replace_file, sha256, sync
 from nanopause.model import GPT, GPTConfig
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
-PARTS = {"config": Config, "model": GPTConfig}  # of checkpoint.json
+PARTS = {"config": Config, "model": GPTConfig}  # keys of checkpoint.json that hold dataclasses
 
 
 def _folders(out_dir: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
+    """Completely written checkpoints, newest first."""
     return sorted(out_dir.glob("step_" + 8 * "[0-9]"), reverse=True)
 
 
@@ -40,23 +40,24 @@ def save(
     out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config, *,
     tokens: int = 0, flops: float = 0.0, knows_pauses: bool | None = None, best: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the state after `step` steps; best: `best` names it from here on. tokens, flops: of training so far.
-    knows_pauses: whether the weights have learned from pauses, in this run (None: as config says) or before it.
+    """Write the state after `step` steps and return its folder. tokens, flops: of training so far. knows_pauses:
+    whether the weights were trained with pauses, in this run or before; None: config.pausing. best: `best` names this
+    checkpoint from now on.
 
-    Raises UserError where a weight is not finite, and OSError on a full disk, with the half-written folder removed;
-    either way the checkpoints before it stand."""
+    Raises UserError if a weight is not finite, and OSError on a full disk, after removing the incomplete folder; in
+    both cases the earlier checkpoints are kept."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(f"after step {step} there are weights that are not finite: they are not saved, and the "
-                        f"checkpoints in {out_dir} stand; lower --learning_rate")  # fmt: skip
+        raise UserError(f"after step {step} there are weights that are not finite, so they are not saved and the "
+                        f"checkpoints in {out_dir} are kept: lower --learning_rate")  # fmt: skip
     for leftover in out_dir.glob("step_*.tmp"):
         shutil.rmtree(leftover)
     folder = out_dir / f"step_{step:08d}"
-    beside = folder.with_name(folder.name + ".tmp")
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(folder.name + ".tmp")
+    temporary.mkdir(parents=True)
     try:
-        safetensors.torch.save_model(model, str(beside / "model.safetensors"), metadata={"format": "pt"})
-        (beside / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
-        torch.save([optimizer.state_dict() for optimizer in optimizers], beside / "optimizer.pt")
+        safetensors.torch.save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
+        torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
         state = {
             "step": step,
             "tokens": tokens,
@@ -65,23 +66,23 @@ def save(
             "model": asdict(model.config),
             "knows_pauses": config.pausing if knows_pauses is None else knows_pauses,
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-            "sha256": {file.name: sha256(file) for file in sorted(beside.iterdir())},
+            "sha256": {file.name: sha256(file) for file in sorted(temporary.iterdir())},
         }
-        (beside / "checkpoint.json").write_text(json.dumps(state, indent=2))
-        for file in [*beside.iterdir(), beside]:
+        (temporary / "checkpoint.json").write_text(json.dumps(state, indent=2))
+        for file in [*temporary.iterdir(), temporary]:
             sync(file)
     except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, (safetensors.SafetensorError, RuntimeError)):
             raise OSError(f"checkpoint {folder} could not be written: {error}") from error
         raise
-    aside = folder.with_name(folder.name + ".old.tmp")
-    if folder.exists():  # damaged, and the run went back behind it
-        os.rename(folder, aside)
-    os.rename(beside, folder)
+    replaced = folder.with_name(folder.name + ".old.tmp")
+    if folder.exists():  # it was damaged, and the run resumed from an earlier one
+        os.rename(folder, replaced)
+    os.rename(temporary, folder)
     sync(out_dir)
-    shutil.rmtree(aside, ignore_errors=True)
-    if best:  # before latest: a run that goes on from `latest` has then marked all that it saw
+    shutil.rmtree(replaced, ignore_errors=True)
+    if best:  # before `latest`: a run that resumes from `latest` then has the best up to that step
         replace_file(out_dir / "best", folder.name)
     replace_file(out_dir / "latest", folder.name)
     before = [other for other in _folders(out_dir) if other < folder]
@@ -92,7 +93,7 @@ def save(
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Description of a checkpoint's damage, or None if it is intact."""
     try:
         state = read_state(folder)
         for name in ("model.safetensors", "optimizer.pt"):
@@ -111,8 +112,8 @@ def _damage(folder: Path) -> str | None:
 
 
 def find(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest intact checkpoint, or None where there is none at all; damaged ones are named through `warn` and
-    skipped. Raises UserError where all are damaged."""
+    """The newest intact checkpoint, or None if there are no checkpoints. Damaged ones are skipped and reported through
+    `warn`. Raises UserError if all are damaged."""
     folders = _folders(out_dir)
     latest = out_dir / "latest"
     if latest.exists():
@@ -121,14 +122,14 @@ def find(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
         damage = _damage(folder)
         if damage is None:
             return folder
-        warn(f"checkpoint {folder} is damaged ({damage}): going back to the one before")
+        warn(f"checkpoint {folder} is damaged ({damage}): using the one before it")
     if folders:
-        raise UserError(f"no checkpoint in {out_dir} is intact: start anew with another --out_dir")
+        raise UserError(f"no checkpoint in {out_dir} is intact: start again with another --out_dir")
     return None
 
 
 def read_state(folder: Path) -> dict:
-    """checkpoint.json: step, config, the model's own, versions. What an earlier version lacks has its default."""
+    """checkpoint.json: step, config, model config, versions. Keys that an earlier version lacks have their defaults."""
     state = json.loads((folder / "checkpoint.json").read_text())
     defaults = {part: asdict(kind()) | state[part] for part, kind in PARTS.items()}
     return {"tokens": 0, "flops": 0.0, "knows_pauses": state["config"]["pause_rate"] > 0} | state | defaults
@@ -137,9 +138,9 @@ def read_state(folder: Path) -> dict:
 def restore(
     folder: Path, model: nn.Module, optimizers: list[Optimizer], config: Config, warn: Callable[[str], None]
 ) -> dict:
-    """Puts weights and optimizer states back and returns checkpoint.json; learning rates and the like are the
-    config's, and what differs is told through `warn`. Raises UserError where the config asks for another model, corpus
-    or order than the checkpoint's, or for fewer steps than it has."""
+    """Load weights and optimizer states in place and return checkpoint.json. Learning rates and other optimizer
+    settings come from config; differences are reported through `warn`. Raises UserError if config has another model,
+    corpus or data order than the checkpoint, or fewer steps."""
     state = read_state(folder)
     if state["step"] > config.max_steps:
         raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
@@ -151,7 +152,7 @@ def restore(
         then, now = state["config"][key], getattr(config, key)
         if then != now:
             raise UserError(f"{folder} was made with {key}={then}, not {now}: resume with --{key}={then}, "
-                            f"or start anew with another --out_dir")  # fmt: skip
+                            f"or start again with another --out_dir")  # fmt: skip
     changed = [key for key, value in asdict(config).items() if value != state["config"][key]]
     for key in set(changed) - {"resume", "out_dir", "device", "vocab_size"}:
         warn(f"resume: {key} was {state['config'][key]} and is {getattr(config, key)} from here on")
@@ -165,8 +166,8 @@ def restore(
 
 
 def run_of(path: Path) -> tuple[Path, Path | None] | None:
-    """The run that a path is of, and the checkpoint of it that it names, if any: the run's folder names none, `best` or
-    `latest` in it, or one of its checkpoints, does. None: it is of no run."""
+    """The run that a path belongs to, and the checkpoint that it names or None. A run's folder names no checkpoint;
+    its files `best` and `latest` and its checkpoint folders do. Returns None if the path belongs to no run."""
     if path.name in ("best", "latest") and path.is_file():
         return path.parent, path.parent / path.read_text()
     if (path / "checkpoint.json").exists():
@@ -177,8 +178,8 @@ def run_of(path: Path) -> tuple[Path, Path | None] | None:
 
 
 def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
-    """Model, tokenizer and checkpoint.json of the newest intact checkpoint of a run, or of the one that the path names:
-    `out_dir/best`, `out_dir/step_00000500`."""
+    """Model, tokenizer and checkpoint.json of a run's newest intact checkpoint, or of the one that the path names:
+    `out_dir/best`, `out_dir/step_00000500`. Raises UserError if there is none or it is damaged."""
     out_dir, folder = run_of(path) or (path, None)
     if folder is None:
         folder = find(out_dir, warn=lambda text: print(text, file=sys.stderr))
@@ -191,9 +192,10 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
 
 
 def read_model(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
-    """The same of one checkpoint, which `find` gave."""
-    state, own = read_state(folder), folder.parent / "tokenizer"
-    tokenizer = load_tokenizer(str(own) if own.is_dir() else state["config"]["tokenizer"])
+    """Model, tokenizer and checkpoint.json of one intact checkpoint."""
+    state = read_state(folder)
+    saved_tokenizer = folder.parent / "tokenizer"
+    tokenizer = load_tokenizer(str(saved_tokenizer) if saved_tokenizer.is_dir() else state["config"]["tokenizer"])
     model = GPT(GPTConfig(**state["model"]))
     safetensors.torch.load_model(model, str(folder / "model.safetensors"), device=str(device))
     return model.to(device).eval(), tokenizer, state

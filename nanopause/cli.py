@@ -1,4 +1,4 @@
-"""Command lines: `--key=value` of a dataclass's fields, as nanoGPT writes them."""
+"""Command lines in nanoGPT's form: `--key=value` for each field of a dataclass."""
 
 import re
 from dataclasses import fields
@@ -7,13 +7,14 @@ from typing import TypeVar
 import tyro
 
 T = TypeVar("T")
-LIST = re.compile(r"[^\[\]=, ]+")  # of --key=1,2 or --key=[1, 2]: the key and the values
+LIST = re.compile(r"[^\[\]=, ]+")  # matches the key and each value of --key=1,2 or --key=[1, 2]
 
 
 def parse(settings: type[T], args: list[str], prog: str, description: str | None = None) -> T:
-    """The dataclass `settings` from --key=value; a boolean key alone means True, a list has commas.
+    """Parse --key=value arguments into the dataclass `settings`. A boolean key without a value is True; list values are
+    separated by commas.
 
-    A wrong argument ends the program with exit code 2, its name and the nearest one that exists."""
+    An invalid argument exits with code 2 and prints its name and the nearest valid one."""
     booleans = {f"--{field.name}" for field in fields(settings) if field.type in (bool, bool | None)}
     args = [f"{arg}=True" if arg in booleans else arg for arg in args]
     lists = tuple(f"--{field.name}=" for field in fields(settings) if str(field.type).startswith("list["))

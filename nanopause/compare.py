@@ -12,11 +12,11 @@ as log_interval), are one group: the mean over seeds. The group of the first run
                         (Student's t over seeds)
     out/compare.json    the groups, their curves, the table and its notes
 
-The table has the validations at equal steps and at equal training FLOPs. Intervals of differences are 95%: paired t
+The table compares validations at equal steps and at equal training FLOPs. Intervals of differences are 95%: paired t
 where both groups have the same seeds, Welch's t otherwise. At equal FLOPs a run's value is interpolated linearly
-between its validations. Pretraining's validation after the last step reads the whole split and the others read
-eval_blocks blocks of it; the table does not mix the two. val_bpb_pauses has a difference only where pause_rate is
-equal, as a block with more pauses has less text.
+between its validations. Pretraining's validation after the last step covers the whole split, the earlier ones
+eval_blocks blocks of it; the table does not mix the two. A difference of val_bpb_pauses is shown only at equal
+pause_rate, as a block with more pauses has less text.
 """
 
 import json
@@ -41,15 +41,15 @@ from nanopause.progress import Ticker
 # Keys of Config that change no result beyond rounding.
 NEUTRAL = {"seed", "out_dir", "resume", "device", "compile", "micro_batch_size", "tracker", "log_interval",
            "eval_interval", "checkpoint_interval"}  # fmt: skip
-OTHER_DATA = "losses on different data do not compare"
+OTHER_DATA = "losses on different data are not comparable"
 REQUIRED = {  # keys that must be equal, and why
     "task": OTHER_DATA,
     "dataset": OTHER_DATA,
     "limit": OTHER_DATA,
     "data_dir": OTHER_DATA,
     "tokenizer": "different tokenizers split the same text into different tokens",
-    "eval_blocks": "validations on different blocks do not compare",
-    "block_size": "validation bits per byte depend on the context, which block_size limits",
+    "eval_blocks": "validations on different blocks are not comparable",
+    "block_size": "validation bits per byte depend on the context length, which block_size limits",
 }
 AXES = {"step": "steps", "tokens": "tokens (pauses included)", "flops": "training FLOPs"}
 QUANTITIES = {  # the rows of the picture
@@ -78,13 +78,13 @@ class Run:
     rows: list[dict]  # of metrics.jsonl
 
     def validations(self, key: str, axis: str, whole: bool) -> dict[float, float]:
-        """`key` by `axis`. whole: of the validation of the whole split, after pretraining's last step; otherwise of
+        """`key` by `axis`. whole: only the validation of the whole split, after pretraining's last step; otherwise only
         those on eval_blocks blocks."""
         last = None if self.config["task"] else self.config["max_steps"]
         return {row[axis]: row[key] for row in self.rows if key in row and (row["step"] == last) == whole}
 
     def value(self, key: str, axis: str, whole: bool, at: float) -> float | None:
-        """`key` at a step, or interpolated at a number of FLOPs; None where the run has none there."""
+        """`key` at a step, or interpolated at a number of FLOPs; None if the run has no value there."""
         points = self.validations(key, axis, whole)
         if axis == "step" or not points or not min(points) <= at <= max(points):
             return points.get(at)
@@ -106,7 +106,7 @@ class Group:
 
 
 def load(folder: Path) -> Run:
-    """Raises UserError: the folder is not a run, or the run has no checkpoint or no validation yet."""
+    """Raises UserError if the folder is not a run, or the run has no checkpoint or no validation yet."""
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is not a run, as it has no metrics.jsonl: name a folder that train.py wrote")
     newest = max(folder.glob("step_" + 8 * "[0-9]" + "/checkpoint.json"), default=None)
@@ -116,8 +116,9 @@ def load(folder: Path) -> Run:
         config = checkpoint.read_state(newest.parent)["config"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{newest} is damaged: delete {newest.parent}, and continue the run with --resume") from None
-    config["block_size"] = Config(**config).text_length  # of text: pauses between tokens come on top of it
-    config["init_from"] = re.sub(r"\bseed\d+", "seed*", config["init_from"])  # seeds that continue seeds are one group
+    config["block_size"] = Config(**config).text_length  # text tokens only: pauses between tokens are extra
+    # Runs that continue other runs, seed by seed, are one group.
+    config["init_from"] = re.sub(r"\bseed\d+", "seed*", config["init_from"])
     rows = metrics.read(folder / "metrics.jsonl")
     if not any("val_loss" in row for row in rows):
         raise UserError(f"{folder} has no validation yet: train more steps, or train with a lower --eval_interval")
@@ -125,12 +126,13 @@ def load(folder: Path) -> Run:
 
 
 def load_groups(folders: list[Path]) -> list[Group]:
-    """The groups in the order of their first runs. Raises UserError: fewer than two runs, a run twice, or two runs that
-    do not compare."""
+    """The groups in the order of their first runs. Raises UserError for fewer than two runs, a run given twice, or runs
+    that are not comparable."""
     if len(folders) < 2:
         raise UserError(f"a comparison needs two or more runs, not {len(folders)}: name their folders, such as "
                         f"out/standard out/pause")  # fmt: skip
-    runs, by_settings = [load(folder) for folder in folders], {}
+    runs = [load(folder) for folder in folders]
+    by_settings = {}
     first = runs[0]
     unused = {"dataset", "block_size"} if first.config["task"] else {}
     for run in runs:
@@ -164,8 +166,8 @@ def half_interval(values: np.ndarray) -> np.ndarray:
 
 
 def curve(group: Group, key: str, axes: list[str]) -> dict[str, list[float]]:
-    """Means over seeds of `key` and of every axis at the steps at which all seeds have `key`; with two seeds or more
-    the limits of its 95% interval too."""
+    """Means over seeds of `key` and of every axis, at the steps where all seeds have `key`; with two seeds or more also
+    the limits of the 95% interval of `key`."""
     rows = [{row["step"]: row for row in run.rows if key in row} for run in group.runs]
     steps = sorted(set.intersection(*map(set, rows)))
     values = {name: np.array([[by_step[step][name] for step in steps] for by_step in rows]) for name in (*axes, key)}
@@ -177,8 +179,8 @@ def curve(group: Group, key: str, axes: list[str]) -> dict[str, list[float]]:
 
 
 def difference(group: Group, values: list[float], baseline: Group, base: list[float]) -> dict:
-    """The group's mean over seeds minus the baseline's; where both have two seeds or more, and their values differ, its
-    95% interval too."""
+    """The group's mean over seeds minus the baseline's; if both have two seeds or more, and their values differ, also
+    its 95% interval."""
     from scipy import stats
 
     found = {"difference": float(np.mean(values) - np.mean(base))}
@@ -195,7 +197,7 @@ def difference(group: Group, values: list[float], baseline: Group, base: list[fl
 
 def last_common(runs: list[Run], key: str, axis: str) -> tuple[float, bool] | None:
     """The largest step, or number of FLOPs, at which every run has `key` of the same kind of validation, and whether
-    that is of the whole split; None where there is none."""
+    that validation covers the whole split; None if there is none."""
     found = []
     for whole in (False, True):
         points = [run.validations(key, axis, whole) for run in runs]
@@ -207,8 +209,9 @@ def last_common(runs: list[Run], key: str, axis: str) -> tuple[float, bool] | No
 
 
 def compare(groups: list[Group], keys: list[str], axis: str) -> list[dict]:
-    """The table's lines of `keys` at equal "step" or "flops"; empty where the runs have no common point."""
-    lines, common = [], last_common([run for group in groups for run in group.runs], keys[0], axis)
+    """The table's lines of `keys` at equal "step" or "flops"; empty if the runs have no common point."""
+    lines = []
+    common = last_common([run for group in groups for run in group.runs], keys[0], axis)
     for key in keys if common else ():
         base = None  # values of the first group
         for group in groups:
@@ -220,32 +223,34 @@ def compare(groups: list[Group], keys: list[str], axis: str) -> list[dict]:
             pauses = {tuple(each.runs[0].config[key] for key in PAUSE_KEYS) for each in (group, groups[0])}
             if group is groups[0]:
                 base = values
-            elif base and (not key.endswith(PAUSES) or len(pauses) == 1):  # other pauses leave other text in a block
+            # A different number of pauses leaves different text in a block.
+            elif base and (not key.endswith(PAUSES) or len(pauses) == 1):
                 line |= difference(group, values, groups[0], base)
             lines.append(line)
     return lines
 
 
 def table(lines: list[dict]):
-    """The lines as rich shows them."""
+    """The lines as a rich Table. A name equal to the one above it is left blank."""
     from rich.table import Table
 
-    made, before = Table(), ()
+    shown = Table()
+    previous = ()
     for name in ("at equal", "quantity", "group", "n", "value", "difference", "95% interval"):
-        made.add_column(name, justify="left" if name in ("at equal", "quantity", "group") else "right")
+        shown.add_column(name, justify="left" if name in ("at equal", "quantity", "group") else "right")
     for line in lines:
         at = f"steps: {line['at']:,}" if line["axis"] == "step" else f"FLOPs: {line['at']:.4g}"
-        names = [name if name != old else "" for name, old in zip((at, line["quantity"]), (*before, "", ""))]
-        if before and any(names):
-            made.add_section()
-        before = at, line["quantity"]
+        names = [name if name != old else "" for name, old in zip((at, line["quantity"]), (*previous, "", ""))]
+        if previous and any(names):
+            shown.add_section()
+        previous = at, line["quantity"]
         low, high = line.get("interval", (None, None))
-        made.add_row(
+        shown.add_row(
             *names, line["group"], str(line["n"]), f"{line['value']:.4f}",
             f"{line['difference']:+.4f}" if "difference" in line else DASH,
             DASH if low is None else f"{low:+.4f} to {high:+.4f} ({line['method']})",
         )  # fmt: skip
-    return made
+    return shown
 
 
 def plot(groups: list[Group], curves: list[dict], axes: list[str], file: Path) -> None:
@@ -271,7 +276,7 @@ def plot(groups: list[Group], curves: list[dict], axes: list[str], file: Path) -
             label = f"{group.label} (n={len(group.runs)})"
             for name, more, what in ((key, solid, label), (key + PAUSES, dashed, label + ", validation with pauses")):
                 if points := of_group.get(name):
-                    every = max(1, len(points[name]) // 8)  # markers at other points in each group
+                    every = max(1, len(points[name]) // 8)  # groups have their markers at different points
                     markers = (i * every // len(groups), every)
                     (legend[what],) = panel.plot(points[axis], points[name], markevery=markers, **style, **more)
                     shown += points[name]
@@ -279,7 +284,7 @@ def plot(groups: list[Group], curves: list[dict], axes: list[str], file: Path) -
                         panel.fill_between(points[axis], points["low"], points["high"], color=colours[i], alpha=0.18,
                                            linewidth=0)  # fmt: skip
         low, high = np.percentile([value for value in shown if np.isfinite(value)] or [0, 1], (0, 100))
-        margin = 0.3 * (high - low) or 1  # the shade of two seeds can be many times as high as the curves
+        margin = 0.3 * (high - low) or 1  # the interval of two seeds can be much wider than the curves' range
         panel.set_ylim(low - margin, high + margin)
         panel.grid(alpha=0.3)
         panel.set(xlabel=AXES[axis] if row == len(quantities) - 1 else "", ylabel="" if column else QUANTITIES[key])
@@ -304,7 +309,7 @@ def main() -> None:
         if lacking := [run for run in runs if any(axis not in row for row in run.rows)]:
             table_too = " and no table at equal FLOPs" if axis == "flops" else ""
             notes.append(f"No column of {AXES[axis]}{table_too}: rows of {lacking[0].folder / 'metrics.jsonl'} have no "
-                         f"{axis}, as an earlier train.py wrote them.")  # fmt: skip
+                         f"{axis}, as an earlier version of train.py wrote them.")  # fmt: skip
         else:
             axes.append(axis)
     for axis, name in (("step", "steps"), ("flops", "FLOPs")):
@@ -314,10 +319,10 @@ def main() -> None:
             notes.append(f"No table at equal {name}: the runs have no {name} in common with a validation of the same "
                          f"blocks; train with a lower --eval_interval.")  # fmt: skip
         elif found and axis == "flops" and not runs[0].config["task"] and not found[0]["whole_split"]:
-            notes.append("At equal FLOPs the last validations of the runs do not count: they read the whole split, and "
+            notes.append("At equal FLOPs the last validations of the runs are excluded: they cover the whole split, "
                          "the others eval_blocks blocks.")  # fmt: skip
     if len(groups) > 1:
-        notes.append(f"Differences are from the first group, {groups[0].label}.")
+        notes.append(f"Differences are relative to the first group, {groups[0].label}.")
     if single := [group.label for group in groups if len(group.runs) == 1]:
         notes.append(f"One seed shows no spread: no interval for {'; '.join(single)}. Train it with more seeds.")
     curves = [{key: points for key in ("loss", *keys) if (points := curve(group, key, axes))[key]} for group in groups]

@@ -1,6 +1,6 @@
 """Pauses in transformers alone: `model.generate(**inputs, custom_generate=folder, trust_remote_code=True, pauses=10)`.
 
-A copy of this file lies in every exported folder, and imports nothing of nanopause.
+Every exported folder contains a copy of this file, so it does not import nanopause.
 """
 
 import copy
@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class WithoutPauses(BaseStreamer):
-    """A streamer whose prompts, which come first, are seen up to their n-th id."""
+    """Passes tokens to a streamer, with the pauses removed: the first call has the prompts and is cut to n ids."""
 
     def __init__(self, streamer, n):
         self.streamer, self.n = streamer, n
@@ -28,14 +28,14 @@ def generate(
     *args, model, pauses=0, inputs=None, input_ids=None, attention_mask=None, generation_config=None, streamer=None,
     **options,
 ):  # fmt: skip
-    """What `generate` returns, with `pauses` pauses after the prompts [Goyal et al. 2023, Algorithm 3], which are read
-    in one pass with them and are neither among the ids returned nor streamed. Prompts of unequal length are padded on
-    the left. Raises ValueError for inputs that pauses do not fit behind."""
+    """`generate` with `pauses` pauses after the prompts [Goyal et al. 2023, Algorithm 3]. The pauses are prefilled with
+    the prompts in one forward pass and removed from the returned and the streamed ids. Prompts of unequal length must
+    be padded on the left. Raises ValueError for inputs after which pauses cannot be inserted."""
     prompts = args[0] if args else inputs if input_ids is None else input_ids
     if prompts is None:
-        raise ValueError("generation with pauses needs input_ids")
+        raise ValueError("generation with pauses needs input_ids: pass the prompts as token ids")
     if isinstance(options.get("custom_generate"), str):
-        del options["custom_generate"]  # this file, where it is the model's generate already
+        del options["custom_generate"]  # names this file, if it already is the model's generate
     if not (isinstance(pauses, int) and pauses >= 0):
         raise ValueError(f"pauses={pauses!r} must be 0 or more")
     for key in ("inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "cache"):
@@ -44,27 +44,28 @@ def generate(
     pause_id = model.config.pause_token_id
     if attention_mask is None:
         attention_mask = torch.ones_like(prompts)
-    behind = prompts.new_full((len(prompts), pauses), pause_id)
-    settings, default = copy.deepcopy(generation_config or model.generation_config), GenerationConfig()
-    for key in ("max_length", "min_length"):  # they count the prompt
+    suffix = prompts.new_full((len(prompts), pauses), pause_id)
+    settings = copy.deepcopy(generation_config or model.generation_config)
+    default = GenerationConfig()
+    for key in ("max_length", "min_length"):  # they include the prompt, so pauses are added
         length = options.pop(key, None)
         for config in (settings, model.generation_config):
             if length is None and getattr(config, key) != getattr(default, key):
                 length = getattr(config, key)
         if length is not None:
             setattr(settings, key, length + pauses)
-    options = settings.update(**options)  # what is left is for the model
+    options = settings.update(**options)  # the remaining ones are the model's
     n = prompts.shape[1]
     made = GenerationMixin.generate(
-        model, input_ids=torch.cat((prompts, behind), 1),
-        attention_mask=torch.cat((attention_mask, attention_mask.new_ones(behind.shape)), 1),
+        model, input_ids=torch.cat((prompts, suffix), 1),
+        attention_mask=torch.cat((attention_mask, attention_mask.new_ones(suffix.shape)), 1),
         generation_config=settings, streamer=streamer and WithoutPauses(streamer, n), **options,
     )  # fmt: skip
 
-    def without(ids):
+    def without_pauses(ids):
         return torch.cat((ids[:, :n], ids[:, n + pauses :]), 1)
 
     if torch.is_tensor(made):
-        return without(made)
-    made.sequences = without(made.sequences)
+        return without_pauses(made)
+    made.sequences = without_pauses(made.sequences)
     return made

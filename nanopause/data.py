@@ -1,4 +1,4 @@
-"""Batches of a prepared corpus. The batch of a step is a pure function of (seed, step, rank): nothing to save."""
+"""Batches of a prepared corpus. A step's batch is a pure function of (seed, step, rank): no loader state to save."""
 
 import json
 from collections.abc import Iterator
@@ -16,39 +16,41 @@ from nanopause.errors import UserError
 from nanopause.pauses import IGNORE, insert_between, insert_random, next_tokens, targets_of
 from nanopause.tokenizer import Tokenizer
 
-ROW_MULTIPLE = 256  # tokens; on a GPU packed rows are padded to it, so that kernels are compiled for few lengths
+ROW_MULTIPLE = 256  # tokens; on a GPU packed batches are padded to it, so that kernels compile for few lengths
 
 
 class Corpus:
-    """One split of a prepared corpus: its shards, memory-mapped and cut into blocks of `block_size` + 1 tokens.
+    """One split of a prepared corpus: memory-mapped shards, divided into blocks of `block_size` + 1 tokens.
 
-    Neighbouring blocks share one token, so that every token is a target once.
+    Consecutive blocks overlap by one token, so that every token is a target once.
+    Raises UserError if the folder is missing, damaged, of another tokenizer, or shorter than one block.
     """
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, block_size: int):
         self.folder, self.tokenizer, self.block_size = folder, tokenizer, block_size
         try:
             meta = json.loads((folder / "meta.json").read_text())
-            name, dtype = meta["tokenizer"], np.dtype(meta["dtype"])
-            its_sha256 = meta.get("tokenizer_sha256", tokenizer.sha256)  # older ones have none
+            name = meta["tokenizer"]
+            dtype = np.dtype(meta["dtype"])
+            tokenizer_sha256 = meta.get("tokenizer_sha256", tokenizer.sha256)  # earlier versions did not write it
             files = [(folder / shard["file"], int(shard["tokens"])) for shard in meta["splits"][split]["shards"]]
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder} has no meta.json: prepare the corpus with its script in data/, "
                             f"--tokenizer={tokenizer.name}") from None  # fmt: skip
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{folder}/meta.json is damaged: delete {folder} and prepare it anew") from None
+            raise UserError(f"{folder}/meta.json is damaged: delete {folder} and prepare it again") from None
         if name != tokenizer.name:
             raise UserError(f"{folder} was prepared with the tokenizer {name!r}, not {tokenizer.name!r}: "
-                            f"set --tokenizer={name} or prepare it anew")  # fmt: skip
-        if its_sha256 != tokenizer.sha256:
+                            f"set --tokenizer={name} or prepare it again")  # fmt: skip
+        if tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"{folder} was prepared with another tokenizer of the name {name!r}: delete it and prepare "
-                            f"it anew, or rename the tokenizer's folder")  # fmt: skip
+                            f"it again, or rename the tokenizer's folder")  # fmt: skip
         self.shards = []
         for file, n_tokens in files:
             size = file.stat().st_size if file.exists() else 0
             if size != n_tokens * dtype.itemsize:
                 raise UserError(f"{file} is truncated or not the shard that meta.json describes ({size} bytes for "
-                                f"{n_tokens} tokens): delete {folder} and prepare it anew")  # fmt: skip
+                                f"{n_tokens} tokens): delete {folder} and prepare it again")  # fmt: skip
             self.shards.append(np.memmap(file, dtype=dtype, mode="r"))
         self._first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
         if len(self) == 0:
@@ -66,18 +68,19 @@ class Corpus:
         block = np.asarray(self.shards[shard][start : start + self.block_size + 1])
         if block.max() >= self.tokenizer.pause_id:
             raise UserError(f"a shard of {self.folder} holds the id {block.max()}, which the tokenizer "
-                            f"{self.tokenizer.name!r} does not have: prepare it anew")  # fmt: skip
+                            f"{self.tokenizer.name!r} does not have: prepare it again")  # fmt: skip
         return block
 
 
 @dataclass
 class Batch:
-    """inputs, targets: int64 [B, T]; targets are IGNORE where there is no loss. n_live: how many are not; n_pauses: how
-    many inputs are pauses; both of the whole batch, known here so that nobody asks a GPU.
+    """inputs, targets: int64 [B, T]; a target is IGNORE at a masked position, which has no loss. n_live: number of
+    unmasked positions; n_pauses: number of pauses among the inputs; both of the whole batch, counted on the CPU so that
+    no GPU synchronisation is needed.
 
-    ends: in a packed batch, whose documents lie one behind the other in one row, where each of them ends; lives: how
-    many tokens the target of each has. layout: what the model must know of them then: positions, int64 [1, T], and lo
-    and hi, int32 [1, T], as GPT.hidden takes them."""
+    A packed batch concatenates its documents to one sequence, [1, T]. ends: end position of each document; lives:
+    number of unmasked positions of each. layout: positions, int64 [1, T], and lo and hi, int32 [1, T], for
+    GPT.hidden."""
 
     inputs: Tensor
     targets: Tensor
@@ -89,7 +92,7 @@ class Batch:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence, int64."""
+        """Tokens of each sequence or packed document, int64 [n]."""
         return np.diff(self.ends, prepend=0) if self.ends else np.full(len(self.inputs), self.inputs.shape[1])
 
     def to(self, device: torch.device) -> "Batch":
@@ -101,7 +104,7 @@ class Batch:
         return replace(self, inputs=inputs, targets=targets, layout=dict(zip(self.layout, layout)))
 
     def split(self, size: int) -> Iterator["Batch"]:
-        """Micro-batches of `size` sequences; on a GPU packed ones are padded."""
+        """Micro-batches of `size` sequences; on a GPU packed ones are padded to a multiple of ROW_MULTIPLE."""
         if not self.ends:
             for inputs, targets in zip(self.inputs.split(size), self.targets.split(size)):
                 yield replace(self, inputs=inputs, targets=targets)
@@ -123,8 +126,8 @@ class Batch:
             yield part.padded(ROW_MULTIPLE) if self.inputs.is_cuda else part
 
     def padded(self, multiple: int) -> "Batch":
-        """A packed batch with its row lengthened to a multiple, by tokens that read nothing, that nobody reads, and
-        that have no loss."""
+        """A packed batch, padded to a multiple of tokens. Padding attends to no key, is attended to by no query, and
+        has no loss."""
         n = self.inputs.shape[1]
 
         def pad(x: Tensor, value: int) -> Tensor:
@@ -136,9 +139,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Insertion:
-    """How a block of text gets its pauses. rate: pauses per token at random places, after which the block is trimmed
-    back to its length. between: pauses between neighbouring tokens, which lengthen it. all_slots: the target of a
-    token before pauses, and of every pause, is the next text token; otherwise only the last of them has it."""
+    """How pauses are inserted into a block of text. rate: pauses per token at random positions; the block is then
+    truncated to its original length. between: pauses between consecutive tokens, which make the block longer.
+    all_slots: the next text token is the target of the token before the pauses and of every pause; otherwise only of
+    the last pause."""
 
     rate: float = 0.0
     between: int = 0
@@ -156,7 +160,7 @@ class Insertion:
 
 
 def make_batch(blocks: list[np.ndarray], insertion: Insertion, tokenizer: Tokenizer, keys: list[tuple]) -> Batch:
-    """A batch of blocks with pauses inserted; keys: a row's own seed each, so that no row depends on another."""
+    """A batch of blocks with pauses inserted. keys: one seed per sequence, so that sequences are independent."""
     pause_id = tokenizer.pause_id
     tokens = np.stack([insertion(block, pause_id, key) for block, key in zip(blocks, keys)]).astype(np.int64)
     hints = next_tokens(tokens, pause_id) if insertion.all_slots else None
@@ -171,17 +175,17 @@ def make_batch(blocks: list[np.ndarray], insertion: Insertion, tokenizer: Tokeni
 
 
 class Shuffled:
-    """Which of n items are this rank's share of a step's batch.
+    """Indices of the items, of n, that form this rank's share of a step's batch.
 
-    The steps walk through the items in one shuffled order an epoch, every item once. Row j of a step's global batch
-    depends on (seed, step, j) alone, and rank r of R has the r-th of R equal runs of rows: the global batch is the same
-    whatever the number of ranks.
+    Every epoch visits each item once, in a shuffled order of its own. Item j of a step's global batch depends on (seed,
+    step, j) only, and rank r of R has the r-th of R equal contiguous shares: the global batch does not depend on the
+    number of ranks.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int, n_ranks: int):
         self.n, self.batch_size = n, batch_size
         self.rows = range(rank * batch_size // n_ranks, (rank + 1) * batch_size // n_ranks)
-        # A batch can reach into the next epoch, and a large one over several.
+        # A batch can extend into the next epoch; a large one spans several.
         self.order = lru_cache(4)(lambda epoch: np.random.default_rng((seed, 0, epoch)).permutation(n))
 
     def __getitem__(self, step: int) -> list[int]:
@@ -190,8 +194,8 @@ class Shuffled:
 
 
 class TrainingBatches:
-    """`batches[step]` is this rank's share of a step's batch: blocks as Shuffled chooses them, and their pauses, which
-    depend on (seed, step, row) alone too."""
+    """`batches[step]` is this rank's share of a step's batch: the blocks that Shuffled selects, with pauses that depend
+    on (seed, step, index in the batch) only."""
 
     def __init__(self, corpus: Corpus, batch_size: int, insertion: Insertion, seed: int, rank: int, n_ranks: int):
         self.corpus, self.insertion, self.seed = corpus, insertion, seed
@@ -204,7 +208,7 @@ class TrainingBatches:
 
 
 def evenly(n: int, total: int) -> list[int]:
-    """At most n of `total` items, evenly spread."""
+    """Indices of min(n, total) of `total` items, evenly spaced."""
     n = min(n, total)
     return [i * total // n for i in range(n)]
 
@@ -212,16 +216,16 @@ def evenly(n: int, total: int) -> list[int]:
 def validation_batches(
     corpus: Corpus, n_blocks: int, batch_size: int, insertion: Insertion, seed: int, rank: int, n_ranks: int
 ) -> Iterator[Batch]:
-    """This rank's share of `n_blocks` blocks spread evenly over a split; always the same blocks and pauses."""
+    """This rank's share of `n_blocks` blocks, evenly spaced over a split; always the same blocks and pauses."""
     chosen = evenly(n_blocks, len(corpus))[rank::n_ranks]
     for start in range(0, len(chosen), batch_size):
-        rows = chosen[start : start + batch_size]
-        keys = [(seed, 2, i) for i in rows]
-        yield make_batch([corpus[i] for i in rows], insertion, corpus.tokenizer, keys)
+        indices = chosen[start : start + batch_size]
+        keys = [(seed, 2, i) for i in indices]
+        yield make_batch([corpus[i] for i in indices], insertion, corpus.tokenizer, keys)
 
 
 def prefetch(batches: "TrainingBatches", start: int, stop: int, device: torch.device) -> Iterator[Batch]:
-    """The batches of steps start to stop on the device, made and copied by a thread one step ahead."""
+    """Batches of steps start … stop − 1 on the device. A thread builds and copies each one step ahead."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(lambda: batches[start].to(device))
         for step in range(start, stop):

@@ -1,4 +1,4 @@
-"""The processes that torchrun started, or the one that python did."""
+"""The processes of a torchrun launch, or the single process without torchrun."""
 
 import os
 
@@ -9,13 +9,15 @@ from nanopause.errors import UserError
 
 
 class Processes:
-    """rank: this process's number of `count`. device: its own.
+    """rank: index of this process, 0 … count − 1. device: the device of this process.
 
-    Small numbers are agreed on through the CPU (gloo), so that no GPU stream waits; gradients go the device's way.
+    `sum` and `wait` use gloo on the CPU, so that no GPU stream waits for them; DDP reduces gradients with the backend
+    of the device. Raises UserError if the device cannot be used.
     """
 
     def __init__(self, device: str):
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
@@ -23,10 +25,11 @@ class Processes:
         try:
             self.device = torch.device(device)
             if self.device.type not in ("cpu", "cuda"):
-                raise RuntimeError("it is neither a CPU nor a GPU of CUDA or ROCm")
+                raise RuntimeError("it is neither a CPU nor a CUDA or ROCm GPU")
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from None
+            raise UserError(f"device={device!r} cannot be used ({str(error).splitlines()[0]}): use --device=cpu or "
+                            f"another GPU") from None  # fmt: skip
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.count > 1:
@@ -45,7 +48,7 @@ class Processes:
         return total.tolist()
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Barrier: return when all processes have called it."""
         self.sum(0)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a person did wrong or a machine ran out of, told in one sentence."""
+"""User errors and system errors, reported in one sentence without a traceback."""
 
 import importlib
 import os
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class UserError(Exception):
-    """Bad input. Its text is one sentence: what is wrong, where, and how to mend it."""
+    """Invalid input. The text is one sentence: what is wrong, where, and how to fix it."""
 
 
 def check(name: str, value: float, low: float, high: float) -> None:
@@ -19,14 +19,14 @@ def check(name: str, value: float, low: float, high: float) -> None:
 
 
 def check_whole(name: str, value: int, low: int, high: int) -> None:
-    """Raises UserError unless it is a whole number, low ≤ value ≤ high."""
+    """Raises UserError unless value is a whole number and low ≤ value ≤ high."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise UserError(f"{name}={value!r} must be a whole number")
     check(name, value, low, high)
 
 
 def needs(package: str, extra: str) -> ModuleType:
-    """A package that an extra of ours brings. Raises UserError where it is not installed."""
+    """Import a package that is installed with the named extra of nanopause. Raises UserError if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -34,13 +34,13 @@ def needs(package: str, extra: str) -> ModuleType:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main: bad input and failing disks end in one sentence on stderr and exit code 1."""
+    """Run a script's main. UserError and OSError print one sentence to stderr and exit with code 1."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of stdout has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

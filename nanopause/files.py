@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole."""
+"""Crash-safe file operations."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+    """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -15,11 +15,11 @@ def sync(path: Path) -> None:
 
 
 def replace_file(file: Path, text: str) -> None:
-    """Write a file so that a reader, and what follows a crash, finds the old text or the new."""
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text)
-    sync(beside)
-    os.replace(beside, file)
+    """Write a file atomically: concurrent readers, and readers after a crash, see the old text or the new one."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text)
+    sync(temporary)
+    os.replace(temporary, file)
     sync(file.parent)
 
 

@@ -1,8 +1,8 @@
-"""How many floating-point operations a pass takes, and how many a device can do in a second.
+"""FLOPs of a forward or training step, and the peak FLOP/s of a device.
 
-A multiply-add is 2 FLOPs. Matrix products count, and so do attention's two, which are dense: every query with every
-key, whatever the mask hides, as torch's FlopCounterMode and PaLM's model FLOPs utilisation count them [Chowdhery et
-al. 2022, appendix B]. Norms, activations, rotations and look-ups do not.
+A multiply-add is 2 FLOPs. Matrix products are counted, including attention's two, which are counted dense: every query
+with every key, regardless of the mask, as in torch's FlopCounterMode and PaLM's model FLOPs utilisation [Chowdhery et
+al. 2022, appendix B]. Norms, activations, rotations and embedding look-ups are not counted.
 """
 
 import re
@@ -19,11 +19,11 @@ def forward_flops(
 ) -> int:
     """FLOPs of one forward pass over n_tokens new tokens of each of batch_size sequences.
 
-    context: cached tokens before the new ones, a sequence. n_live: rows of the batch that the head computes, in all;
-    every position by default. Rows without loss cost no head (kernels.linear_cross_entropy).
+    context: cached tokens of each sequence before the new ones. n_live: positions of the whole batch at which the head
+    is computed; default: all. Masked positions cost no head (kernels.linear_cross_entropy).
 
-    [Goyal et al. 2023, appendix I] has (4nadh + 2an²d + 8nh²)·l for n tokens, a heads of width d, ad = h and l layers:
-    the multiply-adds, half of the FLOPs, of a model with as many key-value heads as heads, an MLP of 4h, and no head.
+    [Goyal et al. 2023, appendix I] gives (4nadh + 2an²d + 8nh²)·l for n tokens, a heads of width d, ad = h and l
+    layers: the multiply-adds, half of the FLOPs, of a model with a key-value heads, MLP width 4h, and no head.
     """
     C, D = config.n_embd, config.head_width
     projections = 2 * C * (2 * config.n_head + 2 * config.n_kv_head) * D
@@ -35,32 +35,32 @@ def forward_flops(
 
 
 def training_flops(config: GPTConfig, n_tokens: int, *, batch_size: int = 1, n_live: int | None = None) -> int:
-    """FLOPs of a forward and a backward pass over batch_size sequences of n_tokens, n_live of them with a loss.
+    """FLOPs of a forward and a backward pass over batch_size sequences of n_tokens, with n_live unmasked positions.
 
-    Three forwards: the backward has two products for each one. What an implementation computes again is not counted.
+    Three times the forward pass, as the backward pass has two products for each one. Recomputation is not counted.
     """
     return 3 * forward_flops(config, n_tokens, batch_size=batch_size, n_live=n_live)
 
 
 def step_flops(config: GPTConfig, lengths: np.ndarray, n_live: int) -> int:
-    """FLOPs of a forward and a backward pass over sequences of these lengths, int [n], n_live targets with a loss in
-    all. A forward pass alone is a third."""
+    """FLOPs of a forward and a backward pass over sequences of the given lengths, int [n], with n_live unmasked
+    positions in total. A forward pass alone is a third."""
     return 3 * int(np.sum(forward_flops(config, lengths, n_live=0)) + forward_flops(config, 0, n_live=n_live))
 
 
 def flops_per_pause(config: GPTConfig, context: int) -> int:
-    """FLOPs of one more pause at the end of a pass, after `context` tokens, cached or of the same pass.
+    """FLOPs of one additional pause at the end of a forward pass, after `context` tokens, cached or of the same pass.
 
-    Its own projections and MLP, and its attention to context + 1 keys. No head: a prefix asks it of its last token
-    only, pause or not. Under a causal mask the tokens before do not read a pause, so M pauses after n tokens cost the
-    sum of this at contexts n to n + M - 1. In a prefix-LM the tokens before do read them: 4·n_head·head_width·n_layer
-    per such pair, n·M pairs, and M·(M - 1)/2 among the pauses. forward_flops, being dense, always counts these too.
+    Its projections, its MLP, and its attention to context + 1 keys. No head: it is computed at the last position of a
+    prefix only, with or without pauses. Under a causal mask earlier tokens do not attend to pauses, so M pauses after n
+    tokens cost the sum over contexts n to n + M - 1. In a prefix-LM they do: 4·n_head·head_width·n_layer more for each
+    of n·M pairs, and of M·(M - 1)/2 pairs of pauses. forward_flops is dense and always counts these pairs.
     """
     return forward_flops(config, 1, context=context, n_live=0)
 
 
-# Dense FLOP/s of the tensor cores, summing in float32, by the makers' data sheets. The whole name must match: a MIG
-# slice or a laptop's GPU carries the name of a faster one.
+# Dense FLOP/s of the tensor cores with float32 accumulation, from the manufacturers' data sheets. The full name must
+# match: the names of MIG slices and laptop GPUs contain those of faster GPUs.
 HALF = (torch.float16, torch.bfloat16)
 DATA_SHEETS = (
     (r"NVIDIA B200", HALF, 2250e12),
@@ -81,10 +81,10 @@ DATA_SHEETS = (
 
 
 def peak_flops(device: str | torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The most FLOP/s of matrix products in dtype that a device can do, and where the figure comes from.
+    """Peak FLOP/s of matrix products in dtype on a device, and the source of the figure.
 
-    From the data sheet of a GPU we know, in float16 or bfloat16; otherwise the best of a few products, a third of a
-    second's work. Model FLOPs utilisation is training_flops / seconds / this.
+    For GPUs in DATA_SHEETS, in float16 or bfloat16, from the data sheet; otherwise the best of a few measured products,
+    which take about 0.3 s. Model FLOPs utilisation is training_flops / seconds / this.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -97,7 +97,8 @@ def peak_flops(device: str | torch.device, dtype: torch.dtype) -> tuple[float, s
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """The best FLOP/s of a square matrix product within 0.25 s, and its size, which doubles while time allows."""
+    """The best FLOP/s of square matrix products measured for 0.25 s, and the size of that product. The size doubles
+    while time allows."""
 
     def seconds_of_product():
         start = perf_counter()
@@ -106,14 +107,14 @@ def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
             torch.accelerator.synchronize(device)
         return perf_counter() - start
 
-    # A generator of its own: the run's random numbers stay the same whether the peak was measured or not.
+    # A separate generator: measuring must not change the run's random numbers.
     a = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    seconds_of_product()  # loads libraries
+    seconds_of_product()  # warm-up: loads libraries
     best, seconds, end = (0.0, 0), 0.0, perf_counter() + 0.25
     while perf_counter() + seconds < end:
         seconds = seconds_of_product()
         best = max(best, (2 * len(a) ** 3 / seconds, len(a)))
-        # A product of twice the size is 8 times the work; there must be time for two.
+        # Twice the size takes 8 times as long, and two such products must fit.
         if len(a) < 8192 and perf_counter() + 16 * seconds < end:
             a = a.repeat(2, 2)
     return best

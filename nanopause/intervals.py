@@ -1,14 +1,14 @@
 """95% intervals of scores and of differences, computed by SciPy.
 
-Values that are all equal show no spread: the t interval and the bootstrap would have no width, however few the values
-are. Both return None then. Wilson's interval keeps its width: 0 of 8 right answers is [0, 0.3244].
+If all values are equal, the t interval and the bootstrap would have width 0, however few values there are; both return
+None instead. Wilson's interval has a width: 0 of 8 correct answers gives [0, 0.3244].
 """
 
 from collections.abc import Sequence
 
 LEVEL = 0.95
 N_RESAMPLES = 10_000
-CHUNK_ELEMENTS = 1 << 22  # of the resamples in memory, each 8 bytes
+CHUNK_ELEMENTS = 1 << 22  # resampled values in memory at once, 8 bytes each
 
 Interval = tuple[float, float]
 
@@ -69,9 +69,9 @@ def bootstrap_interval(differences: Sequence[float], n_resamples: int = N_RESAMP
 
 
 def mcnemar(n_gained: int, n_lost: int) -> float:
-    """Two-sided p-value of McNemar's exact test [McNemar 1947]: the probability of pairs at least as unequal as these
-    if a changed answer is equally likely to become right as to become wrong. n_gained: examples that became right;
-    n_lost: examples that became wrong. 1 where there are none of either."""
+    """Two-sided p-value of McNemar's exact test [McNemar 1947]: the probability of counts at least as unequal as these
+    if a changed answer is equally likely to become correct as to become wrong. n_gained: examples that became correct;
+    n_lost: examples that became wrong. 1 if both are 0."""
     from scipy.stats import binomtest
 
     return float(binomtest(n_gained, n_gained + n_lost).pvalue) if n_gained + n_lost else 1.0

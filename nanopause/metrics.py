@@ -1,4 +1,4 @@
-"""metrics.jsonl, the trackers that read along, and loss.png."""
+"""metrics.jsonl, trackers (wandb, trackio, tensorboard), and loss.png."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from nanopause.files import replace_file
 
 
 def read(file: Path) -> list[dict]:
-    """The objects of a metrics.jsonl, up to a line that a kill cut short."""
+    """The rows of a metrics.jsonl, up to the first line that is incomplete because the run was killed."""
     rows = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
@@ -23,7 +23,7 @@ def read(file: Path) -> list[dict]:
 
 
 def _open_tracker(config: Config) -> tuple[Callable[[dict], None], Callable[[], None]]:
-    """A tracker's two functions: log a row, and finish."""
+    """A tracker's functions: log a row, and finish. Raises UserError if its package is not installed."""
     name, run = config.tracker, Path(config.out_dir).name
     try:
         if name == "tensorboard":
@@ -47,8 +47,8 @@ def _open_tracker(config: Config) -> tuple[Callable[[dict], None], Callable[[], 
 
 
 class Metrics:
-    """Appends rows to out_dir/metrics.jsonl and hands them to the tracker. Rows of steps after `start`, written before
-    a kill and about to be made again, are dropped."""
+    """Appends rows to out_dir/metrics.jsonl and logs them to the tracker. Rows of steps after `start`, which a resumed
+    run repeats, are dropped."""
 
     def __init__(self, config: Config, start: int):
         none = (lambda row: None, lambda: None)
@@ -70,7 +70,7 @@ class Metrics:
 
 
 def plot(rows: list[dict], file: Path, title: str) -> None:
-    """loss.png: training loss and held-out loss, with and without pauses, in nats a token."""
+    """loss.png: training loss and validation loss, with and without pauses, in nats per token."""
     import matplotlib
 
     matplotlib.use("Agg")

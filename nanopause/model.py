@@ -1,4 +1,4 @@
-"""The transformer. GPT-2's and Llama's decoders, and what lies between, are settings of one block.
+"""The transformer: one block, configurable from GPT-2's decoder to Llama's.
 
 Shapes: B sequences, T tokens, C width, H query heads, G key-value heads, D head width, S cache slots, V vocabulary.
 """
@@ -17,18 +17,18 @@ from nanopause.errors import UserError
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults are the small modern model that `train.py` pretrains in minutes."""
+    """Architecture of a model. The defaults are the small model that `train.py` pretrains in minutes."""
 
     vocab_size: int = 258
-    """Rows of the embedding, the pause's and any padding included."""
+    """Rows of the embedding table, including the pause's and any padding."""
     block_size: int = 256
     """Longest sequence, in tokens, pauses included."""
     n_layer: int = 3
     """Transformer blocks."""
     n_head: int = 4
-    """Query heads a block."""
+    """Query heads per block."""
     n_kv_head: int | None = None
-    """Key-value heads a block; divides n_head. None: n_head."""
+    """Key-value heads per block; divides n_head. None: n_head."""
     n_embd: int = 128
     """Width of the residual stream; a multiple of n_head unless head_dim is given."""
     head_dim: int | None = None
@@ -38,26 +38,26 @@ class GPTConfig:
     norm: Literal["layer", "rms"] = "rms"
     """Normalisation before every sublayer and at the end."""
     norm_eps: float = 1e-5
-    """What a normalisation adds to the variance."""
+    """Epsilon added to the variance in every normalisation."""
     qk_norm: bool = True
-    """RMS-normalise queries and keys, a head at a time."""
+    """RMS-normalise queries and keys of each head."""
     position: Literal["learned", "rope"] = "rope"
-    """Position embeddings, or rotary positions on queries and keys."""
+    """Learned position embeddings, or rotary positions (RoPE) on queries and keys."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths, in tokens."""
     rope_scaling: list[float] | None = None
-    """Longer rotary wavelengths: [factor] for all, or Llama 3.1's [factor, low, high, n], which stretches those beyond
-    n/low tokens, keeps those below n/high, and interpolates between."""
+    """Scaling of rotary wavelengths: [factor] multiplies all; Llama 3.1's [factor, low, high, n] multiplies those above
+    n/low tokens, keeps those below n/high, and interpolates in between."""
     mlp: Literal["gelu", "swiglu", "relu2"] = "relu2"
     """GELU (tanh approximation), SwiGLU, or the square of ReLU."""
     tied: bool = False
-    """Head and token embedding are one matrix."""
+    """Share one matrix between head and token embedding."""
     bias: bool = False
     """Biases in linear layers and layer norms."""
     qkv_bias: bool | None = None
-    """Biases of queries, keys and values. None: as bias says."""
+    """Biases of queries, keys and values. None: same as bias."""
     zero_init: bool = True
-    """Residual projections and an untied head start at zero, rather than with GPT-2's scaled normal."""
+    """Initialise residual projections and an untied head to zero, instead of GPT-2's scaled normal."""
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
@@ -72,7 +72,8 @@ class GPTConfig:
             raise UserError(f"rope_scaling={','.join(map(str, scaling))} must be a factor, or a factor, low, high and "
                             f"a number of tokens, all above 0 and low below high")  # fmt: skip
         if self.position == "rope" and self.head_width % 2:
-            raise UserError(f"position=rope needs an even head width, and it is {self.head_width}")
+            raise UserError(f"position=rope needs an even head width, and it is {self.head_width}: change --head_dim, "
+                            f"or --n_embd or --n_head")  # fmt: skip
 
     @property
     def head_width(self) -> int:
@@ -86,27 +87,27 @@ def norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 def rope_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, float32 [block_size, D], as `rotate` takes them. Angles are products in float32,
-    as those that published models were trained with."""
+    """cos and sin of every position for `rotate`, float32 [block_size, D] each; the first half of sin is negated.
+    Angles are float32 products, as in the training of published models."""
     D = config.head_width
-    frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # radians a token
+    frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)  # radians per token
     if config.rope_scaling:
         factor, *rest = config.rope_scaling
-        kept = torch.zeros_like(frequency)
+        unscaled = torch.zeros_like(frequency)  # weight of the original frequency, 0 to 1
         if rest:
             low, high, n = rest
-            kept = ((n * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (kept + (1 - kept) / factor)
+            unscaled = ((n * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (unscaled + (1 - unscaled) / factor)
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequency)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions [Su et al. 2021], halves as in Llama. x: [B, T, H, D]; cos, sin: [B or 1, T, 1, D].
+    """Rotary positions [Su et al. 2021] with Llama's split into halves. x: [B, T, H, D]; cos, sin: [B or 1, T, 1, D].
 
-    Entry i < D/2 pairs with i + D/2: roll swaps the halves, and sin is negative in the first. Products are rounded
-    before they are added, as in transformers, whose logits then have the same bits."""
+    Entry i < D/2 is paired with i + D/2: roll swaps the halves, and sin is negated in the first. Each product is
+    rounded before the addition, as in transformers, so that the logits are bit-identical to transformers'."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
@@ -114,7 +115,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        D, qkv_bias = config.head_width, config.bias if config.qkv_bias is None else config.qkv_bias
+        D = config.head_width
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * D, bias=qkv_bias)
         self.out = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None for _ in "qk")
@@ -136,7 +138,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.activation = config.mlp
-        # SwiGLU's gate and value are one product.
+        # SwiGLU's gate and value are computed by one matrix product.
         self.up = nn.Linear(config.n_embd, config.n_mlp * (2 if config.mlp == "swiglu" else 1), bias=config.bias)
         self.down = nn.Linear(config.n_mlp, config.n_embd, bias=config.bias)
 
@@ -181,7 +183,7 @@ class GPT(nn.Module):
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
-        """GPT-2's: normal, std 0.02; residual projections 0.02/√(2·n_layer), or zero with zero_init."""
+        """GPT-2's initialisation: normal, std 0.02; residual projections 0.02/√(2·n_layer), or zero with zero_init."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -194,12 +196,13 @@ class GPT(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None, slots=None) -> Tensor:
-        """The residual stream after the last norm, [B, T, C], of tokens [B, T].
+        """Hidden states after the final norm, [B, T, C], of tokens [B, T].
 
-        positions: int [B, T], places in the sequence; 0, 1, 2… by default. Packed documents count from 0 each.
-        lo, hi: int32 [B, T], the keys a query reads (kernels.attention); causal by default.
-        cache: from new_cache; the tokens' keys and values are written to its `slots`, int [B, T], which default to
-        their positions, and these must be given; hi defaults to slots + 1.
+        positions: int [B, T]; default 0, 1, 2, … In packed documents each document starts at 0.
+        lo, hi: int32 [B, T], the interval of keys that each query attends to (kernels.attention); default causal.
+        cache: from new_cache. The tokens' keys and values are written to its `slots`, int [B, T]; default: positions,
+        which are then required. hi defaults to slots + 1.
+        Raises UserError for more than block_size tokens without positions.
         """
         if slots is None:
             slots = positions
@@ -207,7 +210,8 @@ class GPT(nn.Module):
             hi = (slots + 1).int()
         if positions is None:
             if tokens.shape[1] > self.config.block_size:
-                raise UserError(f"{tokens.shape[1]} tokens are more than block_size={self.config.block_size}")
+                raise UserError(f"{tokens.shape[1]} tokens are more than block_size={self.config.block_size}: shorten "
+                                f"the text")  # fmt: skip
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if cache is not None:
             slots = torch.arange(len(tokens), device=tokens.device)[:, None], slots
@@ -224,17 +228,18 @@ class GPT(nn.Module):
     def forward(
         self, tokens, targets=None, *, reduction="mean", positions=None, lo=None, hi=None, cache=None, slots=None
     ) -> Tensor:
-        """Logits [B, T, V] of tokens [B, T]; with targets int64 [B, T] (IGNORE where there is no loss) their
-        cross-entropy in nats, a scalar, without the logits. The rest is as in `hidden`."""
+        """Logits [B, T, V] of tokens [B, T]. With targets, int64 [B, T], IGNORE at masked positions: their
+        cross-entropy in nats, a scalar, computed without storing the logits. Other arguments as in `hidden`."""
         x = self.hidden(tokens, positions=positions, lo=lo, hi=hi, cache=cache, slots=slots)
         if targets is None:
             return self.head(x)
         return kernels.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction=reduction)
 
     def new_cache(self, batch_size: int, length: int) -> Tensor:
-        """Keys and values of `length` tokens for `batch_size` sequences, zeros [n_layer, 2, B, S, G, D].
+        """KV cache of `length` slots for `batch_size` sequences, zeros [n_layer, 2, B, S, G, D].
 
-        In memory a head's keys are neighbours, which one query after the other reads: [n_layer, 2, G, B, S, D]."""
+        The memory layout is [n_layer, 2, G, B, S, D]: the keys of one head, which a query reads in order, are
+        contiguous."""
         config = self.config
         shape = config.n_layer, 2, config.n_kv_head, batch_size, length, config.head_width
         return self.token_embedding.weight.new_zeros(shape).permute(0, 1, 3, 4, 2, 5)

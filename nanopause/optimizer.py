@@ -1,4 +1,4 @@
-"""AdamW and Muon on the right parameters, and the learning rate of a step."""
+"""AdamW and Muon with their parameter groups, and the learning-rate schedule."""
 
 import math
 from typing import Literal
@@ -16,8 +16,8 @@ TRAINABLE = {
 
 
 def orthogonalise(x: Tensor) -> Tensor:
-    """About the nearest matrix with orthonormal rows or columns: singular values 0.5 to 1.5, by five steps of a quintic
-    Newton-Schulz iteration whose slope at zero is steep [Jordan et al. 2024, Muon]."""
+    """Approximately the nearest matrix with orthonormal rows or columns: singular values 0.5 to 1.5, by five steps of a
+    quintic Newton-Schulz iteration with a steep slope at zero [Jordan et al. 2024, Muon]. x: [M, N], any float."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -29,10 +29,11 @@ def orthogonalise(x: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """torch.optim.Muon, except for the dtype in which it orthogonalises.
+    """torch.optim.Muon with a configurable dtype for the orthogonalisation.
 
-    torch rounds the gradient to bfloat16, which turns its last bit into 1e-3 of loss within 20 steps, and which a CPU
-    multiplies at a third of float32's speed. None: bfloat16 on a GPU, the parameter's own elsewhere.
+    torch always rounds the gradient to bfloat16: a difference in its last bit becomes 1e-3 of loss within 20 steps, and
+    a CPU multiplies bfloat16 at a third of the speed of float32. dtype None: bfloat16 on a GPU, otherwise the
+    parameter's dtype.
     """
 
     def __init__(self, params, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype | None = None):
@@ -55,8 +56,8 @@ class Muon(Optimizer):
 
 
 def set_trainable(model: nn.Module, trainable: Literal["all", "pause", "embeddings"], pause_id: int) -> None:
-    """Freeze what does not learn: all but token and position embeddings, or all but the pause's row of the token
-    embedding, whose other rows get no gradient. A tied head learns with the token embedding."""
+    """Freeze all parameters except the token and position embeddings ("embeddings") or the pause's row of the token
+    embedding ("pause"; the other rows get zero gradient). A tied head is trained with the token embedding."""
     if trainable == "all":
         return
     for name, parameter in model.named_parameters():
@@ -69,8 +70,8 @@ def set_trainable(model: nn.Module, trainable: Literal["all", "pause", "embeddin
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for embeddings, head, norms and biases. Where
-    the pause alone learns nothing decays, as its row is not all of its matrix."""
+    """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for embeddings, head, norms and biases. With
+    trainable="pause" there is no weight decay, which would change the other rows of the embedding too."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weight_decay = 0.0 if config.trainable == "pause" else config.weight_decay
     matrices = [
@@ -98,7 +99,8 @@ def make_optimizers(model: nn.Module, config: Config) -> list[Optimizer]:
 
 
 def set_learning_rates(optimizers: list[Optimizer], step: int, config: Config) -> float:
-    """Sets every group's rate for a step and returns its share of the peak: linear warmup, then config.decay."""
+    """Set the learning rate of every group for a step and return it as a fraction of the peak: linear warmup, then
+    config.decay."""
     share = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     start = config.max_steps * (1 - config.wsd_share) if config.decay == "wsd" else config.warmup_steps
     progress = min(1.0, max(0.0, (step - start) / max(1, config.max_steps - start)))

@@ -1,9 +1,9 @@
-"""When to pause. What pauses are is pauses.py; what they cost is the engine's step.
+"""Policies decide when generation pauses.
 
-A policy says how many pauses follow the prompt and how many ride along with every token; the engine reads them in the
-same step, and the policy then says, from what the model would say without them, whether they count. If not, they are
-taken back. All of it happens on the device, for all sequences of a batch at once. (On a CPU the policy may be asked
-first, and pauses that do not count are then not read.)
+A policy offers a number of pauses after the prompt and after every generated token. The engine computes them in the
+same step as the token before them (fused with the decode step). The policy then decides, from the logits without
+pauses, which sequences commit them and sample from the logits after the pauses; for the others they are rolled back.
+All of it runs on the device, for all sequences of a batch at once.
 """
 
 from dataclasses import dataclass
@@ -16,41 +16,41 @@ from nanopause.errors import UserError, check, check_whole
 
 
 class Policy:
-    """What the engine asks. The numbers are pauses of one sequence."""
+    """Interface between the engine and a policy. All counts are pauses per sequence."""
 
-    at_prompt = 0  # behind the prompt
-    per_token = 0  # behind every token that the model wrote
-    budget = 0  # kept, in all
-    certain = False  # kept whatever the model would say without them
-    asks = False  # the model may say <|pause|> itself
+    at_prompt = 0  # offered after the prompt
+    per_token = 0  # offered after every generated token
+    budget = 0  # maximum number of committed pauses
+    certain = False  # the pauses are always committed
+    asks = False  # the model can request pauses by sampling <|pause|>
 
     def wants(self, logprobs: Tensor, asks: Tensor | None) -> Tensor:
-        """Which sequences pause before their next token, bool [n].
+        """Mask of the sequences that pause before their next token, bool [n].
 
-        logprobs: float32 [n, V], of the text that may come next, without pauses. asks: bool [n], where the model would
-        say <|pause|>; None unless `asks` is set."""
+        logprobs: float32 [n, V], of the next text token, without pauses. asks: bool [n], sequences that sampled
+        <|pause|>; None unless `self.asks`."""
         return torch.ones_like(logprobs[:, 0], dtype=torch.bool)
 
     def observe(self, gain: Tensor, paused: Tensor) -> None:
-        """gain: float [n], by how many nats the pauses raised the log-probability of what was said after them; it
-        counts where `paused`, bool [n]."""
+        """Called after sampling. gain: float [n], increase of the sampled token's log-probability by the pauses, in
+        nats; valid where `paused`, bool [n]."""
 
     def is_off(self) -> Tensor | bool:
-        """Whether it has stopped pausing, bool []."""
+        """Whether the policy has stopped pausing, bool []."""
         return False
 
     def tensors(self) -> list[Tensor]:
-        """What it measures."""
+        """The policy's measurements, updated in place."""
         return []
 
     def to(self, device: torch.device) -> None:
-        """Move what it measures to a device."""
+        """Move the measurements to a device."""
 
     def check_attention(self, attention: str) -> None:
-        """Raises UserError where a prompt would read pauses that may be taken back."""
+        """Raises UserError if a prompt would attend to pauses that may be rolled back."""
         if attention == "prefix" and self.at_prompt and not (self.certain or self.per_token):
-            raise UserError("pauses after the prompt cannot be taken back where the prompt reads them: "
-                            "use attention=causal or a policy that keeps them")  # fmt: skip
+            raise UserError("pauses after the prompt cannot be rolled back where the prompt attends to them: "
+                            "use attention=causal or a policy that always commits them")  # fmt: skip
 
 
 @dataclass
@@ -72,7 +72,8 @@ class AfterPrompt(Policy):
 
 @dataclass
 class BelowConfidence(Policy):
-    """`pauses` pauses before a token whose highest probability is below `threshold`, at most `budget` pauses a text."""
+    """`pauses` pauses before a token if the highest next-token probability is below `threshold`; at most `budget`
+    pauses per text."""
 
     threshold: float
     pauses: int
@@ -90,9 +91,9 @@ class BelowConfidence(Policy):
 
 @dataclass
 class OnRequest(Policy):
-    """`pauses` pauses where the model says <|pause|>, at most `budget` pauses a text; after them it says text.
+    """`pauses` pauses where the model samples <|pause|>, at most `budget` per text; a text token follows them.
 
-    For models whose training had a loss on pauses, or that were prompted with them: others never ask.
+    For models that were trained with a loss on pauses or prompted with pauses: others never sample <|pause|>.
     """
 
     pauses: int
@@ -108,14 +109,14 @@ class OnRequest(Policy):
         return asks
 
 
-@dataclass(eq=False)  # it measures: two of them are not the same
+@dataclass(eq=False)  # instances hold measurements, so equal settings do not make them equal
 class StopWhenUseless(Policy):
-    """A policy that is turned off, for all texts that follow, once it is clear that its pauses change nothing.
+    """Turns a policy off, for all later texts, once its pauses no longer change the log-probabilities.
 
-    Every pause is measured by |log p(said | pauses) − log p(said | none)|, said being the token said after them, and
-    stops when after `min_count` measures their mean is below `min_change` nats with confidence: mean + z · standard
-    deviation / √count < min_change. It is looked at every time, hence the high z. Whether a change is for the better,
-    this cannot know. Pauses after the prompt that have no room are left out.
+    Each use of pauses is measured by |log p(token | pauses) − log p(token | no pauses)|, where token is the one sampled
+    after them. The policy is turned off when, after at least `min_count` measurements, mean + z · standard deviation /
+    √count < `min_change` nats. The test is repeated at every step, hence the high z. It measures the size of the
+    change, not whether it is an improvement. Pauses after the prompt that do not fit are left out.
     """
 
     policy: Policy
@@ -135,7 +136,7 @@ class StopWhenUseless(Policy):
         self.policy.to(device)
 
     def _mean_and_bound(self) -> tuple[Tensor, Tensor]:
-        """The mean change, and by how much it may be off."""
+        """The mean change in nats, and the half-width of its confidence interval."""
         count = self.sums[0].clamp(min=1)
         mean = self.sums[1] / count
         variance = (self.sums[2] / count - mean**2).clamp(min=0) * count / (count - 1).clamp(min=1)
@@ -152,37 +153,37 @@ class StopWhenUseless(Policy):
         return self.policy.wants(logprobs, asks) & ~self.is_off()
 
     def observe(self, gain, paused):
-        counts = paused & ~self.is_off()  # once it is off, the figures that turned it off stay
-        change = torch.where(counts, gain.abs(), 0).double()
-        self.sums += torch.stack((counts.sum(), change.sum(), (change**2).sum()))
+        measured = paused & ~self.is_off()  # once off, the measurements that turned it off are kept
+        change = torch.where(measured, gain.abs(), 0).double()
+        self.sums += torch.stack((measured.sum(), change.sum(), (change**2).sum()))
         self.policy.observe(gain, paused)
 
     def report(self) -> str:
-        """What was measured, in a sentence."""
+        """The measurements as one sentence."""
         if not self.sums[0]:
             return "pausing was not measured: no pause"
         mean, bound = (x.item() for x in self._mean_and_bound())
         state = "turned off" if self.is_off() else "left on"
-        return (f"pausing {state} after {int(self.sums[0])} times: it changed the log-probability of what was said by "
-                f"{mean:.4f} ± {bound:.4f} nats; below {self.min_change:g} it is useless")  # fmt: skip
+        return (f"pausing {state} after {int(self.sums[0])} times: it changed the log-probability of the next token by "
+                f"{mean:.4f} ± {bound:.4f} nats; it is turned off below {self.min_change:g}")  # fmt: skip
 
 
 @dataclass
 class PauseOptions:
-    """What a script lets its user choose."""
+    """Command-line options of a policy."""
 
     pause_when: Literal["after_prompt", "below_confidence", "on_request"] = "after_prompt"
-    """After the prompt; before tokens that are less likely than the threshold; or where the model says <|pause|>."""
+    """Pause after the prompt; before tokens less likely than the threshold; or where the model samples <|pause|>."""
     threshold: float | None = None
-    """Of below_confidence: the highest probability of a token from which on there is no pause. None: 0.5."""
+    """For below_confidence: pause if no next token has at least this probability. None: 0.5."""
     pause_budget: int | None = None
-    """Of below_confidence and on_request: pauses that a text may have. None: 100."""
+    """For below_confidence and on_request: maximum number of pauses per text. None: 100."""
     stop_when_useless: bool = False
-    """Turn pauses off once it is clear that they change nothing of what the model says. After a break it is measured
-    anew."""
+    """Turn pauses off once they no longer change the log-probabilities. A resumed run measures again from zero."""
 
     def resolved(self) -> dict[str, str | float | int | bool]:
-        """The options, with what None stands for. Raises UserError where one says nothing beside the others."""
+        """The options, with None replaced by the default. Raises UserError if an option does not apply to
+        pause_when."""
         if self.threshold is not None and self.pause_when != "below_confidence":
             raise UserError(f"threshold={self.threshold} is of below_confidence: add --pause_when=below_confidence")
         if self.pause_budget is not None and self.pause_when == "after_prompt":
@@ -192,7 +193,8 @@ class PauseOptions:
                 "stop_when_useless": self.stop_when_useless}  # fmt: skip
 
     def policy(self, pauses: int) -> Policy:
-        """The policy of `pauses` pauses wherever there are any."""
+        """The policy that these options describe, with `pauses` pauses at each place. Raises UserError as `resolved`,
+        and if the budget is smaller than `pauses`."""
         options = self.resolved()
         threshold, budget = options["threshold"], options["pause_budget"]
         if pauses == 0:

@@ -1,9 +1,9 @@
 """Documents to shards: data_dir/corpus/tokenizer/ with meta.json, train_000000.bin, ..., val_000000.bin, ...
 
-A shard is a bare little-endian array of token ids. Each document is followed by eot_id and may straddle two shards.
-The folder is built beside its final name, as `<tokenizer>.partial`, and renamed at the end: a prepared folder is a
-complete one. Until then shards only grow, and meta.json, replaced atomically, counts what is safely on disk: a
-preparation that was cut short goes on from there and ends in the same bytes as one that was not.
+A shard is a raw little-endian array of token ids. Each document is followed by eot_id and can span two shards.
+The folder is built as `<tokenizer>.partial` and renamed at the end, so a folder with the final name is complete. Until
+then shards only grow, and meta.json, replaced atomically, counts the tokens that are fsynced. An interrupted
+preparation resumes from those counts and produces the same bytes as an uninterrupted one.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ COUNTS = ("tokens", "documents", "bytes")
 BATCH_CHARACTERS = 1 << 18
 
 Read = Callable[[str], Iterable[str]]
-Position = tuple[int, int]  # of the next document: index of its source, index in the source
+Position = tuple[int, int]  # of the next document: index of its source, index within the source
 
 
 def prepare(
@@ -55,17 +55,17 @@ def prepare(
 ) -> Path:
     """Tokenize a corpus into the folder data_dir/corpus/tokenizer, and return that folder.
 
-    read(source): the documents of one source, always in the same order; blank ones are skipped.
-    val_fraction: the share of documents held out; the text of a document alone decides (see `split_of`).
-    limit: take only the first so many documents. shard_tokens: the most that a file holds.
-    workers: processes that tokenize; None is one a core, 1 starts none. commit_seconds: how often the work done is
-    made safe on disk. Neither changes a byte of the result.
+    read(source): yields the documents of one source, always in the same order; blank documents are skipped.
+    val_fraction: fraction of documents for validation; depends on each document's text only (see `split_of`).
+    limit: number of documents to read; None: all. shard_tokens: maximum tokens per file.
+    workers: tokenizer processes; None: one per core; 1: none, tokenize in this process. commit_seconds: interval
+    between fsyncs. Neither changes the result.
 
-    Raises UserError if the folder is already there, an unfinished one was begun with other settings, the disk is
-    full (run again, it goes on), or a split is left without a document.
+    Raises UserError if the folder exists, an unfinished folder has other settings, the disk is full (run again to
+    resume), or a split has no document.
     """
     if Path(corpus).name != corpus:
-        raise UserError(f"{corpus!r} is not a plain name for a corpus")
+        raise UserError(f"corpus name {corpus!r} must not contain a path: use a plain name")
     ids = load_tokenizer(tokenizer)
     folder = Path(data_dir) / corpus / ids.name
     if folder.exists():
@@ -91,11 +91,11 @@ def prepare(
     unfinished.mkdir(parents=True, exist_ok=True)
     lock = os.open(unfinished, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that want the same folder, the second waits and finds it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a concurrent run for the same folder waits here and then finds it complete
         if not folder.exists():
             shards = Shards(unfinished, settings)
             if "next" in shards.meta:
-                _fill(shards, ids, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
+                _write_documents(shards, ids, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
                 shards.finish()
             os.rename(unfinished, folder)
             sync(folder.parent)
@@ -105,37 +105,40 @@ def prepare(
                 unfinished.rmdir()
     except OSError as error:
         why = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        raise UserError(f"preparing {folder} stopped: {why}; run it again to go on from there") from error
+        raise UserError(f"preparing {folder} stopped: {why}; run it again to resume") from error
     except BrokenProcessPool as error:
-        raise UserError("a worker died, perhaps for want of memory: run it again with fewer workers") from error
+        raise UserError("a worker died, possibly out of memory: run it again with fewer workers") from error
     finally:
         os.close(lock)
     return folder
 
 
 def split_of(text: str, val_fraction: float) -> str:
-    """'train' or 'val', by a hash of the text: copies are on the same side."""
+    """'train' or 'val', by a hash of the text: duplicates are in the same split."""
     return "val" if hash_of(text) < val_fraction * 2**64 else "train"
 
 
 def hash_of(text: str) -> int:
-    """64 bits that depend on the text without its case and spacing."""
+    """64-bit hash of the text, ignoring case and white space."""
     normal = " ".join(text.lower().split()).encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(normal, digest_size=8).digest(), "big")
 
 
 class Shards:
-    """A folder being filled. Its meta.json has the settings, the counts of each split and `next`, the Position."""
+    """An unfinished folder. meta.json holds the settings, the counts of each split and `next`, the Position."""
 
     def __init__(self, folder: Path, settings: dict):
-        """Start a folder, or cut one that was left unfinished back to what its meta.json counts."""
-        self.folder, self.unsynced = folder, set()
+        """Start a folder, or truncate an unfinished one to the counts in its meta.json.
+
+        Raises UserError if the settings differ or a shard is too short."""
+        self.folder = folder
+        self.unsynced = set()
         self.meta = {**settings, "splits": {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}, "next": (0, 0)}
         if (folder / "meta.json").exists():
             self.meta = json.loads((folder / "meta.json").read_text())
         for key, value in settings.items():
             if self.meta.get(key) != value:
-                raise UserError(f"{folder} was begun with another {key}: give the same again, or delete that folder")
+                raise UserError(f"{folder} was begun with another {key}: use the same {key}, or delete that folder")
         self.counts, self.dtype = self.meta["splits"], np.dtype(self.meta["dtype"]).newbyteorder("<")
         sizes = {path: tokens * self.dtype.itemsize for split in SPLITS for path, tokens in self.files(split)}
         for path in {*folder.glob("*.bin"), *sizes}:
@@ -150,14 +153,16 @@ class Shards:
         return sum(self.counts[split][count] for split in SPLITS)
 
     def files(self, split: str) -> list[tuple[Path, int]]:
-        """The shards of a split and the tokens in each: all are full but the last."""
-        total, size = self.counts[split]["tokens"], self.meta["shard_tokens"]
+        """The shards of a split and the number of tokens in each; all but the last are full."""
+        total = self.counts[split]["tokens"]
+        size = self.meta["shard_tokens"]
         starts = range(0, total, size)
         return [(self.folder / f"{split}_{start // size:06d}.bin", min(size, total - start)) for start in starts]
 
     def append(self, split: str, tokens: np.ndarray, documents: int, size: int) -> None:
-        """Add documents, of `size` bytes of text in all, to a split."""
-        counts, rest = self.counts[split], tokens.astype(self.dtype)
+        """Add documents to a split. size: their UTF-8 bytes in total."""
+        counts = self.counts[split]
+        rest = tokens.astype(self.dtype)
         counts["documents"] += documents
         counts["bytes"] += size
         while len(rest):
@@ -170,18 +175,18 @@ class Shards:
             counts["tokens"] += len(head)
 
     def commit(self) -> None:
-        """Make safe what was appended, then count it."""
+        """fsync the appended tokens, then record the counts."""
         for path in self.unsynced:
             sync(path)
         self.unsynced.clear()
         replace_file(self.folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
 
     def finish(self) -> None:
-        """Put the hashes in the place of `next`: the folder is complete."""
+        """Replace `next` by the hashes, which marks the folder as complete. Raises UserError if a split is empty."""
         for split in SPLITS:
             if not self.counts[split]["tokens"]:
                 shutil.rmtree(self.folder)
-                raise UserError(f"no document for the {split} split: give more documents or another val_fraction")
+                raise UserError(f"no document for the {split} split: add documents or change val_fraction")
             self.counts[split]["shards"] = [
                 {"file": path.name, "tokens": tokens, "sha256": sha256(path)} for path, tokens in self.files(split)
             ]
@@ -189,13 +194,15 @@ class Shards:
         self.commit()
 
 
-def _fill(shards: Shards, tokenizer: Tokenizer, read: Read, workers: int, commit_seconds: float) -> None:
-    meta, terminal = shards.meta, sys.stdout.isatty()
+def _write_documents(shards: Shards, tokenizer: Tokenizer, read: Read, workers: int, commit_seconds: float) -> None:
+    """Tokenize the documents from `next` on and append them to the shards, with a progress bar in a terminal."""
+    meta = shards.meta
+    is_terminal = sys.stdout.isatty()
     begin = committed = time.monotonic()
     bytes_before = shards.total("bytes")
     encode = partial(_encode, tokenizer, meta["val_fraction"])
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("sources")
-    with Progress(*columns, disable=not terminal) as bar:
+    with Progress(*columns, disable=not is_terminal) as bar:
         task = bar.add_task("", total=len(meta["sources"]))
         for position, added in _map(encode, _batches(shards, read), workers):
             for split in SPLITS:
@@ -207,13 +214,13 @@ def _fill(shards: Shards, tokenizer: Tokenizer, read: Read, workers: int, commit
             if time.monotonic() - committed >= commit_seconds:
                 shards.commit()
                 committed = time.monotonic()
-                if not terminal:
+                if not is_terminal:
                     print(line, flush=True)
         bar.update(task, completed=len(meta["sources"]))
 
 
 def _batches(shards: Shards, read: Read) -> Iterator[tuple[Position, list[str]]]:
-    """The documents from `next` on, many at a time, each time with the position after them."""
+    """Batches of documents from `next` on, each with the position after its last document."""
 
     def documents() -> Iterator[tuple[Position, str]]:
         first, skip = shards.meta["next"]
@@ -236,40 +243,41 @@ def _batches(shards: Shards, read: Read) -> Iterator[tuple[Position, list[str]]]
 
 
 def _encode(ids: Tokenizer, val_fraction: float, texts: list[str]) -> dict[str, tuple[np.ndarray, int, int]]:
-    """What a batch adds to each split: tokens, documents, bytes of UTF-8."""
-    added, of_split = {}, {split: [] for split in SPLITS}
+    """For each split: token ids, uint32 [n]; number of documents; UTF-8 bytes."""
+    added = {}
+    by_split = {split: [] for split in SPLITS}
     for text in texts:
-        of_split[split_of(text, val_fraction)].append(text)
-    for split, chosen in of_split.items():
+        by_split[split_of(text, val_fraction)].append(text)
+    for split, documents in by_split.items():
         tokens = []
-        for text in chosen:
+        for text in documents:
             tokens += [ids.bos_id] * (ids.bos_id is not None) + ids.encode(text) + [ids.eot_id]
-        size = sum(len(text.encode("utf-8", "replace")) for text in chosen)
-        added[split] = np.array(tokens, np.uint32), len(chosen), size
+        size = sum(len(text.encode("utf-8", "replace")) for text in documents)
+        added[split] = np.array(tokens, np.uint32), len(documents), size
     return added
 
 
 def _map(function: Callable, batches: Iterable[tuple[Position, list[str]]], workers: int) -> Iterator[tuple]:
-    """(position, function(texts)) of the batches, in order, with a few of them under way at a time."""
+    """(position, function(texts)) of each batch, in order; at most 2·workers + 1 batches are pending."""
     if workers == 1:
         yield from ((position, function(texts)) for position, texts in batches)
         return
-    # Spawned, because a forked child can inherit a lock that a thread of the parent holds.
+    # Spawn: a forked child can inherit a lock that another thread of the parent holds.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(function,)) as pool:
-        waiting = deque()
+        pending = deque()
         for position, texts in batches:
-            waiting.append((position, pool.submit(_work, texts)))
-            if len(waiting) > 2 * workers:
-                position, future = waiting.popleft()
+            pending.append((position, pool.submit(_work, texts)))
+            if len(pending) > 2 * workers:
+                position, future = pending.popleft()
                 yield position, future.result()
-        for position, future in waiting:
+        for position, future in pending:
             yield position, future.result()
 
 
 def _begin_worker(function: Callable) -> None:
-    """In a worker: keep the function, whose tokenizer is so sent once; leave Ctrl-C to the parent, and end when it
-    ends, even killed."""
+    """Initialise a worker: store the function, so that its tokenizer is sent once; ignore Ctrl-C, which the parent
+    handles; exit when the parent exits, even if it is killed."""
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What a person watches: one live line in a terminal, plain lines elsewhere."""
+"""Progress display: one live line in a terminal, plain lines elsewhere."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -6,10 +6,10 @@ from rich.table import Table
 
 
 class Ticker:
-    """Progress of a run of `total` steps. Only the main process shows anything."""
+    """Progress of a run of `total` steps. Prints only if `enabled`, which is set in the main process."""
 
     def __init__(self, total: int, enabled: bool):
-        # A pipe has no width: a line must not be folded.
+        # soft_wrap: output to a pipe must not be wrapped.
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal
         self._bar = Progress(
@@ -26,15 +26,15 @@ class Ticker:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.console.print(text, markup=False)
 
     def show(self, table: Table) -> None:
-        """A table, as wide as it is where there is no terminal."""
+        """Print a table; without a terminal up to 200 columns wide."""
         (self.console if self.live else Console(width=200, quiet=self.console.quiet)).print(table, soft_wrap=False)
 
     def step(self, done: int, text: str, logged: bool) -> None:
-        """`done` steps are done. Without a terminal a step shows when it is `logged`."""
+        """Show that `done` steps are completed. Without a terminal a line is printed only if `logged`."""
         self._bar.update(self._task, completed=done, description=text)
         if logged and not self.live:
             self.say(text)

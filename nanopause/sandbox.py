@@ -1,36 +1,37 @@
-"""Model-written Python, run where it can do no harm. Linux 5.12 or newer.
+"""Sandbox for model-written Python. Linux 5.12 or newer.
 
-    caller ── supervisor ── program          a process each; a supervisor serves one program
+    caller ── supervisor ── program          one process each; a supervisor serves one program
 
-The caller (`run`) starts the supervisor, which is this file as a script. It leaves the caller's namespaces by one
-unshare(2), makes the program's root and starts it, watches the clock and the output, and reports. What holds a program:
+The caller (`run`) starts the supervisor, which is this file as a script. The supervisor leaves the caller's namespaces
+by one unshare(2), creates the program's root, starts the program, enforces the limits on time and output, and reports
+the result. Protections:
 
-    files         user and mount namespaces: a read-only root with the interpreter, its library and the system's, and an
-                  empty /tmp of 16 MB, nothing in it executable, gone at the end; no home, no /proc, no /dev
-    network       a network namespace with no interface up; abstract Unix sockets are the namespace's own
-    processes     a PID namespace whose first process the program is. It sees and signals only its own; and when it ends
-                  or is killed, the kernel kills all that it left, daemons included, before the supervisor goes on
-    privileges    nobody without capabilities, under root the real nobody; no_new_privs; a session of its own; chroot,
-                  inside which Linux makes no user namespaces, so no capabilities come back
-    limits        wall-clock and CPU time; 4 processes and threads; address space of each, so 4 × memory_mb in all; open
-                  files; output, capped while it is read
-    secrets       an empty environment; no file open but its pipes; no argument but constants
-    system calls  a seccomp filter: none that make sockets, as not every kind knows namespaces (vsock), take memory past
-                  the limits (memfd, System V's), look into other processes (ptrace), reach the kernel's keyrings or
-                  log, or that Python never needs (bpf, io_uring, …)
+    files         user and mount namespaces: a read-only root with the interpreter, its library and the system's
+                  libraries, and an empty noexec /tmp of 16 MB that is discarded at the end; no home, no /proc, no /dev
+    network       a network namespace with no interface up; abstract Unix sockets are local to the namespace
+    processes     a PID namespace with the program as its first process. The program can list and signal only its own
+                  processes. When it ends, the kernel kills all remaining ones, daemons included, before the supervisor
+                  continues
+    privileges    user nobody without capabilities, the host's nobody under root; no_new_privs; a separate session;
+                  chroot, within which Linux refuses new user namespaces, so capabilities cannot be regained
+    limits        wall-clock and CPU time; 4 processes and threads; address space of each, so 4 × memory_mb in total;
+                  open files; output, capped while it is read
+    secrets       an empty environment; no open files except its pipes; constant arguments only
+    system calls  a seccomp filter. Denied: sockets, as some kinds ignore namespaces (vsock); memory outside the limits
+                  (memfd, System V's); access to other processes (ptrace); the kernel's keyrings and log; calls that
+                  Python never needs (bpf, io_uring, …)
 
-Where one of them does not work, nothing runs: limits alone leave a program free to read keys, send them away and stay,
-so there is no weaker mode to fall into. Only the filter, the last layer of several, may be missing, on machines other
-than x86-64 and ARM64. `protections` says what works. Not held: holes in the kernel, and what its speed says through
-caches.
+If one of them does not work, nothing runs: with limits alone a program could read keys, send them away and stay
+running, so there is no weaker fallback. Only the filter, the last of several layers, may be missing, on machines other
+than x86-64 and ARM64. `protections` reports what works. Not protected against: kernel bugs and cache side channels.
 
-A program passes when it and its tests ran to their end. An exit status does not say that: `sys.exit(0)` and
-`os._exit(0)` have a good one. So after the last test the process copies a nonce from one pipe to another, and the
-supervisor compares. Until then the nonce is in no object, frame, file, source, argument or environment, so a program
-that ends early, prints, or looks around does not pass. Both are compiled before either runs, and each alone, so no open
-bracket and no replaced `exec` swallows the tests. That guards against accidents and shortcuts, not against a program
-made to cheat: it shares its process with its tests, so it could copy the nonce itself, or, without a trick, return an
-object that equals everything.
+A program passes if it and its tests run to their end. The exit status does not show that: `sys.exit(0)` and
+`os._exit(0)` return 0 too. Therefore, after the last test, the process copies a nonce from one pipe to another, and the
+supervisor compares it. Until then the nonce is in no object, frame, file, source, argument or environment variable, so
+a program that exits early, prints, or inspects its environment does not pass. Program and tests are compiled separately
+before either runs, so neither an open bracket nor a replaced `exec` can skip the tests. This guards against accidents
+and shortcuts, not against a program written to cheat: it shares its process with its tests, so it could copy the nonce
+itself, or simply return an object that equals everything.
 """
 
 import ctypes
@@ -51,14 +52,14 @@ PROCESSES = 4
 FILES_MB = 16
 OPEN_FILES = 64
 OUTPUT_BYTES = 65536
-GRACE = 30  # seconds that a supervisor may take beside its program's
-NOBODY = 65534
+GRACE = 30  # seconds that a supervisor may take in addition to its program
+NOBODY = 65534  # user and group id
 
 # The caller's side
 
 
 class Result(NamedTuple):
-    """ok: program and tests ran to their end. output: of stdout and stderr, the first 64 KB. reason: why not ok."""
+    """ok: program and tests ran to their end. output: stdout and stderr, the first 64 KB. reason: why not ok, or ""."""
 
     ok: bool
     output: str
@@ -66,7 +67,8 @@ class Result(NamedTuple):
 
 
 class Protections(NamedTuple):
-    """Names of those of the table above that work here, and of the others with the reason. No active one: no run."""
+    """active: names of the protections (table above) that work on this machine; if empty, nothing runs. missing: the
+    others, with the reason."""
 
     active: tuple[str, ...]
     missing: dict[str, str]
@@ -78,68 +80,69 @@ class Protections(NamedTuple):
 
 @functools.cache
 def protections() -> Protections:
-    """Tried once, by running an empty program."""
+    """Protections of this machine, tested once by running an empty program."""
     names = ("files", "network", "processes", "privileges", "limits", "secrets", "system calls")
     if sys.platform == "linux":
-        answer = _supervised("", "", 30.0, 512)
-        why = answer.get("refused") or answer["reason"]
+        result = _supervised("", "", 30.0, 512)
+        reason = result.get("refused") or result["reason"]
     else:
-        why = f"{platform.system()} has no namespaces"
-    if why:
-        return Protections((), dict.fromkeys(names, why))
+        reason = f"{platform.system()} has no namespaces"
+    if reason:
+        return Protections((), dict.fromkeys(names, reason))
     if platform.machine() not in DENIED:
         return Protections(names[:-1], {names[-1]: f"no list for {platform.machine()}"})
     return Protections(names, {})
 
 
 def check() -> None:
-    """Raises UserError where a program cannot be isolated."""
-    from nanopause.errors import UserError  # not at the top, as the supervisor is a script that knows no nanopause
+    """Raises UserError if programs cannot be isolated on this machine."""
+    from nanopause.errors import UserError  # not at the top: the supervisor runs this file without nanopause
 
     found = protections()
     if not found.active:
         raise UserError(
-            f"code that a model wrote cannot be isolated here ({found.missing['files']}): take Linux 5.12 or newer "
-            f"where you may make user namespaces (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; "
+            f"code that a model wrote cannot be isolated here ({found.missing['files']}): use Linux 5.12 or newer "
+            f"with user namespaces allowed (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; "
             f"Docker: --security-opt seccomp=unconfined --security-opt apparmor=unconfined)"
         )
 
 
 def run(program: str, tests: str = "", *, seconds: float = 10.0, memory_mb: int = 512) -> Result:
-    """Run a program and then its tests in one process, isolated as above. It has the standard library and nothing else,
-    and the same hash seed every time.
+    """Run a program and then its tests in one isolated process, with the standard library only and a fixed hash seed.
 
-    seconds: wall-clock time of both. memory_mb: address space of a process in 2^20 bytes, of which Python takes 20.
-    Threads may call it at once. Raises UserError where a program cannot be isolated, OSError where the system has no
-    more processes, namespaces or memory to give.
+    seconds: wall-clock limit of both together. memory_mb: address space per process in 2^20 bytes, of which Python
+    takes 20. Thread-safe. Raises UserError if programs cannot be isolated on this machine, OSError if the system is out
+    of processes, namespaces or memory.
     """
     check()
-    answer = _supervised(program, tests, seconds, memory_mb)
-    if "refused" in answer:
-        raise OSError(f"a program could not be isolated ({answer['refused']})")
-    return Result(**answer)
+    result = _supervised(program, tests, seconds, memory_mb)
+    if "refused" in result:
+        raise OSError(f"a program could not be isolated ({result['refused']})")
+    return Result(**result)
 
 
 def _supervised(program: str, tests: str, seconds: float, memory_mb: int) -> dict:
+    """The supervisor's result: the fields of Result, or {"refused": why the program was not isolated and not run}."""
     request = {"program": program, "tests": tests, "seconds": seconds, "memory_mb": memory_mb}
     with subprocess.Popen(
         [sys.executable, "-I", "-S", os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is the caller's
+        start_new_session=True,  # only the caller receives Ctrl-C
     ) as supervisor:  # fmt: skip
-        answer = json.loads(supervisor.stdout.readline() or '{"refused": "no supervisor"}')
-        if "refused" not in answer:
+        result = json.loads(supervisor.stdout.readline() or '{"refused": "no supervisor"}')
+        if "refused" not in result:
             try:
                 _map_users(supervisor.pid)
                 supervisor.stdin.write(json.dumps(request).encode() + b"\n")
-                supervisor.stdin.flush()  # and stays open, so that the supervisor sees its caller end
+                supervisor.stdin.flush()  # not closed: its end shows the supervisor that the caller has ended
             except OSError as error:
                 return {"refused": f"{error.filename}: {error.strerror}"}
-            answer = json.loads(supervisor.stdout.readline() or '{"refused": "the supervisor ended"}')
-    return answer
+            result = json.loads(supervisor.stdout.readline() or '{"refused": "the supervisor ended"}')
+    return result
 
 
 def _map_users(pid: int) -> None:
-    """Who is who in a process's new user namespace. A user is nobody in it; root is root to set it up, then nobody."""
+    """Write the id maps of a process's new user namespace. An ordinary user becomes nobody in it; root stays root for
+    the setup and becomes nobody afterwards."""
     root = os.geteuid() == 0
 
     def users(outside: int) -> str:
@@ -161,7 +164,7 @@ CLONE_FLAGS = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC = 2, 4, 8, 4096, 16384
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, READ_ONLY_NOSUID_NODEV = 442, -100, 0x8000, 1 | 2 | 4
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
-ROOT = "/proc"  # where the program's root is mounted: what exists everywhere and has nothing that Python needs
+ROOT = "/proc"  # mount point of the program's root: it exists everywhere and holds nothing that Python needs
 DENIED = {  # AUDIT_ARCH, and the numbers of socket memfd_create memfd_secret shmget semget msgget
     # ptrace process_vm_readv process_vm_writev add_key request_key keyctl syslog bpf perf_event_open userfaultfd
     # io_uring_setup
@@ -187,7 +190,7 @@ main()
 
 
 def _call(name: str, *arguments) -> None:
-    """A function of the C library. Raises OSError."""
+    """Call a function of the C library. Raises OSError on failure."""
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
 
@@ -197,70 +200,78 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 
 
 def _supervise() -> None:
-    def say(answer: dict) -> None:
-        os.write(1, json.dumps(answer).encode() + b"\n")
+    """Main function of the supervisor: request on stdin, result on stdout, each a line of JSON."""
+
+    def send(message: dict) -> None:
+        os.write(1, json.dumps(message).encode() + b"\n")
 
     os.umask(0o022)
     is_root = os.geteuid() == 0
     try:
         _call("unshare", CLONE_FLAGS)
-        say({"ready": True})
+        send({"ready": True})
         request = json.loads(sys.stdin.buffer.readline() or "null")
         if request is None:
-            return  # its caller has gone
-        answer = _watched(request, is_root)
+            return  # the caller has ended
+        result = _run_program(request, is_root)
     except OSError as error:
-        answer = {"refused": f"{error.filename}: {error.strerror}"}
-    say(answer)
+        result = {"refused": f"{error.filename}: {error.strerror}"}
+    send(result)
 
 
-def _watched(request: dict, is_root: bool) -> dict:
-    """Start the program, and the answer when it has ended. Raises OSError: it could not be isolated."""
-    signal.alarm(int(request["seconds"]) + GRACE)  # should this process hang; the program dies with it
+def _run_program(request: dict, is_root: bool) -> dict:
+    """Run the program and return the fields of Result. Raises OSError if it could not be isolated."""
+    signal.alarm(int(request["seconds"]) + GRACE)  # in case this process hangs; the program dies with it
     nonce = os.urandom(16)
-    (nonce_out, nonce_in), (verdict_out, verdict_in), (out, into), (why, because) = (os.pipe() for _ in range(4))
-    nothing = os.open(os.devnull, os.O_RDONLY)
+    nonce_out, nonce_in = os.pipe()
+    verdict_out, verdict_in = os.pipe()
+    program_out, program_in = os.pipe()
+    error_out, error_in = os.pipe()
+    null = os.open(os.devnull, os.O_RDONLY)
     os.write(nonce_in, nonce)
     os.close(nonce_in)
     pid = os.fork()
     if not pid:
+        fds = {0: null, 1: program_in, 2: program_in, NONCE_FD: nonce_out, VERDICT_FD: verdict_in}
         try:
-            _become(request, is_root, {0: nothing, 1: into, 2: into, NONCE_FD: nonce_out, VERDICT_FD: verdict_in})
+            _become(request, is_root, fds)
         except OSError as error:
-            os.write(because, f"{error.filename}: {error.strerror}".encode())
+            os.write(error_in, f"{error.filename}: {error.strerror}".encode())
         except BaseException as error:
-            os.write(because, repr(error).encode())
+            os.write(error_in, repr(error).encode())
         finally:
             os._exit(1)
-    for fd in (nonce_out, verdict_in, into, because):
+    for fd in (nonce_out, verdict_in, program_in, error_in):
         os.close(fd)
     deadline = time.monotonic() + request["seconds"]
-    if refused := os.read(why, 4096):  # closed by exec
+    if refused := os.read(error_out, 4096):  # empty once exec has closed the other end
         os.waitpid(pid, 0)
         raise OSError(0, refused.decode(), "program")
-    for fd in (out, verdict_out):
+    for fd in (program_out, verdict_out):
         os.set_blocking(fd, False)
-    ended, output, late = os.pidfd_open(pid), b"", False
+    ended = os.pidfd_open(pid)
+    output = b""
+    is_late = False
     poll = select.poll()
-    for fd in (0, out, ended):
+    for fd in (0, program_out, ended):
         poll.register(fd, select.POLLIN)
-    while not late:
+    while not is_late:
         events = dict(poll.poll(max(0, deadline - time.monotonic()) * 1000))
-        if out in events:
-            chunk = os.read(out, 65536)
+        if program_out in events:
+            chunk = os.read(program_out, 65536)
             output += chunk[: OUTPUT_BYTES - len(output)]
             if not chunk:
-                poll.unregister(out)
+                poll.unregister(program_out)
         if ended in events:
             break
-        late = time.monotonic() >= deadline or 0 in events
-    os.kill(pid, signal.SIGKILL)  # and all that it started; not reaped yet, so the PID is still its own
+        is_late = time.monotonic() >= deadline or 0 in events
+    os.kill(pid, signal.SIGKILL)  # with all its descendants; the PID cannot be reused before waitpid
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if 0 in events:  # its caller has gone
+    if 0 in events:  # the caller has ended
         os._exit(1)
-    while len(output) < OUTPUT_BYTES and (chunk := _read(out)):
+    while len(output) < OUTPUT_BYTES and (chunk := _read(program_out)):
         output += chunk[: OUTPUT_BYTES - len(output)]
-    if late:
+    if is_late:
         reason = f"not done in {request['seconds']:g} s"
     elif status < 0:
         reason = f"killed by {signal.Signals(-status).name}"
@@ -272,7 +283,7 @@ def _watched(request: dict, is_root: bool) -> dict:
 
 
 def _read(fd: int) -> bytes:
-    """What a pipe holds, without waiting."""
+    """Up to 64 KiB from a non-blocking pipe; empty if there is nothing to read."""
     try:
         return os.read(fd, 65536)
     except BlockingIOError:
@@ -280,7 +291,9 @@ def _read(fd: int) -> bytes:
 
 
 def _become(request: dict, is_root: bool, fds: dict[int, int]) -> None:
-    """Turn this process, the first of its PID namespace, into the program."""
+    """Turn this process, the first of its PID namespace, into the program. Does not return.
+
+    fds: file descriptors of the program and the ones they are copied from."""
     import resource
 
     python = os.readlink("/proc/self/exe")
@@ -288,7 +301,7 @@ def _become(request: dict, is_root: bool, fds: dict[int, int]) -> None:
     _make_root(python, {"/program.py": request["program"], "/tests.py": request["tests"]})
     os.chroot(ROOT)
     os.chdir("/tmp")
-    if is_root:  # another user is in the namespace as nobody, and loses its capabilities there by exec
+    if is_root:  # an ordinary user already is nobody in the namespace, and exec drops the capabilities
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -296,14 +309,14 @@ def _become(request: dict, is_root: bool, fds: dict[int, int]) -> None:
     limits = {
         "AS": request["memory_mb"] << 20,
         "CPU": int(request["seconds"]) + 1,
-        "NPROC": PROCESSES + (not is_root),  # the supervisor is of the same user, if that is not root
+        "NPROC": PROCESSES + (not is_root),  # without root the supervisor has the same user and is counted
         "NOFILE": OPEN_FILES,
         "MSGQUEUE": 0,  # bytes
-        "CORE": 1,  # byte: 0 keeps none from a core_pattern that is a program, see core(5)
+        "CORE": 1,  # byte; 0 would not stop a core_pattern that pipes to a program, see core(5)
     }
     for name, most in limits.items():
         which = getattr(resource, f"RLIMIT_{name}")
-        hard = resource.getrlimit(which)[1]  # of the caller, which nothing here may raise
+        hard = resource.getrlimit(which)[1]  # the caller's hard limit, which cannot be raised
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(which, (most, most))
     moved = {fd: os.dup(source) for fd, source in fds.items()}
@@ -318,21 +331,22 @@ def _become(request: dict, is_root: bool, fds: dict[int, int]) -> None:
 
 
 def _make_root(python: str, files: dict[str, str]) -> None:
+    """Mount the program's read-only root at ROOT. files: paths within it and their texts."""
     prefix = os.path.dirname(os.path.dirname(python))
     paths = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/etc/ld.so.cache", python]
     _mount("none", ROOT, "tmpfs", 0, "size=64m,mode=755")
     for path in filter(os.path.exists, [*paths, f"{prefix}/lib", f"{prefix}/lib64"]):
-        inside = ROOT + path
-        os.makedirs(os.path.dirname(inside), exist_ok=True)
+        target = ROOT + path
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.islink(path):
-            if not os.path.lexists(inside):
-                os.symlink(os.readlink(path), inside)
+            if not os.path.lexists(target):
+                os.symlink(os.readlink(path), target)
             continue
         if os.path.isdir(path):
-            os.makedirs(inside, exist_ok=True)
-        elif not os.path.exists(inside):
-            open(inside, "x").close()
-        _mount(path, inside, "", MS_BIND | MS_REC)
+            os.makedirs(target, exist_ok=True)
+        elif not os.path.exists(target):
+            open(target, "x").close()
+        _mount(path, target, "", MS_BIND | MS_REC)
     for packages in glob.glob(f"{ROOT}{prefix}/lib*/python*/*-packages"):
         _mount("none", packages, "tmpfs", 0)
     for path, text in files.items():
@@ -346,14 +360,15 @@ def _make_root(python: str, files: dict[str, str]) -> None:
 
 
 def _filter_calls(architecture: int, numbers: list[int]) -> None:
-    """A classic BPF program: calls of another architecture kill, those of the list get EPERM."""
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
+    """Install a classic BPF program: a system call of another architecture kills the process, the listed ones fail with
+    EPERM."""
+    load, equal, at_least, ret = 0x20, 0x15, 0x35, 0x06
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
     n = len(numbers)
-    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill)]
-    steps += [(load, 0, 0, 0), (at_least, n + 1, 0, 0x40000000)]  # x86-64's second table of calls, x32
+    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (ret, 0, 0, kill)]
+    steps += [(load, 0, 0, 0), (at_least, n + 1, 0, 0x40000000)]  # x86-64's second system-call table, x32
     steps += [(equal, n - i, 0, number) for i, number in enumerate(numbers)]
-    steps += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    steps += [(ret, 0, 0, allow), (ret, 0, 0, refuse)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     _call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, struct.pack("HP", len(steps), ctypes.addressof(code)))
 

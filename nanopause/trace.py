@@ -1,4 +1,4 @@
-"""A page that shows what a model was thinking: each token shaded by its log-probability, and where pauses went."""
+"""HTML page of a generation: each token shaded by its log-probability, and the position of every pause."""
 
 import codecs
 import html
@@ -29,27 +29,28 @@ h1 { font-size: 1.1rem; } h1, .legend, .facts, .tip { font-family: system-ui, sa
 .token:hover .tip, .token:focus .tip { display: flex; gap: 1.4em; }
 .tip table { border-collapse: collapse; } .tip th { text-align: left; font-weight: 600; padding: 0 0 .2em; }
 .tip td { padding: 0 .9em 0 0; } .tip td + td { text-align: right; padding: 0; font-variant-numeric: tabular-nums; }
-.tip code { font: .95em ui-monospace, monospace; } .said { font-weight: 700; }
+.tip code { font: .95em ui-monospace, monospace; } .sampled { font-weight: 700; }
 .scale { display: inline-block; width: 7em; height: .8em; vertical-align: middle; border: 1px solid var(--line);
   background: linear-gradient(90deg, transparent, rgba(var(--doubt), .85)); }
 """
-DARKEST = 5.0  # nats of surprise that have the deepest shade
+DARKEST = 5.0  # surprise, −log p in nats, of the darkest shade
 
 
 def pieces(ids: list[int], tokenizer: Tokenizer) -> list[str]:
-    """The text of each token. A character may take several: it stands with the last, and "·" with the others."""
+    """Text of each token. A character that spans several tokens is shown at the last one, "·" at the others."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     return [decoder.decode(tokenizer.decode_bytes([i])) or "·" for i in ids]
 
 
 def _shown(piece: str) -> str:
-    """A token's text in a table: what it is made of is visible."""
+    """A token's text in a table, with visible white space, escaped for HTML."""
     return html.escape(piece.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
 
 
-def _table(title: str, top: list[tuple[int, float]], said: int, tokenizer: Tokenizer) -> str:
+def _table(title: str, top: list[tuple[int, float]], sampled: int, tokenizer: Tokenizer) -> str:
+    """Table of the likeliest tokens, (id, log-probability), with the sampled one in bold."""
     rows = "".join(
-        f"<tr{' class=said' * (i == said)}><td><code>{_shown(tokenizer.decode([i]))}</code></td>"
+        f"<tr{' class=sampled' * (i == sampled)}><td><code>{_shown(tokenizer.decode([i]))}</code></td>"
         f"<td>{math.exp(logprob):.1%}</td></tr>"
         for i, logprob in top
     )
@@ -57,6 +58,7 @@ def _table(title: str, top: list[tuple[int, float]], said: int, tokenizer: Token
 
 
 def _token(token: Token, piece: str, tokenizer: Tokenizer) -> str:
+    """A token's span, with the mark of its pauses before it."""
     tables = _table("after the pauses" if token.pauses else "likeliest", token.top, token.id, tokenizer)
     mark = ""
     if token.pauses:
@@ -70,13 +72,14 @@ def _token(token: Token, piece: str, tokenizer: Tokenizer) -> str:
 
 
 def page(title: str, prompts: list[str], generations: list[Generation], tokenizer: Tokenizer) -> str:
-    """The page, HTML that needs nothing else. generations: of stream or generate with trace=True."""
+    """The page as self-contained HTML. generations: of Engine.generate with trace=True."""
     parts = []
     for prompt, generation in zip(prompts, generations):
-        said = pieces([token.id for token in generation.tokens if token.end != "eot"], tokenizer)
-        spans = [_token(token, piece, tokenizer) for token, piece in zip_longest(generation.tokens, said, fillvalue="")]
-        mean = sum(token.logprob for token in generation.tokens) / max(1, len(generation.tokens))
-        facts = f"{len(generation.tokens)} tokens, {generation.pauses} pauses, {-mean:.2f} nats of surprise a token"
+        tokens = generation.tokens
+        texts = pieces([token.id for token in tokens if token.end != "eot"], tokenizer)
+        spans = [_token(token, text, tokenizer) for token, text in zip_longest(tokens, texts, fillvalue="")]
+        mean = sum(token.logprob for token in tokens) / max(1, len(tokens))
+        facts = f"{len(tokens)} tokens, {generation.pauses} pauses, surprise {-mean:.2f} nats per token"
         parts.append(f'<p class=facts>{facts}</p><div class=text><span class=prompt>{html.escape(prompt)}</span>'
                      f'{"".join(spans)}</div>')  # fmt: skip
     return f"""<!doctype html>
@@ -84,7 +87,7 @@ def page(title: str, prompts: list[str], generations: list[Generation], tokenize
 <style>{STYLE}</style>
 <h1>{html.escape(title)}</h1>
 <p class=legend>Shade: how unlikely the token was, from certain <span class=scale></span> to {math.exp(-DARKEST):.1%} or
-less. <span class=pause>❚❚ n</span>: n pauses went before the token. Point at a token for the likeliest ones.</p>
+less. <span class=pause>❚❚ n</span>: n pauses precede the token. Hover over a token to see the likeliest ones.</p>
 {"".join(parts)}
 </html>
 """

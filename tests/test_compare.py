@@ -152,7 +152,7 @@ def test_the_validation_of_the_whole_split_is_not_mixed_with_others(write_run, r
     printed, made = run(short, long)
     assert [line["at"] for line in lines(made, "step")] == [20, 20]
     assert lines(made, "flops")[1]["at"] == 200 and lines(made, "flops")[1]["difference"] == 0.5
-    assert "the last validations of the runs do not count" in printed
+    assert "the last validations of the runs are excluded" in printed
     equal = write_run("equal", bpb(s10=(4.0, 100.0), s30=(8.0, 300.0)), max_steps=30, learning_rate=0.1)
     _, made = run(short, equal)
     assert [(line["at"], line["value"]) for line in made["differences"]] == [(30, 9), (30, 8), (300, 9), (300, 8)]
@@ -254,7 +254,7 @@ def test_the_picture_has_units_and_can_be_read_in_grey(trained, run, figures):
     ({"tokenizer": "gpt2"}, "different tokens"),
     ({"task": "gsm8k"}, "has task='', but"),
     ({"limit": 5}, "has limit=None, but"),
-    ({"eval_blocks": 8}, "validations on different blocks do not compare"),
+    ({"eval_blocks": 8}, "validations on different blocks are not comparable"),
     ({"block_size": 512}, "bits per byte depend on the context"),
 ])  # fmt: skip
 def test_runs_that_do_not_compare_are_refused(write_run, refusal, setting, text):

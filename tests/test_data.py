@@ -116,7 +116,7 @@ def test_a_truncated_shard_is_named(tiny_corpus, tmp_path):
     folder = damaged(tiny_corpus, tmp_path)
     with open(folder / "train_000001.bin", "r+b") as shard:
         shard.truncate(1000)
-    with pytest.raises(UserError, match=r"train_000001.bin is truncated .* prepare it anew"):
+    with pytest.raises(UserError, match=r"train_000001.bin is truncated .* prepare it again"):
         Corpus(folder, "train", BYTES, T)
 
 
@@ -144,5 +144,5 @@ def test_a_shard_of_another_tokenizer_is_found_by_its_ids(tiny_corpus, tmp_path)
         shutil.copy(tiny_corpus / "gpt2" / shard["file"], folder)
     del meta["tokenizer_sha256"]  # as in those prepared before there was one
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": "bytes"}))
-    with pytest.raises(UserError, match="which the tokenizer 'bytes' does not have: prepare it anew"):
+    with pytest.raises(UserError, match="which the tokenizer 'bytes' does not have: prepare it again"):
         batches(Corpus(folder, "train", BYTES, T))[0]

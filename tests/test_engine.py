@@ -458,7 +458,7 @@ def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
     (lambda: engine_of(model_of()).runner.append(torch.zeros(4, 1).long(), torch.ones(4).long()),
      "sequences=4 must be 1 to"),
     (lambda: engine_of(model_of()).stream(["x"], attention="both"), "attention='both' is neither"),
-    (lambda: engine_of(model_of()).stream(["x"], StopWhenUseless(AfterPrompt(2)), attention="prefix"), "taken back"),
+    (lambda: engine_of(model_of()).stream(["x"], StopWhenUseless(AfterPrompt(2)), attention="prefix"), "rolled back"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_sentence(make, text):
     with pytest.raises(UserError, match=text):

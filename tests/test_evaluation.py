@@ -419,7 +419,7 @@ def test_pass_at_k(model):
         (["--pauses=", "--pause_when=below_confidence"], "need numbers of pauses: add --pauses=0,5, say"),
         (["--pauses=7", "--pause_when=on_request", "--pause_budget=6"], "pause_budget=6 is less than the 7 pauses"),
         (["--threshold=0.3"], "threshold=0.3 is of below_confidence: add --pause_when=below_confidence"),
-        (["--stop_when_useless", "--attention=prefix"], "pauses after the prompt cannot be taken back"),
+        (["--stop_when_useless", "--attention=prefix"], "pauses after the prompt cannot be rolled back"),
         (["--pause_when=on_request"], "100 pauses leave no room for a prompt of webq: the model reads 96 tokens"),
         (["--pause_when=below_confidence", "--threshold=2", "--pause_budget=4"], "threshold=2.0 must be 0 to 1"),
     ],

@@ -452,7 +452,7 @@ def sum_of_tokens(data_dir, pauses, steps):
 @pytest.mark.parametrize(
     "line, args, text",
     [
-        ('{"question": "how"}', [], "gsm8k_train.jsonl, line 1: the field 'answer' is missing; mend"),
+        ('{"question": "how"}', [], "gsm8k_train.jsonl, line 1: the field 'answer' is missing; fix"),
         ("{", [], "gsm8k_train.jsonl, line 1: not JSON"),
         ("", [], "has no example for train"),
         ('{"question": "how", "answer": "so #### 1"}', ["--task=gsm9k"], "task 'gsm9k' is not known: did you mean"),

@@ -201,7 +201,7 @@ def test_the_harness_keeps_answers(models, tasks, tmp_path, monkeypatch):
     """Also those of a run that broke off, here behind its first kind of request."""
     lm, options = Harness(models[1], GPT2), {"use_cache": str(tmp_path / "answers")}
     with monkeypatch.context() as patch:
-        patch.setattr(lm, "_tell_cut", lambda *_: 1 / 0)
+        patch.setattr(lm, "_report_cut", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluate(lm, tasks, **options)
     lm.cache_hook.dbdict.close()

@@ -399,11 +399,12 @@ def test_an_export_needs_nothing_of_ours(tiny_corpus, tmp_path):
         assert name.startswith("run") or said[str(folder)]["0"] != said[str(folder)]["10"], "pauses have no effect"
 
     card = (folders["run0"] / "README.md").read_text()
-    for said in ("id 257", "| steps | 20 |", "| tokens | 2,560 |", "0.1 a token, 9.1% of", "held-out loss with pauses",
-                 "| started from | random weights |", torch.__version__, f"transformers {transformers.__version__}",
-                 "nanopause 0.1.0", 'folder = "run0-out"', "| tiny, seq", "vLLM does not take"):  # fmt: skip
+    for said in ("id 257", "| steps | 20 |", "| tokens | 2,560 |", "0.1 per token, 9.1% of",
+                 "validation loss with pauses", "| started from | random weights |", torch.__version__,
+                 f"transformers {transformers.__version__}", "nanopause 0.1.0", 'folder = "run0-out"', "| tiny, seq",
+                 "vLLM does not support"):  # fmt: skip
         assert said in card, said
-    assert "vLLM, as `prompt" in (folders["run2"] / "README.md").read_text() and str(tmp_path) not in card
+    assert "In vLLM, use `prompt" in (folders["run2"] / "README.md").read_text() and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])

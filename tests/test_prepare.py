@@ -391,7 +391,7 @@ def test_two_tokenizers_of_one_name_share_no_corpus(corpus, tmp_path):
     made = prepare_files(corpus, tmp_path, str(folders[0]), workers=2)
     assert contents(made) == contents(prepare_files(corpus, tmp_path / "alone", str(folders[0]), workers=1))
     Corpus(made, "train", ids[0], 32)
-    with pytest.raises(UserError, match="with another tokenizer of the name 'mine': delete it and prepare it anew"):
+    with pytest.raises(UserError, match="with another tokenizer of the name 'mine': delete it and prepare it again"):
         Corpus(made, "train", ids[1], 32)
     made.rename(made.with_name("mine.partial"))
     with pytest.raises(UserError, match="begun with another tokenizer_sha256"):

@@ -641,7 +641,7 @@ def test_what_is_missing_is_said(fresh, monkeypatch):
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     monkeypatch.setattr(sandbox.platform, "system", lambda: "Darwin")
     assert sandbox.protections().active == () and "files (Darwin has no namespaces)" in str(sandbox.protections())
-    with pytest.raises(UserError, match=r"cannot be isolated here \(Darwin has no namespaces\): take Linux") as error:
+    with pytest.raises(UserError, match=r"cannot be isolated here \(Darwin has no namespaces\): use Linux") as error:
         sandbox.run("")
     assert "\n" not in str(error.value)
 

@@ -330,7 +330,7 @@ def test_compressions(tmp_path, ending):
         write(file, sums(5000))
         file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
         with pytest.raises(
-            UserError, match=rf"gsm8k_test.jsonl{ending} cannot be read after line \d\d+ .*copy it anew"
+            UserError, match=rf"gsm8k_test.jsonl{ending} cannot be read after line \d\d+ .*copy it again"
         ):
             load(TASKS["gsm8k"], "test", tmp_path)
         with open(file, "r+b") as stream:
@@ -395,7 +395,7 @@ def test_validation_is_cut_from_training(tmp_path):
     write(tmp_path / "gsm8k_train.jsonl", rows[::-1])  # the order of the rows changes no part
     assert keys(TASKS["gsm8k"], "validation", tmp_path) == validation[::-1]
     said = load(TASKS["gsm8k"], "validation", tmp_path)[1]
-    assert said.endswith("from the 5% of its documents that a hash gives to validation")
+    assert said.endswith("from the 5% of its documents that a hash assigns to validation")
     with pytest.raises(UserError, match=r"has no gsm8k_test.jsonl \(or .jsonl.gz.*\), .* only gsm8k_train.jsonl"):
         load(TASKS["gsm8k"], "test", tmp_path)
     write(tmp_path / "gsm8k_test.jsonl", sums(30))
@@ -472,10 +472,10 @@ GOOD = {
         ("piqa", {"label": True}, "'label' must be 0 to 1 and is True"),
         ("piqa", {"sol2": ""}, "the field 'sol2' is empty"),
         ("hellaswag", {"label": ""}, "'label' must be 0 to 1 and is ''"),
-        ("hellaswag", {"endings": ["a", "[step]"]}, "the context or an ending is nothing but marks"),
-        ("hellaswag", {"ctx": "[header]"}, "the context or an ending is nothing but marks"),
+        ("hellaswag", {"endings": ["a", "[step]"]}, "the context or an ending consists of tags only"),
+        ("hellaswag", {"ctx": "[header]"}, "the context or an ending consists of tags only"),
         ("lambada", {"text": "alone"}, "the field 'text' has only one word"),
-        ("lambada", {"text": "he said ..."}, "ends in '...', which is no word"),
+        ("lambada", {"text": "he said ..."}, "ends in '...', which is not a word"),
         ("nq", {"answer": "[]"}, "the field 'answer' has an empty text"),
         ("aqua", {"correct": "F"}, "'correct' must be one of A, B, C, D, E and is 'F'"),
         ("aqua", {"correct": "AB"}, "'correct' must be one of A, B, C, D, E and is 'AB'"),
@@ -490,7 +490,7 @@ def test_bad_rows_name_their_line(tmp_path, name, change, said):
     task = TASKS[name]
     file = tmp_path / f"{task.stem or name}_{task.splits['test']}.jsonl"
     write(file, [GOOD[name], {**GOOD[name], **change}])
-    pattern = f"{re.escape(str(file))}, line 2: .*{re.escape(said)}.*; mend or delete"
+    pattern = f"{re.escape(str(file))}, line 2: .*{re.escape(said)}.*; fix or delete"
     with pytest.raises(UserError, match=pattern) as error:
         load(task, "test", tmp_path)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The tasks: `load(get_task("gsm8k"), "train")`."""
+"""The finetuning and evaluation tasks: `load(get_task("gsm8k"), "train")`."""
 
 from difflib import get_close_matches
 
@@ -20,12 +20,12 @@ from nanopause.tasks.webq import WEBQ
 
 __all__ = ["TASKS", "Example", "Task", "get_task", "load"]
 
-GENERATED = {counting.NAME: counting.counting, match.NAME: match.match}  # patterns of names of tasks without data
+GENERATED = {counting.NAME: counting.counting, match.NAME: match.match}  # name patterns of tasks with generated data
 TASKS = {task.name: task for task in (GSM8K, SQUAD, COQA, CSQA, PIQA, HELLASWAG, LAMBADA, WEBQ, NQ, AQUA, MBPP)}
 
 
 def get_task(name: str) -> Task:
-    """A task by its name. Raises UserError with the nearest name."""
+    """The task with this name. Raises UserError for an unknown name, with the nearest known one."""
     for names, task_of in GENERATED.items():
         if names.fullmatch(name):
             return task_of(name)

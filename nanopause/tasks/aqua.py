@@ -1,4 +1,4 @@
-"""AQuA-RAT: multiple-choice algebra with rationales [Ling et al. 2017]; the rationale is written, then the letter."""
+"""AQuA-RAT: multiple-choice algebra [Ling et al. 2017]. The model generates the rationale, then the letter."""
 
 import re
 import string
@@ -23,7 +23,7 @@ def examples(row: Row) -> list[Example]:
 
 
 def letter(generated: str) -> str:
-    """The last letter stated in the closing form, or ""."""
+    """The letter of the last "The answer is (X)", or ""."""
     return (ANSWER.findall(generated) or [""])[-1]
 
 

@@ -1,4 +1,4 @@
-"""CoQA: a conversation about a story, an example a turn [Reddy et al. 2019]."""
+"""CoQA: a conversation about a story, one example per turn [Reddy et al. 2019]."""
 
 from reprlib import repr as short
 
@@ -7,22 +7,23 @@ from nanopause.tasks.task import BadRow, Example, Row, Task, answered, text, tex
 
 
 def turns(row: Row) -> list[tuple[str, list[str]]]:
-    """(question, accepted answers) of each turn, of a local row or one of the hub."""
+    """(question, accepted answers) of each turn, from a local row or a row of the hub's dataset."""
     if "turns" in row:
         if not isinstance(row["turns"], list) or not all(isinstance(turn, dict) for turn in row["turns"]):
             raise BadRow(f"the field 'turns' must be a list of turns and is {short(row['turns'])}")
         return [(text(turn, "question"), texts(turn, "answers")) for turn in row["turns"]]
-    people, others = [texts(row, "answers", "input_text")], row.get("additional_answers") or {}
-    if not isinstance(others, dict):
-        raise BadRow(f"the field 'additional_answers' must name the people and is {short(others)}")
-    for person in others:
-        answers = texts(others, person, "input_text", blank=True)
-        if any(answers):  # the training split, which one person answered, has a blank in the place of the others
-            people.append(answers)
+    by_annotator = [texts(row, "answers", "input_text")]
+    additional = row.get("additional_answers") or {}
+    if not isinstance(additional, dict):
+        raise BadRow(f"the field 'additional_answers' must map annotators to answers and is {short(additional)}")
+    for annotator in additional:
+        answers = texts(additional, annotator, "input_text", blank=True)
+        if any(answers):  # the training split has one annotator; the additional answers are blank
+            by_annotator.append(answers)
     questions = texts(row, "questions", "input_text")
-    if {len(answers) for answers in people} != {len(questions)}:
-        raise BadRow(f"the {len(questions)} questions have not as many answers")
-    return [(question, answers) for question, *answers in zip(questions, *people)]
+    if {len(answers) for answers in by_annotator} != {len(questions)}:
+        raise BadRow(f"the number of answers differs from the number of questions, {len(questions)}")
+    return [(question, answers) for question, *answers in zip(questions, *by_annotator)]
 
 
 def examples(row: Row) -> list[Example]:

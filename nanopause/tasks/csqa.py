@@ -1,4 +1,4 @@
-"""CommonsenseQA with the text of the answer decoded [Talmor et al. 2019; Goyal et al. 2023]."""
+"""CommonsenseQA [Talmor et al. 2019]; the model generates the text of the answer [Goyal et al. 2023]."""
 
 from nanopause.tasks.metrics import exact_match
 from nanopause.tasks.task import BadRow, Example, Row, Task, answered, index, text, texts

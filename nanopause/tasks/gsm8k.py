@@ -1,4 +1,4 @@
-"""GSM8K: word problems of grade-school arithmetic [Cobbe et al. 2021]."""
+"""GSM8K: grade-school math word problems [Cobbe et al. 2021]."""
 
 from nanopause.tasks.metrics import number, rouge1, same_number
 from nanopause.tasks.task import BadRow, Example, Row, Task, answered, text

@@ -1,4 +1,4 @@
-"""HellaSwag: which ending goes on [Zellers et al. 2019]. The text is cleaned as in lm-evaluation-harness."""
+"""HellaSwag: choose the ending of a passage [Zellers et al. 2019]. Text is cleaned as in lm-evaluation-harness."""
 
 import re
 
@@ -7,7 +7,7 @@ from nanopause.tasks.task import BadRow, Example, Row, Task, chosen, index, text
 
 
 def clean(raw: str) -> str:
-    """Without WikiHow's marks: `[title]` ends a sentence, others go, and leave their space where they stood first."""
+    """Remove WikiHow's tags: " [title]" becomes ". ", other tags are deleted; then two spaces become one."""
     return re.sub(r"\[.*?\]", "", raw.replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -19,7 +19,7 @@ def examples(row: Row) -> list[Example]:
         context = text(row, "ctx")
     context, *endings = map(clean, [context, *texts(row, "endings")])
     if not (context.strip() and all(map(str.strip, endings))):
-        raise BadRow("the context or an ending is nothing but marks")
+        raise BadRow("the context or an ending consists of tags only")
     return chosen(context.rstrip(), endings, index(row, "label", len(endings)))
 
 

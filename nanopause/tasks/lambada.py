@@ -1,4 +1,4 @@
-"""LAMBADA: the last word of a passage [Paperno et al. 2016], in OpenAI's version."""
+"""LAMBADA: predict the last word of a passage [Paperno et al. 2016], in OpenAI's version."""
 
 import re
 
@@ -12,7 +12,7 @@ def examples(row: Row) -> list[Example]:
         raise BadRow("the field 'text' has only one word")
     prefix, target = parts.groups()
     if not bare_word(target):
-        raise BadRow(f"the field 'text' ends in {target.strip()!r}, which is no word")
+        raise BadRow(f"the field 'text' ends in {target.strip()!r}, which is not a word")
     return [Example(prefix, target, (bare_word(target),))]
 
 

@@ -1,17 +1,17 @@
-"""3SUM and 2SUM with fillers [Pfau et al. 2024, section 3].
+"""3SUM and 2SUM with filler tokens [Pfau et al. 2024, section 3].
 
-    match3_6          whether three of 6 numbers modulo 17 have the sum 0
-    match2_8          whether two of 8 numbers modulo 10 have the sum 0, after a shift of each; the text's last
-                      character names the shifts (the paper's 2SUM-Transform)
-    match3_12_d3      the same of vectors of 3 digits modulo 10, as in the paper; match2_10_d2, …
-    match3_6_dots     with a dot for each token of the chain of thought, an ordinary token in place of pauses
+    match3_6          whether three of 6 numbers sum to 0 modulo 17
+    match2_8          whether two of 8 numbers sum to 0 modulo 10, each number shifted first; the text's last character
+                      selects the shifts (the paper's 2SUM-Transform)
+    match3_12_d3      the same with vectors of 3 digits modulo 10, as in the paper; match2_10_d2, …
+    match3_6_dots     one dot for each token of the chain of thought: ordinary tokens in place of pauses
     match3_6_mix      half of the training examples as in match3_6_dots, the other half with a parallel chain of thought
-                      in their target; validation and test have dots alone
+                      in the target; validation and test examples have dots only
 
-A digit is a letter, `a` for 0, and the answer T or F: `cfqmba` and ` T`. The chain of thought of 3SUM has for each pair
-i < j the sum of the two, or `!` if a number after them completes the triple; that of 2SUM for each number its value
-after the shift, or `!` if one before it completes the pair. All of it can be computed in parallel. Half of the examples
-are true; a false one is a true one with one number changed.
+A digit is a letter, `a` for 0, and the answer is T or F: `cfqmba` and ` T`. The chain of thought of 3SUM has, for each
+pair i < j, the sum of the two, or `!` if a later number completes the triple; that of 2SUM has, for each number, its
+value after the shift, or `!` if an earlier one completes the pair. All of it can be computed in parallel. Half of the
+examples are true; a false example is a true one with one number changed.
 """
 
 import re
@@ -25,9 +25,9 @@ from nanopause.tasks.counting import split_of
 from nanopause.tasks.metrics import choice
 from nanopause.tasks.task import Example, Row, Task, chosen, text
 
-N_SHIFTS = 4  # of 2SUM
+N_SHIFTS = 4  # number of different shift vectors in 2SUM
 N_ROWS = {"train": 50_000, "validation": 1_000, "test": 2_000}
-BATCH = 1024  # examples that are generated at once
+BATCH = 1024  # examples generated at once
 
 
 def letters(digits: np.ndarray) -> str:
@@ -37,7 +37,7 @@ def letters(digits: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """size: of the sum, 2 or 3. n: numbers of an example. d: digits of a number."""
+    """size: numbers in a sum, 2 or 3. n: numbers per example. d: digits per number."""
 
     size: int
     n: int
@@ -49,16 +49,16 @@ class Match:
 
     @property
     def n_thoughts(self) -> int:
-        """Tokens of the chain of thought."""
+        """Number of tokens in the chain of thought."""
         return self.d * (self.n * (self.n - 1) // 2 if self.size == 3 else self.n)
 
     def shifts(self) -> np.ndarray:
-        """What 2SUM adds to each number, integers [N_SHIFTS, n, d]; always the same."""
+        """The shifts that 2SUM adds to the numbers, integers [N_SHIFTS, n, d]; deterministic."""
         return np.random.default_rng(7).integers(0, self.modulus, (N_SHIFTS, self.n, self.d))
 
     def thought(self, x: np.ndarray) -> np.ndarray:
-        """The chain of thought of numbers [B, n, d], after their shift; integers [B, pairs or n, d], −1 where a number
-        makes the sum 0."""
+        """The chain of thought of shifted numbers [B, n, d]: integers [B, pairs or n, d], −1 where a number completes a
+        sum of 0."""
         if self.size == 3:
             i, last = np.triu_indices(self.n, 1)
             values = (x[:, i] + x[:, last]) % self.modulus
@@ -72,20 +72,23 @@ class Match:
         return (self.thought(x) < 0).any((1, 2))
 
     def numbers(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """As many examples with a solution as with one that was corrupted, integers [B, n, d] in random order, and
-        whether they have one, bool [B]."""
-        m, every = self.modulus, np.arange(BATCH)
-        x, is_true = rng.integers(0, m, (BATCH, self.n, self.d)), every % 2 == 0
+        """Equal numbers of examples with a solution and with a corrupted one, in random order: integers [B, n, d], and
+        whether they have a solution, bool [B]. B ≤ BATCH."""
+        m = self.modulus
+        rows = np.arange(BATCH)
+        is_true = rows % 2 == 0
+        x = rng.integers(0, m, (BATCH, self.n, self.d))
         x[:, self.size - 1] = -x[:, : self.size - 1].sum(1) % m
-        number, digit = rng.integers(0, self.size, BATCH), rng.integers(0, self.d, BATCH)
-        x[every, number, digit] += np.where(is_true, 0, rng.integers(1, m, BATCH))
+        number = rng.integers(0, self.size, BATCH)
+        digit = rng.integers(0, self.d, BATCH)
+        x[rows, number, digit] += np.where(is_true, 0, rng.integers(1, m, BATCH))
         x = np.take_along_axis(x % m, rng.random((BATCH, self.n, 1)).argsort(1), 1)
-        (false,) = (~is_true & ~self.has_solution(x)).nonzero()  # some have another solution by chance
+        (false,) = (~is_true & ~self.has_solution(x)).nonzero()  # a corrupted example can have another solution
         kept = rng.permutation(np.concatenate((false, is_true.nonzero()[0][: len(false)])))
         return x[kept], is_true[kept]
 
     def texts(self, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-        """Prefixes without dots, and answers."""
+        """Endless pairs of a prefix without dots and its answer, "T" or "F"."""
         while True:
             x, is_true = self.numbers(rng)
             which = rng.integers(0, N_SHIFTS, len(x))
@@ -95,7 +98,7 @@ class Match:
                 yield letters(numbers) + str(shift) * (self.size == 2), "FT"[int(answer)]
 
     def spelled_thought(self, prefix: str) -> str:
-        """The chain of thought of a prefix without dots."""
+        """The chain of thought of a prefix without dots, as text."""
         digits = np.frombuffer(prefix[: self.n * self.d].encode(), np.uint8).astype(np.int64) - ord("a")
         x = digits.reshape(1, self.n, self.d)
         if self.size == 2:
@@ -107,7 +110,7 @@ NAME = re.compile(r"match([23])_([3-9]|[1-9]\d)(?:_d([1-9]))?(?:_(dots|mix))?")
 
 
 def problem_of(name: str) -> Match | None:
-    """The problem of a task's name; None: it is none of these."""
+    """The problem of a task's name; None if the name does not match."""
     found = NAME.fullmatch(name)
     return Match(int(found[1]), int(found[2]), int(found[3] or 1)) if found else None
 
@@ -117,7 +120,7 @@ def match(name: str) -> Task:
     problem, form = problem_of(name), NAME.fullmatch(name)[4] or ""
 
     def rows(split: str) -> Iterator[Row]:
-        """Always the same rows; a hash of the text decides its split."""
+        """The rows of a split; deterministic. A hash of the text decides its split."""
         texts = problem.texts(np.random.default_rng((problem.n, len(split))))
         in_split = (row for row in texts if split_of(row[0]) == split)
         for i, (prefix, answer) in enumerate(islice(in_split, N_ROWS[split])):

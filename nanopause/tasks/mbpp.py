@@ -1,4 +1,4 @@
-"""MBPP: short Python programs from a sentence and three tests [Austin et al. 2021]."""
+"""MBPP: short Python programs from a one-sentence description and three tests [Austin et al. 2021]."""
 
 from nanopause.tasks.metrics import passes
 from nanopause.tasks.task import BadRow, Example, Row, Task, text, texts
@@ -7,7 +7,7 @@ TEST, VALIDATION = range(11, 511), range(511, 601)  # task_id [Austin et al., se
 
 
 def lines(code: str) -> str:
-    """With the line ends of Unix, and no white space at theirs."""
+    """The code with Unix line ends and without trailing white space."""
     return "\n".join(line.rstrip() for line in code.splitlines())
 
 
@@ -17,16 +17,17 @@ def examples(row: Row) -> list[Example]:
         f"You are an expert Python programmer, and here is your task: {text(row, 'text')} "
         f"Your code should pass these tests:\n\n" + "\n".join(tests) + "\n[BEGIN]"
     )
-    setup = lines(text(row, "test_setup_code", blank=True))  # uses what the program defines
+    setup = lines(text(row, "test_setup_code", blank=True))  # runs after the program, as it uses its definitions
     return [Example(prefix, f"\n{code}", (code,), tests="\n".join([setup, *tests]))]
 
 
 def program(generated: str) -> str:
-    """What is written before [DONE], the end of a program in the paper's prompt."""
+    """The generated text before [DONE], which ends a program in the paper's prompt."""
     return generated.partition("[DONE]")[0].strip()
 
 
 def split_of(row: Row) -> str:
+    """The split of a row by its task_id, or "prompt" for the paper's prompt examples. Raises BadRow."""
     number = row.get("task_id")
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise BadRow(f"the field 'task_id' must be a number from 1 and is {number!r}")

@@ -1,4 +1,4 @@
-"""Scores of one answer, 0 to 1, as the tasks' own evaluation scripts define them."""
+"""Metrics of one answer, 0 to 1, as defined by the tasks' own evaluation scripts."""
 
 import re
 import string
@@ -29,37 +29,40 @@ def exact_match(answer: str, references: tuple[str, ...]) -> float:
 
 
 def composed_exact_match(answer: str, references: tuple[str, ...]) -> float:
-    """exact_match of texts in Unicode's form NFD: Natural Questions, open [Lee et al. 2019]."""
-    answer, *some = (unicodedata.normalize("NFD", text) for text in (answer, *references))
-    return exact_match(answer, tuple(some))
+    """exact_match of texts in Unicode normal form NFD: Natural Questions, open [Lee et al. 2019]."""
+    answer, *references = (unicodedata.normalize("NFD", text) for text in (answer, *references))
+    return exact_match(answer, tuple(references))
 
 
 def _overlap(answer: str, reference: str) -> float:
-    ours, theirs = normalise(answer).split(), normalise(reference).split()
-    same = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * same / (len(ours) + len(theirs)) if same else 0.0
+    """F1 of the normalised words."""
+    answer_words = normalise(answer).split()
+    reference_words = normalise(reference).split()
+    n_common = sum((Counter(answer_words) & Counter(reference_words)).values())
+    return 2 * n_common / (len(answer_words) + len(reference_words)) if n_common else 0.0
 
 
 def f1(answer: str, references: tuple[str, ...]) -> float:
-    """SQuAD 1.1's F1 of the normalised words, the best over the references."""
+    """SQuAD 1.1's F1 of the normalised words, maximum over the references."""
     return max(_overlap(answer, reference) for reference in references)
 
 
 def _coqa_overlap(answer: str, references: tuple[str, ...]) -> float:
-    """F1 in which two answers without a word agree, as "A" and "the" do: SQuAD 2's and CoQA's rule."""
+    """F1 that is 1 for two answers without words, such as "A" and "the": the rule of SQuAD 2 and CoQA."""
     return max(f1(answer, references), exact_match(answer, references))
 
 
 def _leave_one_out(metric: TextMetric, answer: str, references: tuple[str, ...]) -> float:
-    """CoQA's mean over all ways to leave one reference out, which puts people and models on a level; copies count."""
+    """CoQA's mean over all ways to leave out one reference, which makes human and model scores comparable. Duplicate
+    references are not merged."""
     if len(references) == 1:
         return metric(answer, references)
-    kept = [references[:i] + references[i + 1 :] for i in range(len(references))]
-    return sum(metric(answer, some) for some in kept) / len(kept)
+    subsets = [references[:i] + references[i + 1 :] for i in range(len(references))]
+    return sum(metric(answer, subset) for subset in subsets) / len(subsets)
 
 
 def coqa_f1(answer: str, references: tuple[str, ...]) -> float:
-    """CoQA's F1 of a turn [Reddy et al. 2019]; with one reference the plain one."""
+    """CoQA's F1 of a turn [Reddy et al. 2019]; with a single reference nothing is left out."""
     return _leave_one_out(_coqa_overlap, answer, references)
 
 
@@ -69,13 +72,13 @@ def coqa_exact_match(answer: str, references: tuple[str, ...]) -> float:
 
 
 def number(text: str) -> str | None:
-    """What stands after the first `#### ` of digits, points and commas, without the commas; None: nothing does."""
+    """The number after the first `#### `, without commas; None if there is none."""
     found = NUMBER.search(text)
     return found[1].replace(",", "") if found else None
 
 
 def same_number(answer: str, references: tuple[str, ...]) -> float:
-    """GSM8K's accuracy: 1 if the answer has the number of a reference, digit by digit [Cobbe et al. 2021]."""
+    """GSM8K's accuracy: 1 if the answer's number equals a reference's as text [Cobbe et al. 2021]."""
     value = number(answer)
     return float(value is not None and value in [number(reference) for reference in references])
 
@@ -90,44 +93,44 @@ def _rouge():
 
 
 def rouge1(answer: str, references: tuple[str, ...]) -> float:
-    """ROUGE-1's F-measure without stemming, the best over the references."""
+    """ROUGE-1 F-measure without stemming, maximum over the references. Raises UserError without rouge-score."""
     return _rouge().score_multi(references, answer)["rouge1"].fmeasure
 
 
 def bare_word(text: str) -> str:
-    """The first word without the punctuation around it."""
+    """The first word, without punctuation around it; "" if there is none."""
     return (text.split() or [""])[0].strip(string.punctuation + "“”‘’…—–«»")
 
 
 def same_word(answer: str, references: tuple[str, ...]) -> float:
-    """LAMBADA's: 1 if the answer is the reference, letter for letter, but for punctuation around it."""
+    """LAMBADA's accuracy: 1 if the answer's first word equals a reference, apart from punctuation around it."""
     return float(bare_word(answer) in map(bare_word, references))
 
 
 def choice(log_likelihoods: Sequence[float], choices: tuple[str, ...], label: int) -> float:
-    """1 if the right choice is the likeliest."""
+    """1 if the correct choice is the likeliest."""
     return float(max(range(len(choices)), key=log_likelihoods.__getitem__) == label)
 
 
 def choice_per_character(log_likelihoods: Sequence[float], choices: tuple[str, ...], label: int) -> float:
-    """1 if the right choice is the likeliest per character: `acc_norm` of lm-evaluation-harness."""
-    # The space that joins a choice to the prefix does not count.
+    """1 if the correct choice is the likeliest per character: `acc_norm` of lm-evaluation-harness."""
+    # The leading space, which joins a choice to the prefix, is not counted.
     return choice([value / len(text[1:]) for value, text in zip(log_likelihoods, choices)], choices, label)
 
 
 def same_letter(answer: str, references: tuple[str, ...]) -> float:
-    """1 if the letter of a choice is the reference's; no letter is wrong."""
+    """1 if the letter of a choice is the reference's; an empty answer is wrong."""
     return float(answer in references)
 
 
 def passes(program: str, tests: str) -> float:
-    """1 if a program runs through and its tests do after it, in nanopause.sandbox."""
+    """1 if a program and then its tests run to their end in nanopause.sandbox."""
     return float(sandbox.run(program, tests).ok)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that one of k programs passes, of which n were sampled and c passed: 1 − C(n−c, k) / C(n, k), which is
-    unbiased [Chen et al. 2021, section 2.1]. Raises ValueError unless 0 ≤ c ≤ n and 1 ≤ k ≤ n."""
+    """Unbiased estimate of the probability that at least one of k sampled programs passes, if c of n passed:
+    1 − C(n−c, k) / C(n, k) [Chen et al. 2021, section 2.1]. Raises ValueError unless 0 ≤ c ≤ n and 1 ≤ k ≤ n."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, and n={n}, c={c}, k={k}")
     return float(1 - Fraction(comb(n - c, k), comb(n, k)))

@@ -1,4 +1,4 @@
-"""Natural Questions, open and closed book [Kwiatkowski et al. 2019; Lee et al. 2019]."""
+"""Natural Questions, open domain, closed book [Kwiatkowski et al. 2019; Lee et al. 2019]."""
 
 import re
 
@@ -7,7 +7,7 @@ from nanopause.tasks.task import Example, Row, Task, answered, text, texts
 
 
 def unprinted(answers: str) -> list[str]:
-    """The items of a list that somebody printed, quotes half lost: `['Ted Cruz', Beto O'Rourke]`."""
+    """The items of a list in printed form with missing quotes, as in the dataset: `['Ted Cruz', Beto O'Rourke]`."""
     items = re.split(r"',\s|,\s(?=')", answers.removeprefix("[").removesuffix("]"))
     return [item.strip(" '`") for item in items]
 

@@ -1,4 +1,4 @@
-"""PIQA: which of two solutions works [Bisk et al. 2020]."""
+"""PIQA: choose the solution that works, of two [Bisk et al. 2020]."""
 
 from nanopause.tasks.metrics import choice, choice_per_character
 from nanopause.tasks.task import Example, Row, Task, chosen, index, text

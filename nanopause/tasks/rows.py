@@ -1,4 +1,4 @@
-"""The examples of a split, from the hub or from a folder of JSON lines."""
+"""Loading the examples of a split, from the hub or from a folder of JSON-lines files."""
 
 import gzip
 import json
@@ -15,23 +15,24 @@ from nanopause.tasks.task import BadRow, Example, Row, Task, text
 
 SPLITS = ("train", "validation", "test")
 NAMES = {"train": "train", "validation": "validation|valid|val|dev", "test": "test"}
-TEST_SHARE, VALIDATION_SHARE = 0.2, 0.05  # of a test split that is also trained on, and of a training split
+TEST_SHARE = 0.2  # of a test split that is also used for training
+VALIDATION_SHARE = 0.05  # of a training split
 
 
 def load(
     task: Task, split: str, data_dir: str | Path | None = None, limit: int | None = None
 ) -> tuple[list[Example], str]:
-    """The examples of "train", "validation" or "test", and a sentence that says where they come from.
+    """The examples of "train", "validation" or "test", and a sentence that describes their source.
 
-    data_dir: a folder of files like gsm8k_train.jsonl, plain or as .gz, .xz or .zst; None: the hub. A task that is
-    computed needs neither.
-    limit: only the first so many examples.
+    data_dir: a folder of files such as gsm8k_train.jsonl, plain or as .gz, .xz or .zst; None: the hub. Tasks with
+    generated data use neither. limit: number of examples to load; None: all.
 
-    "test" is what papers report. What has no split of its own is cut from another, by a hash of the document: 5 % of
-    the training split is "validation"; and where a task without a training split allows it, 80 % of the test split is
-    for training and its validation, and "test" the rest.
+    "test" is the split that papers report. A missing split is taken from another one, by a hash of the document:
+    "validation" is 5 % of the training split; for a task without a training split that has `cut_test`, 80 % of the test
+    split is used for training and validation, and the rest is "test".
 
-    Raises UserError: no such split, file or dataset, a row that is not what the task expects, no example left.
+    Raises UserError for an unknown split, a missing file or dataset, a row that the task does not accept, or a split
+    without examples.
     """
     if split not in SPLITS:
         raise UserError(f"split {split!r} is not known: choose {', '.join(SPLITS)}")
@@ -44,9 +45,9 @@ def load(
     if source not in sources:
         if data_dir is None:
             raise UserError(f"{task.hub} has no split for {split}, only {', '.join(sources)}")
-        wanted = f"{task.stem or task.name}_{task.splits.get(source, source)}.jsonl (or .jsonl.gz, .xz, .zst)"
-        has = ", ".join(sorted(path.name for path in Path(data_dir).iterdir())) or "nothing"
-        raise UserError(f"{data_dir} has no {wanted}, which {split} needs, only {has}")
+        expected = f"{task.stem or task.name}_{task.splits.get(source, source)}.jsonl (or .jsonl.gz, .xz, .zst)"
+        present = ", ".join(sorted(path.name for path in Path(data_dir).iterdir())) or "nothing"
+        raise UserError(f"{data_dir} has no {expected}, which {split} needs, only {present}")
     split_of = None
     if task.generate:
         name = "generated text"
@@ -65,24 +66,24 @@ def load(
                 continue
             found, document = task.examples(row), text(row, task.document)
         except BadRow as error:
-            raise UserError(f"{where}: {error}; mend or delete that row") from None
+            raise UserError(f"{where}: {error}; fix or delete that row") from None
         if low * 2**64 <= hash_of(document) < high * 2**64:
             examples += found
         if limit is not None and len(examples) >= limit:
             break
     if not examples:
-        raise UserError(f"{name} has no example for {split}: give more rows")
+        raise UserError(f"{name} has no example for {split}: add more rows")
     examples = examples[:limit]
-    said = f"{task.name}, {split}: {len(examples):,} examples of {name}"
+    description = f"{task.name}, {split}: {len(examples):,} examples of {name}"
     if (low, high) != (0, 1):
-        said += f", from the {high - low:.0%} of its documents that a hash gives to {split}"
+        description += f", from the {high - low:.0%} of its documents that a hash assigns to {split}"
     if source == "test" and (low, high) != (0, 1):
-        said += "; as there is no training split, the test split is cut, and scores are not those of papers"
-    return examples, said
+        description += "; without a training split the test split is divided, and scores are not those of papers"
+    return examples, description
 
 
 def _part(task: Task, split: str, sources: set[str]) -> tuple[str, float, float]:
-    """The source of a split, and from where to where its documents' hashes lie in [0, 1)."""
+    """The source split of a split, and the range [low, high) of its documents' hashes, as fractions of 1."""
     if task.cut_test and "train" not in sources:
         pool, start = "test", TEST_SHARE
     else:
@@ -96,8 +97,8 @@ def _part(task: Task, split: str, sources: set[str]) -> tuple[str, float, float]
 
 
 def _files(task: Task, folder: Path) -> dict[str, Path]:
-    """The file of each split that the folder has, also of one that the hub has not; the same for all where the task's
-    rows say their split."""
+    """The file of each split in the folder, including splits that the hub does not have. If the task has `split_of`,
+    one file can contain all splits. Raises UserError for a missing folder, or two files of one split."""
     if not folder.is_dir():
         raise UserError(f"data_dir {folder} is not a folder")
     files = {}
@@ -128,7 +129,7 @@ def _open(file: Path):
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    """Each row and where it is. Raises UserError: the file is damaged, or a line is not a JSON object."""
+    """Each row with its location. Raises UserError if the file is damaged or a line is not a JSON object."""
     number = 0
     try:
         with _open(file) as lines:
@@ -137,26 +138,26 @@ def _file_rows(file: Path) -> Iterator[tuple[str, Row]]:
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise UserError(f"{file}, line {number}: not a JSON object; mend or delete that row")
+                    raise UserError(f"{file}, line {number}: not a JSON object; fix or delete that row")
                 yield f"{file}, line {number}", row
     except UserError:
         raise
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {number}: not JSON ({error}); mend or delete that row") from error
-    except Exception as error:  # of gzip, zlib, lzma, zstd, UTF-8, the disk
+        raise UserError(f"{file}, line {number}: not JSON ({error}); fix or delete that row") from error
+    except Exception as error:  # gzip, zlib, lzma, zstd, UTF-8 and the disk raise many types
         why = str(error) or type(error).__name__
-        raise UserError(f"{file} cannot be read after line {number} ({why}): copy it anew") from error
+        raise UserError(f"{file} cannot be read after line {number} ({why}): copy it again") from error
 
 
 def _hub_rows(task: Task, split: str) -> Iterator[tuple[str, Row]]:
-    """Each row of the hub's dataset and where it is. Raises UserError: no library, no network, no dataset."""
+    """Each row of the hub's dataset with its location. Raises UserError without library, network or dataset."""
     try:
         import datasets
 
         rows = datasets.load_dataset(task.hub, task.config, split=split)
     except ImportError as error:
         raise UserError("the hub's datasets need datasets: pip install -e '.[eval]'") from error
-    except Exception as error:  # of whatever HTTP library
+    except Exception as error:  # depends on the HTTP library
         why = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"cannot load {task.hub} ({why}): name a folder of JSON lines by --data_dir") from error
     for number, row in enumerate(rows):
