@@ -724,7 +724,7 @@ def test_smollm2(smollm2, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name,
                                                                dtype=torch.float32)  # fmt: skip
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    text = (ROOT / "docs/checkpoints.md").read_text()
+    text = (ROOT / "README.md").read_text()
     tokens = torch.tensor([their_tokenizer(text).input_ids[:N]])
     assert tokenizer.encode(text)[:N] == tokens[0].tolist() and tokens.shape[1] == N
     close(model(tokens)[..., : tokenizer.pause_id], theirs(tokens).logits)
