@@ -5,7 +5,7 @@
     python experiments/dit_table.py … --out_dir=out/ablation --methods=sft,focal,dit,dit_pause_loss --seeds=3
     python experiments/dit_table.py … --out_dir=out/short --train="--max_steps=500" --limit=200
 
-Every job is a train.py with config/dit.py, the task's own settings, a placement and a seed, and then an evaluate.py on
+Every job is a train.py with config/dit.py, the task's recipe, a placement and a seed, and then an evaluate.py on
 the checkpoint with the lowest validation loss: greedy, with no pauses but appd's, which are in its prompts. `untrained`
 is the model as it comes, evaluated once. On several GPUs every GPU has a job.
 
@@ -84,7 +84,7 @@ class Settings(grid.Settings):
 def job_of(settings: Settings, task: str, method: str, seed: int) -> Job:
     _, arguments = METHODS[method]
     if arguments is not None:
-        arguments = *(str(ROOT / "config" / name) for name in ("dit.py", f"tasks/{task}_dit.py")), *arguments
+        arguments = str(ROOT / "config/dit.py"), f"--recipe={task}_dit", *arguments
     return Job(settings, task, Method(method), seed, settings.init_from, arguments)
 
 

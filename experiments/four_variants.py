@@ -7,7 +7,7 @@
 Every job is a train.py of its own, from one of the two models, with a number of pauses M_ft and a seed, and then an
 evaluate.py on the checkpoint with the lowest validation loss. StdFT is M_ft = 0; evaluation has M_inf = M_ft pauses,
 and where PauseFT models are asked for others, StdFT ones stay at 0. Learning rates, steps and batches are those of
-config/tasks. On several GPUs every GPU has a job.
+nanopause/recipes.py. On several GPUs every GPU has a job.
 
     out_dir/table.md              mean ± standard deviation over seeds, beside the paper's row
     out_dir/results.json          the same with every seed's values, versions and settings
@@ -81,17 +81,17 @@ class Settings(grid.Settings):
     inference_pauses: str = ""
     """M_inf besides M_ft itself, with commas, of PauseFT models."""
     size: Literal["130m", "1b"] = "130m"
-    """Whose learning rates, steps and batches: config/tasks/gsm8k_130m.py, …"""
+    """Whose learning rates, steps and batches: the recipes gsm8k_130m, …"""
     out_dir: str = "out/four_variants"
     """Folder of everything."""
 
 
 def job_of(settings: Settings, task: str, variant: Variant, seed: int) -> Job:
     init_from = settings.pretrained_pause if variant.pretraining == "Pause" else settings.pretrained_std
-    configs = [str(ROOT / "config" / name) for name in ("finetune.py", f"tasks/{task}_{settings.size}.py")]
+    recipe = str(ROOT / "config/finetune.py"), f"--recipe={task}_{settings.size}"
     more = numbers("inference_pauses", settings.inference_pauses) if variant.m_ft else []
     m_inf = dict.fromkeys((variant.m_ft, *more))
-    return Job(settings, task, variant, seed, init_from, (*configs, f"--pauses={variant.m_ft}"), tuple(m_inf))
+    return Job(settings, task, variant, seed, init_from, (*recipe, f"--pauses={variant.m_ft}"), tuple(m_inf))
 
 
 def checked(settings: Settings) -> list[Job]:
