@@ -1,6 +1,7 @@
 # DIT [Kim et al. 2025]: finetuning of the model in init_from with a pause before each of the five least likely tokens
-# of a target, found anew every step. --placement=sft, ran, appd and aaw are the baselines of the paper. At inference
-# nothing is inserted (appd: its pauses).
+# of a target, found again every step. --recipe=gsm8k_dit, aqua_dit or mbpp_dit has the paper's learning rate, steps and
+# batch for the task (nanopause/recipes.py). --placement=sft, ran, appd and aaw are the paper's baselines. Nothing is
+# inserted at inference (appd: its pauses).
 placement = "dit"
 pauses = 5
 attention = "causal"

@@ -1,5 +1,5 @@
-# Pause finetuning [Goyal et al. 2023, Algorithm 2] of the model in init_from on a task; config/tasks has the paper's
-# learning rates, steps and batches. --pauses=0 is standard finetuning.
+# Pause finetuning [Goyal et al. 2023, Algorithm 2] of the model in init_from on a task. --recipe=gsm8k_1b has the
+# paper's learning rate, steps and batch for it (nanopause/recipes.py). --pauses=0 is standard finetuning.
 pauses = 10
 pause_position = "append"
 attention = "prefix"  # as in the paper; a server that knows causal attention alone wants "causal"

@@ -5,17 +5,20 @@
     python experiments/dit_table.py … --out_dir=out/ablation --methods=sft,focal,dit,dit_pause_loss --seeds=3
     python experiments/dit_table.py … --out_dir=out/short --train="--max_steps=500" --limit=200
 
-Every job is a train.py with config/dit.py, the task's own settings, a placement and a seed, and then an evaluate.py on
-the checkpoint with the lowest validation loss: greedy, with no pauses but appd's, which are in its prompts. `untrained`
-is the model as it comes, evaluated once. On several GPUs every GPU has a job.
+Every job finetunes with config/dit.py, the task's recipe, one placement and one seed (train.py), then evaluates the
+checkpoint with the lowest validation loss (evaluate.py): greedy, without pauses but for appd's, which are in its
+prompts. `untrained` is the model without finetuning, evaluated once.
+
+Jobs run on this machine, one per GPU at a time, or with --slurm_partition=NAME on a Slurm cluster; experiments/grid.py
+has the details, and needs pip install -e '.[experiments]'.
 
     out_dir/table.md              mean ± standard deviation over seeds, the held-out loss, and the paper's rows
     out_dir/results.json          the same with every seed's values, versions and settings
     out_dir/methods.png, val_loss.png       the metric and the held-out loss, a dot a seed
     out_dir/gsm8k/dit/seed0/      log.txt, the run, its evaluation
 
-What is done is not done again, and what broke off goes on with the same command. Table, results and figures are of
-the tasks, seeds and methods that are asked for. A job that fails is named, and the others go on.
+The same command continues after an interruption; finished jobs are not repeated. Table, results and figures have the
+tasks, seeds and methods of the command. A job that fails is named, and the others go on.
 """
 
 import sys
@@ -26,8 +29,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments import grid
-from experiments.grid import ROOT, Job, plot, said
+from experiments import grid, grid_job, grid_results
+from experiments.grid_job import ROOT, Job
+from experiments.grid_results import mean_and_std, plot
 from nanopause import errors
 from nanopause.errors import UserError
 from nanopause.evaluation import claim, words
@@ -70,7 +74,7 @@ class Method(NamedTuple):
 
 
 @dataclass
-class Settings(grid.Settings):
+class Settings(grid_job.Settings):
     tasks: str = "gsm8k"
     """With commas: gsm8k, aqua, mbpp."""
     init_from: str = ""
@@ -84,7 +88,7 @@ class Settings(grid.Settings):
 def job_of(settings: Settings, task: str, method: str, seed: int) -> Job:
     _, arguments = METHODS[method]
     if arguments is not None:
-        arguments = *(str(ROOT / "config" / name) for name in ("dit.py", f"tasks/{task}_dit.py")), *arguments
+        arguments = str(ROOT / "config/dit.py"), f"--recipe={task}_dit", *arguments
     return Job(settings, task, Method(method), seed, settings.init_from, arguments)
 
 
@@ -93,10 +97,10 @@ def checked(settings: Settings) -> list[Job]:
     methods = words(settings.methods)
     if not methods or not set(methods) <= METHODS.keys():
         raise UserError(f"--methods={settings.methods} must be some of {','.join(METHODS)}")
-    tasks = grid.check(settings)
+    tasks = grid_job.check(settings)
     jobs = [job_of(settings, task, method, seed) for seed in range(settings.seeds)
             for task in tasks for method in methods if seed == 0 or method != "untrained"]  # fmt: skip
-    weights, _ = grid.check_model("init_from", settings.init_from, [job for job in jobs if job.seed == 0])
+    weights, _ = grid_job.check_model("init_from", settings.init_from, [job for job in jobs if job.seed == 0])
     same = {"init_from": weights, **{key: getattr(settings, key) for key in ("train", "data_dir", "eval_batch_size")}}
     claim(Path(settings.out_dir), same, "out_dir")
     return jobs
@@ -111,9 +115,9 @@ def table(jobs: list[Job], found: list[dict]) -> tuple[list[str], list[list[list
     for task in dict.fromkeys(job.task for job in jobs):
         at = {cell["method"]: cell for cell in found if cell["task"] == task}
         metric = next(iter(get_task(task).metrics))
-        losses = [said(at[method]["val_loss"], 3) if method in at else "–" for method in methods]
+        losses = [mean_and_std(at[method]["val_loss"], 3) if method in at else "–" for method in methods]
         groups.append([
-            [f"{task}, {metric} (%)", *(said(at.get(method)) for method in methods)],
+            [f"{task}, {metric} (%)", *(mean_and_std(at.get(method)) for method in methods)],
             ["held-out loss (nats a token)", *losses],
         ])  # fmt: skip
         for model, row in PAPER.get(task, {}).items():
@@ -140,11 +144,11 @@ def dots(axis, some: list[dict], key: str | None = None) -> None:
 
 def report(jobs: list[Job], failed: dict[str, str], ticker: Ticker) -> None:
     """Show and write everything that is there."""
-    found, seeds, settings = grid.cells(jobs), grid.seeds_of(jobs), jobs[0].settings
+    found, seeds, settings = grid_results.cells(jobs), grid_results.seeds_of(jobs), jobs[0].settings
     for cell in found:
         cell["paper"] = {model: row.get(cell["method"]) for model, row in PAPER.get(cell["task"], {}).items()}
-    note = f"{grid.spread_of(jobs)} of {settings.init_from}. {SOURCE}"
-    grid.report(jobs, found, failed, *table(jobs, found), note, ticker)
+    note = f"{grid_results.spread_of(jobs)} of {settings.init_from}. {SOURCE}"
+    grid_results.report(jobs, found, failed, *table(jobs, found), note, ticker)
     title = f"{Path(settings.init_from).name}, {seeds}"
     if found:
         plot(found, Path(settings.out_dir, "methods.png"), title, dots)

@@ -4,18 +4,20 @@
     python experiments/four_variants.py … --pauses=10 --inference_pauses=0,2,5,10,25,50
     python experiments/four_variants.py … --train="--max_steps=500 --learning_rate=1e-3" --limit=200
 
-Every job is a train.py of its own, from one of the two models, with a number of pauses M_ft and a seed, and then an
-evaluate.py on the checkpoint with the lowest validation loss. StdFT is M_ft = 0; evaluation has M_inf = M_ft pauses,
-and where PauseFT models are asked for others, StdFT ones stay at 0. Learning rates, steps and batches are those of
-config/tasks. On several GPUs every GPU has a job.
+Every job finetunes one of the two models with M_ft pauses and one seed (train.py), then evaluates the checkpoint with
+the lowest validation loss (evaluate.py). StdFT is M_ft = 0. Evaluation has M_inf = M_ft pauses; --inference_pauses adds
+others for PauseFT models. Learning rates, steps and batches are the recipes of nanopause/recipes.py.
+
+Jobs run on this machine, one per GPU at a time, or with --slurm_partition=NAME on a Slurm cluster; experiments/grid.py
+has the details, and needs pip install -e '.[experiments]'.
 
     out_dir/table.md              mean ± standard deviation over seeds, beside the paper's row
     out_dir/results.json          the same with every seed's values, versions and settings
     out_dir/variants.png          the table as bars; inference.png: the metric against M_inf
     out_dir/gsm8k/PausePT_PauseFT10/seed0/    log.txt, the run, its evaluation
 
-What is done is not done again, and what broke off goes on with the same command. Table, results and figures are of
-the tasks, seeds and pauses that are asked for. A job that fails is named, and the others go on.
+The same command continues after an interruption; finished jobs are not repeated. Table, results and figures have the
+tasks, seeds and pauses of the command. A job that fails is named, and the others go on.
 """
 
 import sys
@@ -28,8 +30,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments import grid
-from experiments.grid import ROOT, Job, plot, said
+from experiments import grid, grid_job, grid_results
+from experiments.grid_job import ROOT, Job
+from experiments.grid_results import mean_and_std, plot
 from nanopause import errors
 from nanopause.errors import UserError
 from nanopause.evaluation import claim, numbers
@@ -71,7 +74,7 @@ PAPER = {  # task to variant to mean and standard deviation, %
 
 
 @dataclass
-class Settings(grid.Settings):
+class Settings(grid_job.Settings):
     pretrained_std: str = ""
     """The model pretrained without pauses: folder of a run, or whatever else init_from of train.py takes."""
     pretrained_pause: str = ""
@@ -81,17 +84,17 @@ class Settings(grid.Settings):
     inference_pauses: str = ""
     """M_inf besides M_ft itself, with commas, of PauseFT models."""
     size: Literal["130m", "1b"] = "130m"
-    """Whose learning rates, steps and batches: config/tasks/gsm8k_130m.py, …"""
+    """Whose learning rates, steps and batches: the recipes gsm8k_130m, …"""
     out_dir: str = "out/four_variants"
     """Folder of everything."""
 
 
 def job_of(settings: Settings, task: str, variant: Variant, seed: int) -> Job:
     init_from = settings.pretrained_pause if variant.pretraining == "Pause" else settings.pretrained_std
-    configs = [str(ROOT / "config" / name) for name in ("finetune.py", f"tasks/{task}_{settings.size}.py")]
+    recipe = str(ROOT / "config/finetune.py"), f"--recipe={task}_{settings.size}"
     more = numbers("inference_pauses", settings.inference_pauses) if variant.m_ft else []
     m_inf = dict.fromkeys((variant.m_ft, *more))
-    return Job(settings, task, variant, seed, init_from, (*configs, f"--pauses={variant.m_ft}"), tuple(m_inf))
+    return Job(settings, task, variant, seed, init_from, (*recipe, f"--pauses={variant.m_ft}"), tuple(m_inf))
 
 
 def checked(settings: Settings) -> list[Job]:
@@ -100,14 +103,14 @@ def checked(settings: Settings) -> list[Job]:
     if not counts or 0 in counts:
         raise UserError(f"--pauses={settings.pauses} must be numbers from 1, such as 10,50: no pauses are StdFT, which "
                         f"is always there")  # fmt: skip
-    tasks = grid.check(settings)
+    tasks = grid_job.check(settings)
     variants = [Variant(pretraining, m_ft) for pretraining in ("Std", "Pause") for m_ft in (0, *counts)]
     jobs = [job_of(settings, task, variant, seed) for seed in range(settings.seeds)
             for task in tasks for variant in variants]  # fmt: skip
     same = {}
     for pretraining, key in (("Std", "pretrained_std"), ("Pause", "pretrained_pause")):
         some = [job for job in jobs if job.variant.pretraining == pretraining and job.seed == 0]
-        same[key], state = grid.check_model(key, source := getattr(settings, key), some)
+        same[key], state = grid_job.check_model(key, source := getattr(settings, key), some)
         if state and state["knows_pauses"] != (pretraining == "Pause"):
             raise UserError(f"--{key}={source} has {'' if state['knows_pauses'] else 'not '}been trained with pauses")
     same |= {key: getattr(settings, key) for key in ("size", "train", "data_dir", "eval_batch_size")}
@@ -127,7 +130,7 @@ def table(jobs: list[Job], found: list[dict]) -> tuple[list[str], list[list[list
     variants, groups = list(dict.fromkeys(job.variant for job in jobs)), []
     for task in dict.fromkeys(job.task for job in jobs):
         at = {variant_of(cell): cell for cell in found if cell["task"] == task and cell["m_inf"] == cell["m_ft"]}
-        ours = [said(at.get(variant)) for variant in variants]
+        ours = [mean_and_std(at.get(variant)) for variant in variants]
         paper = PAPER.get(task, {})
         theirs = [f"{paper[v][0]:.1f} ± {paper[v][1]:.1f}" if v in paper else "–" for v in variants]
         metric = next(iter(get_task(task).metrics)).replace("_", " ")
@@ -173,12 +176,12 @@ def lines(axis, some: list[dict], colours: dict) -> None:
 
 def report(jobs: list[Job], failed: dict[str, str], ticker: Ticker) -> None:
     """Show and write everything that is there."""
-    found, seeds, out_dir = grid.cells(jobs), grid.seeds_of(jobs), Path(jobs[0].settings.out_dir)
+    found, seeds, out_dir = grid_results.cells(jobs), grid_results.seeds_of(jobs), Path(jobs[0].settings.out_dir)
     for cell in found:
         paper = PAPER.get(cell["task"], {}).get(variant_of(cell))
         cell["paper"] = paper if cell["m_inf"] == cell["m_ft"] else None
-    note = f"{grid.spread_of(jobs)}, M_inf = M_ft. {SOURCE}"
-    grid.report(jobs, found, failed, *table(jobs, found), note, ticker)
+    note = f"{grid_results.spread_of(jobs)}, M_inf = M_ft. {SOURCE}"
+    grid_results.report(jobs, found, failed, *table(jobs, found), note, ticker)
     several = jobs[0].settings.seeds > 1
     title, colours = seeds + "; error bars: ± sample standard deviation" * several, coloured(found)
     if found:

@@ -38,8 +38,8 @@ from nanopause.files import replace_file
 from nanopause.intervals import t_interval
 from nanopause.progress import Ticker
 
-# Keys of Config that change no result beyond rounding.
-NEUTRAL = {"seed", "out_dir", "resume", "device", "compile", "micro_batch_size", "tracker", "log_interval",
+# Keys of Config that change no result beyond rounding; a recipe's values are keys of their own.
+NEUTRAL = {"seed", "out_dir", "recipe", "resume", "device", "compile", "micro_batch_size", "tracker", "log_interval",
            "eval_interval", "checkpoint_interval"}  # fmt: skip
 OTHER_DATA = "losses on different data are not comparable"
 REQUIRED = {  # keys that must be equal, and why

@@ -13,6 +13,7 @@ from nanopause.cli import parse
 from nanopause.data import Insertion
 from nanopause.errors import UserError
 from nanopause.model import GPTConfig
+from nanopause.recipes import get_recipe
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
 BIG = 2**62
@@ -32,7 +33,7 @@ LIMITS = {
 @dataclass
 class Config(GPTConfig):
     """A training run: the model's shape and everything else. Config files come first and compose, a later one wins;
-    then --key=value."""
+    then the recipe, then --key=value."""
 
     vocab_size: tyro.conf.Suppress[int] = 0  # the tokenizer's
     given: ClassVar[frozenset[str]] = frozenset()  # keys of the command line, without the config files'
@@ -60,6 +61,9 @@ class Config(GPTConfig):
     """Pauses inserted at random into a sequence, per token of it. The sequence is then trimmed back to its length, so
     that a share of rate/(1+rate) of its positions are pauses. 0: standard pretraining."""
 
+    recipe: str = ""
+    """Task, learning_rate, warmup_steps, max_steps and batch_size of a paper, such as gsm8k_1b, squad_130m or aqua_dit;
+    nanopause/recipes.py has all. Other --key=value arguments win. Empty: none."""
     task: str = ""
     """Train on it, instead of a corpus: gsm8k, squad, coqa, csqa, piqa, hellaswag, lambada, webq, nq, aqua or mbpp;
     parity_16, mod3_16 (any number of bits) and match3_6 are computed and need no data."""
@@ -232,7 +236,8 @@ def _parse(args: list[str]) -> Config:
 def load_config(args: list[str]) -> Config:
     """A Config from config files and --key=value, as on train.py's command line: `["config/pause.py", "--seed=1"]`.
 
-    A boolean key alone means True. Raises UserError, or SystemExit where an argument is not understood.
+    --recipe is applied after the files and before the other keys. A boolean key alone means True. Raises UserError, or
+    SystemExit where an argument is not understood.
     """
     files = [arg for arg in args if not arg.startswith("-")]
     settings = [arg for arg in args if arg.startswith("-")]
@@ -247,7 +252,9 @@ def load_config(args: list[str]) -> Config:
         except SystemExit:
             print(f"error: this is in {file}", file=sys.stderr)
             raise
-    config = _parse(from_files + settings)
+    recipes = [arg.removeprefix("--recipe=") for arg in from_files + settings if arg.startswith("--recipe=")]
+    from_recipe = get_recipe(recipes[-1]).arguments() if recipes and recipes[-1] else []
+    config = _parse(from_files + from_recipe + settings)
     config.given = frozenset(setting[2:].partition("=")[0].replace("-", "_") for setting in settings)
     name = config.task or "-".join(Path(file).stem for file in files) or "default"
     config.out_dir = config.out_dir or str(Path("out", name))

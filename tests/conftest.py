@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 # Operations this small take longer on several threads, which wait for each other, than on one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +32,7 @@ if find_spec("triton") and not torch.cuda.is_available():
     interpreter.InterpretedFunction.__call__ = call
 
 from experiments import grid as grids
-from experiments import runs
+from experiments import grid_job, runs
 from nanopause.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,25 +93,35 @@ def train(tiny_corpus):
 
 
 class Forked:
-    """What `start` returns, of a process forked from one that has imported torch."""
+    """A subprocess.Popen of a script, forked from a process that has imported torch."""
 
     started = []
 
-    def __init__(self, command, log, device, lock):
-        self.process, self.log = scripts.start(*command[1:]), log
-        self.terminate, self.kill, self.wait = self.process.terminate, self.process.kill, self.process.join
+    def __init__(self, command, stdout, **_):
+        self.process, self.log, self.returncode = scripts.start(*command[1:]), stdout, None
         self.started.append(command)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.join()
+        self.poll()
+
     def poll(self):
-        if self.process.exitcode is not None and not self.process.stdout.closed:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.process.stdout as output, self.process.stderr as errors, open(self.log, "a") as log:
-                log.write("$ forked\n" + output.read() + errors.read())
-        return self.process.exitcode
+        if self.returncode is None and self.process.exitcode is not None:
+            self.returncode = self.process.exitcode
+            with self.process.stdout as output, self.process.stderr as errors:
+                self.log.write(output.read() + errors.read())
+        return self.returncode
+
+    def terminate(self):
+        if self.returncode is None:
+            self.process.terminate()
 
 
 class Inline:
-    """What a ProcessPoolExecutor does, in this process."""
+    """A ProcessPoolExecutor or an executor of submitit that runs everything in this process."""
 
     def __init__(self, *_):
         pass
@@ -149,15 +160,17 @@ def experiment(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def grid(monkeypatch, capsys):
-    """Runs a grid's script here, its jobs forked, and returns what it printed and how many processes it started."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Runs a grid's script here, its commands forked, and returns what it printed and how many commands it started."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(grids, "executor_of", Inline)
+    monkeypatch.setattr(grid_job, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=None, STDOUT=None))
 
     def grid(script, *args):
-        monkeypatch.setattr(grids, "start", Forked)
         monkeypatch.setattr(sys, "argv", [script.__name__, *args])
         Forked.started.clear()
         script.main()
         return capsys.readouterr().out, len(Forked.started)
 
     yield grid
-    signal.signal(signal.SIGTERM, before)
+    for each, handler in before.items():
+        signal.signal(each, handler)

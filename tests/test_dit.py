@@ -300,7 +300,7 @@ def test_settings_that_do_not_fit(args, text):
 
 @pytest.mark.parametrize("task, rate", [("gsm8k", 1e-5), ("aqua", 3e-5), ("mbpp", 3e-5)])
 def test_configs_of_the_paper(task, rate):
-    args = [str(ROOT / "config" / name) for name in ("dit.py", f"tasks/{task}_dit.py")]
+    args = [str(ROOT / "config/dit.py"), f"--recipe={task}_dit"]
     config = load_config([*args, "--init_from=out/pause"])
     assert (config.task, config.placement, config.learning_rate, config.batch_size) == (task, "dit", rate, 4)
     assert (config.pauses, config.consecutive, config.prefix_pauses, config.pausing) == (5, 1, 0, True)

@@ -1,6 +1,0 @@
-# HellaSwag for the model of config/pause_130m.py [Goyal et al. 2023]; after config/finetune.py.
-task = "hellaswag"
-learning_rate = 1e-6
-warmup_steps = 100
-max_steps = 1000
-batch_size = 16

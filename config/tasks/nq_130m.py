@@ -1,6 +1,0 @@
-# Natural Questions for the model of config/pause_130m.py [Goyal et al. 2023]; after config/finetune.py.
-task = "nq"
-learning_rate = 5e-4
-warmup_steps = 100
-max_steps = 5000
-batch_size = 256
