@@ -132,6 +132,8 @@ def read_state(folder: Path) -> dict:
     """checkpoint.json: step, config, model config, versions. Keys that an earlier version lacks have their defaults."""
     state = json.loads((folder / "checkpoint.json").read_text())
     defaults = {part: asdict(kind()) | state[part] for part, kind in PARTS.items()}
+    if not defaults["config"]["task"] and defaults["config"]["placement"] == "appd":
+        defaults["config"]["placement"] = "random"  # its earlier name
     return {"tokens": 0, "flops": 0.0, "knows_pauses": state["config"]["pause_rate"] > 0} | state | defaults
 
 

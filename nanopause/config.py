@@ -13,6 +13,7 @@ from nanopause.cli import parse
 from nanopause.data import Insertion
 from nanopause.errors import UserError
 from nanopause.model import GPTConfig
+from nanopause.placement import get_placement
 from nanopause.recipes import get_recipe
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
@@ -73,11 +74,10 @@ class Config(GPTConfig):
     """Only the first so many examples of the task's training split. None: all."""
     pauses: int = 0
     """Pauses of an example; with placement=between those after each token of a corpus."""
-    placement: Literal["appd", "sft", "ran", "aaw", "dit", "between"] = "appd"
-    """Where the pauses go. Of an example, appd: to its prefix [Goyal et al. 2023]; dit: before the `pauses` least
-    likely tokens of its target, found again every step [Kim et al. 2025]; ran: before as many random ones; aaw: after
-    every word of the target; sft: nowhere. Of a corpus, between: `pauses` of them between neighbouring tokens; they
-    count towards block_size."""
+    placement: str = ""
+    """Where the pauses go; nanopause/placement.py has all. Of a corpus: random (pause_rate), or between: `pauses` of
+    them between neighbouring tokens. Of a task: appd, after the prefix; dit, before the `pauses` least likely tokens of
+    the target; ran, before random ones; aaw, after its words; sft, nowhere. Empty: random, or appd."""
     hints: str = ""
     """Targets of positions that have none otherwise, in training alone. Of a task: its intermediate results, such as
     count of parity_16. Of a corpus: next_token gives the next text token to every token and pause before it. Empty:
@@ -152,13 +152,15 @@ class Config(GPTConfig):
                 raise UserError(f"{key}={value} must be " + (f"{low} to {high}" if high < BIG else f"at least {low}"))
         if self.block_size == 0 and not (self.init_from or self.resume):
             raise UserError("block_size=0 is all that the model of init_from reads: name one with --init_from")
-        between = self.placement == "between"
-        if self.pauses and not self.task and not between:
+        self.placement = self.placement or ("appd" if self.task else "random")
+        get_placement(self.placement, of_task=bool(self.task))
+        if self.pauses and not self.task and self.placement == "random":
             raise UserError(f"pauses={self.pauses} stand between the prefix and the target of a task: add "
                             f"--task=gsm8k, say, or use pause_rate for pretraining")  # fmt: skip
-        if between and (self.task or not self.pauses or self.pause_rate or 0 < self.block_size <= self.pauses):
-            raise UserError("placement=between is for pretraining with 1 or more pauses and no pause_rate: add "
-                            "--pauses=1 and leave out --task and --pause_rate")  # fmt: skip
+        if not self.task and self.placement != "random":
+            if not self.pauses or self.pause_rate or 0 < self.block_size <= self.pauses:
+                raise UserError(f"placement={self.placement} is for pretraining with 1 or more pauses and no "
+                                f"pause_rate: add --pauses=1 and leave out --pause_rate")  # fmt: skip
         if (self.pause_loss or self.consecutive > 1) and self.placement in ("appd", "sft"):
             raise UserError(f"pause_loss and consecutive are of pauses in a target, and placement={self.placement} has "
                             f"none: use --placement=dit, ran or aaw")  # fmt: skip
@@ -186,13 +188,14 @@ class Config(GPTConfig):
     @property
     def insertion(self) -> Insertion:
         """How the blocks of a corpus get their pauses."""
-        between = self.pauses if self.placement == "between" else 0
-        return Insertion(self.pause_rate, between, all_slots=self.hints == "next_token")
+        if self.task or not self.pausing:
+            return Insertion()
+        return Insertion(self.placement, self.pauses, self.pause_rate, self.block_size + 1, self.hints == "next_token")
 
     @property
     def text_length(self) -> int:
         """Tokens of text in a block of a corpus, which fill block_size together with the pauses between them."""
-        return self.block_size // (1 + self.insertion.between)
+        return self.block_size // (1 + self.pauses) if self.placement == "between" else self.block_size
 
     @property
     def pausing(self) -> bool:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanopause.errors import UserError
-from nanopause.pauses import IGNORE, insert_between, insert_random, next_tokens, targets_of
+from nanopause.pauses import IGNORE, next_tokens, targets_of
+from nanopause.placement import CORPUS, Row
 from nanopause.tokenizer import Tokenizer
 
 ROW_MULTIPLE = 256  # tokens; on a GPU packed batches are padded to it, so that kernels compile for few lengths
@@ -106,8 +107,10 @@ class Batch:
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of `size` sequences; on a GPU packed ones are padded to a multiple of ROW_MULTIPLE."""
         if not self.ends:
-            for inputs, targets in zip(self.inputs.split(size), self.targets.split(size)):
-                yield replace(self, inputs=inputs, targets=targets)
+            for i in range(0, len(self.inputs), size):
+                rows = slice(i, i + size)
+                layout = {name: x[rows] for name, x in self.layout.items()}
+                yield replace(self, inputs=self.inputs[rows], targets=self.targets[rows], layout=layout)
             return
         starts = (0, *self.ends)
         for i in range(0, len(self.ends), size):
@@ -139,30 +142,33 @@ class Batch:
 
 @dataclass(frozen=True)
 class Insertion:
-    """How pauses are inserted into a block of text. rate: pauses per token at random positions; the block is then
-    truncated to its original length. between: pauses between consecutive tokens, which make the block longer.
-    all_slots: the next text token is the target of the token before the pauses and of every pause; otherwise only of
-    the last pause."""
+    """How blocks of a corpus get their pauses. placement: one of placement.CORPUS, or "" for no pauses. n, rate: see
+    placement.Row. length: the longer row is cut to it; None: the block's. all_slots: the target of a token before
+    pauses, and of every pause, is the next text token; otherwise only the last of them has it."""
 
+    placement: str = ""
+    n: int = 0
     rate: float = 0.0
-    between: int = 0
+    length: int | None = None
     all_slots: bool = False
 
-    def __call__(self, block: np.ndarray, pause_id: int, key: tuple) -> np.ndarray:
-        if self.rate:
-            block = insert_random(block, self.rate, pause_id, np.random.default_rng(key))
-        return insert_between(block, self.between, pause_id) if self.between else block
+    def __call__(self, block: np.ndarray, tokenizer: Tokenizer, key: tuple) -> np.ndarray:
+        if not self.placement:
+            return block
+        row = Row(block, tokenizer, np.random.default_rng(key), n=self.n, rate=self.rate)
+        return CORPUS[self.placement](row)[: self.length or len(block)]
 
     def __str__(self) -> str:
-        if not self.between:
-            return f"pause_rate {self.rate}"
-        return f"{self.between} pauses between tokens, loss at {'all slots' if self.all_slots else 'the last'}"
+        if not self.placement:
+            return "no pauses"
+        loss = f", loss at {'all slots' if self.all_slots else 'the last slot'}" * bool(self.n)
+        return f"{CORPUS[self.placement].__doc__}, {f'{self.n} each' if self.n else f'pause_rate {self.rate}'}{loss}"
 
 
 def make_batch(blocks: list[np.ndarray], insertion: Insertion, tokenizer: Tokenizer, keys: list[tuple]) -> Batch:
     """A batch of blocks with pauses inserted. keys: one seed per sequence, so that sequences are independent."""
     pause_id = tokenizer.pause_id
-    tokens = np.stack([insertion(block, pause_id, key) for block, key in zip(blocks, keys)]).astype(np.int64)
+    tokens = np.stack([insertion(block, tokenizer, key) for block, key in zip(blocks, keys)]).astype(np.int64)
     hints = next_tokens(tokens, pause_id) if insertion.all_slots else None
     targets = targets_of(tokens, pause_id, hints=hints)[:, :-1]
     inputs = tokens[:, :-1]

@@ -22,7 +22,8 @@ from nanopause import tasks
 from nanopause.config import Config
 from nanopause.data import Batch, Shuffled, evenly
 from nanopause.errors import UserError
-from nanopause.pauses import IGNORE, after_words, append, insert_before, lowest_likelihood, prepend, targets_of
+from nanopause.pauses import IGNORE, append, insert_before, lowest_likelihood, prepend, targets_of
+from nanopause.placement import TASK, Row
 from nanopause.tasks import Example
 from nanopause.tasks.task import Hints
 from nanopause.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ def encode(
     prefix = tokenizer.encode(example.prefix)
     target = [*continuation(tokenizer, example.prefix, example.target), tokenizer.eot_id]
     if inside:
-        block_size -= inside.n * len(inside.places(target))
+        block_size -= inside.n_added(target)
     before, n_cut = with_pauses(prefix, tokenizer, block_size - len(target), pauses, pause_position, cut)
     if n_cut == len(prefix) or len(before) + len(target) > block_size:
         return None
@@ -147,14 +148,9 @@ def load_pairs(
 
 def described(config: Config) -> str:
     """What an example of a run looks like."""
-    each = f"{config.consecutive} pause{'s' * (config.consecutive > 1)}"
-    about = {
-        "appd": f"prefix, {config.pauses} pauses (pause_position {config.pause_position}), target",
-        "sft": "prefix, target",
-        "dit": f"prefix, target with {each} before each of its {config.pauses} least likely tokens",
-        "ran": f"prefix, target with {each} before each of {config.pauses} random tokens",
-        "aaw": f"prefix, target with {each} after every word",
-    }[config.placement]
+    about = f"prefix, target; {TASK[config.placement].__doc__}"
+    if config.placement != "sft":
+        about += f", pauses {config.pauses}, consecutive {config.consecutive}, pause_position {config.pause_position}"
     about += f", hints {config.hints}" * bool(config.hints)
     return f"{about}; attention {config.attention}, trainable {config.trainable}"
 
@@ -182,27 +178,31 @@ def pack(pairs: Sequence[Pair], pause_id: int, attention: Literal["causal", "pre
 
 
 class TargetPauses:
-    """Pauses inside of targets [Kim et al. 2025]: config.placement dit, ran or aaw."""
+    """Pauses inside targets [Kim et al. 2025]: config.placement dit, ran or aaw."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.placement, self.m, self.n = config.placement, config.pauses, config.consecutive
-        self.seed, self.tokenizer = config.seed, tokenizer
+        self.tokenizer = tokenizer
         self.fill = tokenizer.pause_id if config.pause_loss else IGNORE
 
-    def places(self, target: Sequence[int], key: tuple[int, ...] = (0,)) -> np.ndarray:
-        """Where in a target with its end of text there are pauses, int64; key: of ran's chance. As many as of dit."""
-        if self.placement == "aaw":
-            return np.array(after_words([self.tokenizer.decode_bytes([i]) for i in target[:-1]]), dtype=np.int64)
-        return np.random.default_rng(key).permutation(len(target))[: self.m]
+    def _longer(self, tokens: np.ndarray, n_prefix: int, key: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.default_rng(key)
+        return TASK[self.placement](Row(tokens, self.tokenizer, rng, n_prefix, self.m, consecutive=self.n))
 
-    def placed(self, batch: Batch, pairs: Sequence[Pair], keys: list[tuple[int, ...]]) -> Batch:
-        """A packed batch with the pauses of ran and aaw, whose places do not depend on the model."""
-        places = [self.places(pair.tokens[pair.n_prefix :].tolist(), key) for pair, key in zip(pairs, keys)]
-        starts = [0, *batch.ends[:-1]]
-        chosen = torch.zeros_like(batch.inputs, dtype=torch.bool)
-        for start, pair, place in zip(starts, pairs, places):
-            chosen[0, start + pair.n_prefix - 1 + place] = True
-        return self.insert(batch, chosen, [len(place) for place in places])
+    def n_added(self, target: Sequence[int]) -> int:
+        """Pauses that a target with its end of text gets."""
+        if self.placement == "dit":
+            return self.n * min(self.m, len(target))
+        return len(self._longer(np.array(target), 0, (0,))) - len(target)
+
+    def placed(self, pair: Pair, key: tuple[int, ...]) -> Pair:
+        """A pair with the pauses of ran or aaw; key: of its random numbers."""
+        tokens = self._longer(pair.tokens, pair.n_prefix, key)
+        hints = pair.hints
+        if self.fill != IGNORE:  # a pause is a target too
+            is_before_pause = np.append(tokens[1:] == self.fill, False) & (np.arange(len(tokens)) >= pair.n_prefix - 1)
+            hints = np.where(is_before_pause, self.fill, IGNORE)
+        return replace(pair, tokens=tokens, hints=hints)
 
     @torch.no_grad()
     def least_likely(self, model: Callable, batch: Batch, micro_batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,10 +253,10 @@ class TaskBatches:
 
     def __getitem__(self, step: int) -> Batch:
         pairs = [self.pairs[i] for i in self.chosen[step]]
-        batch = pack(pairs, self.pause_id, self.attention)
-        if self.inside is None or self.inside.placement == "dit":
-            return batch
-        return self.inside.placed(batch, pairs, [(self.seed, 1, step, row) for row in self.chosen.rows])
+        if self.inside and self.inside.placement != "dit":
+            keys = [(self.seed, 1, step, row) for row in self.chosen.rows]
+            pairs = [self.inside.placed(pair, key) for pair, key in zip(pairs, keys)]
+        return pack(pairs, self.pause_id, self.attention)
 
 
 def task_validation_batches(

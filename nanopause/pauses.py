@@ -31,6 +31,11 @@ def insert_between(tokens: np.ndarray, n: int, pause_id: int) -> np.ndarray:
     return longer.reshape(*tokens.shape[:-1], -1)[..., : tokens.shape[-1] * (1 + n) - n]
 
 
+def insert_at(tokens: np.ndarray, places: np.ndarray, n: int, pause_id: int) -> np.ndarray:
+    """n pauses before each of these places, int [P] in 0 … N: integers [N] become [N + n·P], of the same dtype."""
+    return np.insert(tokens, np.repeat(places, n), pause_id)
+
+
 def next_tokens(tokens: np.ndarray, pause_id: int) -> np.ndarray:
     """The next text token after each position, skipping pauses, int64 [..., N]; IGNORE if there is none. Used as hints
     of targets_of, they give a token and every pause after it the same target."""

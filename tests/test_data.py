@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanopause.data import Corpus, Insertion, TrainingBatches, prefetch, validation_batches
+from nanopause.data import Batch, Corpus, Insertion, TrainingBatches, prefetch, validation_batches
 from nanopause.errors import UserError
 from nanopause.pauses import IGNORE
 from nanopause.tokenizer import load_tokenizer
@@ -22,7 +22,7 @@ def corpus(tiny_corpus):
 
 
 def batches(corpus, batch_size=8, pause_rate=0.0, seed=1, rank=0, n_ranks=1):
-    return TrainingBatches(corpus, batch_size, Insertion(pause_rate), seed, rank, n_ranks)
+    return TrainingBatches(corpus, batch_size, Insertion("random", rate=pause_rate), seed, rank, n_ranks)
 
 
 def test_blocks_cover_the_shards(corpus):
@@ -87,9 +87,9 @@ def test_pauses_fall_elsewhere_in_every_row_and_epoch(corpus):
 
 def test_validation_is_always_the_same_and_shared_out(tiny_corpus):
     held_out = Corpus(tiny_corpus / "bytes", "val", BYTES, T)
-    whole = list(validation_batches(held_out, 10, 4, Insertion(0.1), 1, 0, 1))
+    whole = list(validation_batches(held_out, 10, 4, Insertion("random", rate=0.1), 1, 0, 1))
     assert [len(batch.inputs) for batch in whole] == [4, 4, 2]
-    of_rank = [validation_batches(held_out, 10, 4, Insertion(0.1), 1, rank, 3) for rank in range(3)]
+    of_rank = [validation_batches(held_out, 10, 4, Insertion("random", rate=0.1), 1, rank, 3) for rank in range(3)]
     shares = [torch.cat([batch.inputs for batch in batches]) for batches in of_rank]
     rows = lambda x: sorted(map(tuple, x.tolist()))  # noqa: E731
     assert rows(torch.cat([b.inputs for b in whole])) == rows(torch.cat(shares))
@@ -146,3 +146,11 @@ def test_a_shard_of_another_tokenizer_is_found_by_its_ids(tiny_corpus, tmp_path)
     (folder / "meta.json").write_text(json.dumps(meta | {"tokenizer": "bytes"}))
     with pytest.raises(UserError, match="which the tokenizer 'bytes' does not have: prepare it again"):
         batches(Corpus(folder, "train", BYTES, T))[0]
+
+
+def test_micro_batches_have_their_rows_of_every_field():
+    batch = Batch(*(torch.arange(12).view(4, 3) + k for k in (0, 1)), n_live=12, n_pauses=0,
+                  layout={"lo": torch.arange(12).view(4, 3).int()})  # fmt: skip
+    for i, part in enumerate(batch.split(3)):
+        for x in (part.inputs, part.targets - 1, part.layout["lo"]):
+            assert x.tolist() == batch.inputs[3 * i : 3 * i + 3].tolist()
