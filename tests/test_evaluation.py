@@ -282,7 +282,7 @@ def test_killed_evaluation_continues(run, run_folder, tmp_path):
     (["--pauses=90"], "90 pauses leave no room for a prompt of webq, as block_size is 96 tokens and 48 of them are"),
     (["--data_dir=/nowhere"], "data_dir /nowhere is not a folder"),
     (["--limit=0"], "limit=0 must be 1 to"),
-    (["--out_dir=nothing/here"], "'nothing/here' is no folder here, and the hub does not give it"),
+    (["--out_dir=nothing/here"], "'nothing/here' is not a folder and cannot be downloaded from the hub"),
 ])  # fmt: skip
 def test_invalid_settings_are_one_sentence(run, tmp_path, change, sentence, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
