@@ -6,14 +6,14 @@
                                                                # where pauses in pretraining alone are enough
     python experiments/counting.py --n=100 --max_steps=20000 --seeds=3     # the paper's sizes, on a GPU
 
-1. Parity of n random bits [London & Kanade 2025, section 5]. With M pauses after the bits, training has the count in
-   unary as targets at the pauses (hints). Controls: no hints; no pauses and other hints at the bits; a larger model
-   without pauses; dots, an ordinary token, in place of pauses.
+1. Parity of n random bits [London & Kanade 2025, section 5]. With M pauses after the bits, the targets at the pauses
+   are the count in unary (hints). Controls: no hints; no pauses and other hints at the bits; a larger model without
+   pauses; dots, an ordinary token, in place of pauses.
 2. The four variants of Goyal et al. 2023 on a function of the count: parity in pretraining, as above, then finetuning
    on the count modulo 3, without hints.
 
-All arms have the same number of steps, examples, and, but for the larger model, parameters. Test strings are in no
-training set. Chance is 1/2 for parity and 1/3 modulo 3.
+All arms have the same number of steps and examples and, except for the larger model, of parameters. Test strings do not
+occur in training. Chance is 1/2 for parity and 1/3 modulo 3.
 
     out/counting/results.json    every arm with its settings, parameters and accuracies by seed
     out/counting/results.md, counting.png
@@ -34,8 +34,8 @@ from nanopause.model import GPT
 
 
 class Arm(NamedTuple):
-    """What differs between runs. name: of its folder. pauses: of training. changed: other settings of the model or
-    the optimizer. pretraining: the arm that it continues. is_held: see hold_answer."""
+    """The settings that differ between arms. name: of the folder. pauses: in training. changed: arguments for the model
+    or the optimizer. pretraining: name of the arm that it continues. is_held: whether hold_answer edits the weights."""
 
     name: str
     label: str
@@ -89,8 +89,8 @@ def variants(n: int) -> list[Arm]:
 
 
 def hold_answer(n: int, model: GPT) -> None:
-    """Copy the position embeddings after n bits and n pauses to where they are without pauses. So finetuning without
-    pauses begins with the answer at the position that it had in pause pretraining."""
+    """Copy the position embeddings after n bits and n pauses to the positions after n bits. In finetuning without
+    pauses the answer then starts with the position embedding that it had in pause pretraining."""
     table = model.position_embedding.weight.data
     table[n : 2 * n] = table[2 * n : 3 * n].clone()
 
@@ -100,20 +100,20 @@ class Settings:
     n: list[int] = field(default_factory=lambda: [20])
     """Numbers of bits, with commas."""
     seeds: int = 1
-    """Seeds 0, 1, …, as many as this."""
+    """Number of seeds: 0, 1, …"""
     max_steps: int = 500
-    """Steps of every arm, and as many of every finetuning."""
+    """Steps of every arm, also of every finetuning."""
     batch_size: int = 128
     """Examples per step."""
     border: bool = False
-    """Instead of all arms: pause pretraining, then standard finetuning with the answer's position held, by number of
-    bits and width of the MLP."""
+    """Instead of all arms: pause pretraining, then standard finetuning with hold_answer, by number of bits and width of
+    the MLP."""
     out_dir: str = "out/counting"
-    """Folder of everything."""
+    """Folder of runs and results."""
 
 
 def run_of(settings: Settings, n: int, arm: Arm, seed: int, n_mlp: int = 16) -> Run:
-    """The run of an arm. Every arm has the same settings but for the fields of Arm."""
+    """The run of an arm. Settings that are not in Arm are the same for all arms."""
     group = f"border/n{n}_mlp{n_mlp}" if settings.border else f"n{n}"
     first = None
     if arm.pretraining:
@@ -131,38 +131,39 @@ def run_of(settings: Settings, n: int, arm: Arm, seed: int, n_mlp: int = 16) -> 
 
 
 def measure(folder: Path) -> dict:
-    """Accuracy of a run's last checkpoint on the test strings with as many pauses as in training, and of pause
-    finetunings with 0 … 2n pauses."""
+    """Accuracy of a run's last checkpoint on the test strings by number of pauses: as many as in training, and for
+    pause finetuning also 0 … 2n."""
     model, tokenizer, config, measured = measurement(folder)
     kind, n = config.task.split("_")[:2]
-    n, counts = int(n), {config.pauses}
+    n = int(n)
+    counts = {config.pauses}
     if kind == "mod3" and config.pauses:
         counts |= {0, n // 4, n // 2, 3 * n // 4, n - 1, n + 1, 5 * n // 4, 3 * n // 2, 2 * n}
     return measured | {"accuracy": {m: accuracy(config, model, tokenizer, m) for m in sorted(counts)}}
 
 
 def summary(n: int, n_mlp: int, arm: Arm, runs: list[Run]) -> dict:
-    """An arm's entry of results.json. accuracy: by pauses at inference the mean over seeds and its 95 % interval."""
-    found = [run.measured() for run in runs]
+    """An arm's entry of results.json. accuracy: by pauses at inference, the mean over seeds and its 95 % interval."""
+    measured = [run.measured() for run in runs]
     accuracy = {
-        int(m): over_seeds([each["accuracy"][m] for each in found], is_share=True) for m in found[0]["accuracy"]
+        int(m): over_seeds([one["accuracy"][m] for one in measured], is_share=True) for m in measured[0]["accuracy"]
     }
-    about = {key: found[0][key] for key in ("parameters", "steps", "batch_size")}
+    about = {key: measured[0][key] for key in ("parameters", "steps", "batch_size")}
     return {"n": n, "n_mlp": n_mlp, **arm._asdict(), **about, "command": runs[0].command(),
             "seeds": len(runs), "accuracy": accuracy}  # fmt: skip
 
 
-def table(found: list[dict], border: bool) -> list[list[str]]:
+def table(results: list[dict], border: bool) -> list[list[str]]:
     """Rows of text, the header first: one row per arm, one column per number of bits."""
-    columns = sorted({(row["n"], row["n_mlp"]) for row in found})
+    columns = sorted({(row["n"], row["n_mlp"]) for row in results})
     names = [f"n = {n}" + f", MLP {n_mlp}" * border for n, n_mlp in columns]
     rows = [["accuracy", "parameters", *names]]
-    for label in dict.fromkeys(row["label"] for row in found):
-        by_size = {(row["n"], row["n_mlp"]): row for row in found if row["label"] == label}
+    for label in dict.fromkeys(row["label"] for row in results):
+        by_size = {(row["n"], row["n_mlp"]): row for row in results if row["label"] == label}
         sizes = sorted({row["parameters"] for row in by_size.values()})
         size = "–".join(f"{size:,}" for size in sizes[:: max(1, len(sizes) - 1)])
-        figures = {at: row["accuracy"][row["pauses"]] for at, row in by_size.items()}
-        rows.append([label, size, *(shown(figures[at], 3) if at in figures else "–" for at in columns)])
+        figures = {column: row["accuracy"][row["pauses"]] for column, row in by_size.items()}
+        rows.append([label, size, *(shown(figures[key], 3) if key in figures else "–" for key in columns)])
     return rows
 
 
@@ -170,34 +171,34 @@ CHANCE = {"parity": 0.5, "mod3": 1 / 3}
 
 
 def error_bars(figures: list[dict]) -> list[list[float]]:
-    """Distances from the means to the ends of their intervals; none of one seed."""
+    """Distances from the means to the lower and upper ends of their intervals; 0 without an interval."""
     return [[0 if f["low"] is None else f["mean"] - f["low"] for f in figures],
             [0 if f["high"] is None else f["high"] - f["mean"] for f in figures]]  # fmt: skip
 
 
-def plot(found: list[dict], file: Path) -> None:
+def plot(results: list[dict], file: Path) -> None:
     """Accuracy against pauses in training; the controls; the four variants; accuracy against pauses at inference."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes = sorted({row["n"] for row in found})
+    sizes = sorted({row["n"] for row in results})
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained", width_ratios=(1, 1))
     grey = [str(0.15 + 0.5 * i / max(1, len(sizes) - 1)) for i in range(len(sizes))]
 
-    def of(n: int, names: list[str]) -> list[dict]:
-        return [row for name in names for row in found if (row["n"], row["name"]) == (n, name)]
+    def rows_of(n: int, names: list[str]) -> list[dict]:
+        return [row for name in names for row in results if (row["n"], row["name"]) == (n, name)]
 
-    def at_training(rows: list[dict]) -> list[dict]:
+    def training_figures(rows: list[dict]) -> list[dict]:
         return [row["accuracy"][row["pauses"]] for row in rows]
 
     def bars(axis, names: list[str], labels: list[str]) -> None:
         height = 0.8 / len(sizes)
         for i, n in enumerate(sizes):
             names_here = [name.format(n=n) for name in names]
-            rows = of(n, names_here)
-            figures = at_training(rows)
+            rows = rows_of(n, names_here)
+            figures = training_figures(rows)
             places = [names_here.index(row["name"]) + (i - (len(sizes) - 1) / 2) * height for row in rows]
             axis.barh(places, [f["mean"] for f in figures], height * 0.9, xerr=error_bars(figures), capsize=2,
                       color=grey[i], label=f"n = {n} bits")  # fmt: skip
@@ -207,11 +208,11 @@ def plot(found: list[dict], file: Path) -> None:
 
     for i, n in enumerate(sizes):
         names = ["none_parity", "one", *(f"count_{m}" for m in sorted({2, 4, 8, n}))]
-        rows = of(n, names)
-        figures = at_training(rows)
+        rows = rows_of(n, names)
+        figures = training_figures(rows)
         axes[0, 0].errorbar([row["pauses"] for row in rows], [f["mean"] for f in figures], error_bars(figures),
                             marker="os^Dv"[i % 5], color=grey[i], capsize=3, label=f"n = {n} bits")  # fmt: skip
-        (row,) = of(n, ["PausePT_PauseFT"])
+        (row,) = rows_of(n, ["PausePT_PauseFT"])
         for m, figures in row["accuracy"].items():
             axes[1, 1].plot(
                 len(figures["values"]) * [m], figures["values"], "o", markersize=4, color=grey[i], mfc="white"
@@ -241,7 +242,7 @@ def plot(found: list[dict], file: Path) -> None:
         axis.grid(alpha=0.3, axis="x" if is_bar else "y")
         axis.set_axisbelow(True)
         axis.legend(fontsize=8, loc="best")
-    seeds = found[0]["seeds"]
+    seeds = results[0]["seeds"]
     figure.suptitle(f"{seeds} seeds; error bars: 95 % interval over seeds" if seeds > 1 else "one seed, no error bars")
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -261,17 +262,17 @@ def main() -> None:
         for arm in parity_arms(n) + variants(n)
         if not settings.border or arm.name in (f"count_{n}", "PausePT_StdFT_held")
     }
-    train_all([run for some in runs.values() for run in some], measure)
-    found = [summary(*key, some) for key, some in runs.items()]
-    found.sort(key=lambda row: (row["task"].startswith("mod3"), row["n"]))
+    train_all([run for seeds in runs.values() for run in seeds], measure)
+    results = [summary(*key, seeds) for key, seeds in runs.items()]
+    results.sort(key=lambda row: (row["task"].startswith("mod3"), row["n"]))
     note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
-            f"differ]; {found[0]['steps']:,} steps of {found[0]['batch_size']} examples per arm; up to 2,000 test "
+            f"differ]; {results[0]['steps']:,} steps of {results[0]['batch_size']} examples per arm; up to 2,000 test "
             f"strings per run; chance is 0.5 for parity, 0.333 for the variants.")  # fmt: skip
     folder = Path(settings.out_dir)
     if not settings.border:
-        plot(found, folder / "counting.png")
-    report(folder, "border" if settings.border else "results", table(found, settings.border), note, asdict(settings),
-           found)  # fmt: skip
+        plot(results, folder / "counting.png")
+    report(folder, "border" if settings.border else "results", table(results, settings.border), note, asdict(settings),
+           results)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do fillers help where no chain of thought is written? 3SUM and 2SUM [Pfau et al. 2024], in minutes on a CPU.
+"""Do filler tokens help without a chain of thought? 3SUM and 2SUM [Pfau et al. 2024], in minutes on a CPU.
 
     python experiments/match.py                       # one seed
     python experiments/match.py --seeds=3             # the tables of docs/evidence.md
@@ -6,11 +6,11 @@
     python experiments/match.py --tasks=match3_12_d3 --size=paper --max_steps=50000     # on a GPU
 
 Arms, with the same number of steps, examples and parameters:
-    pauses, hints    the chain of thought as targets at the pauses, which stay the input
-    pauses           no other target than the answer
-    none             no pauses
-    dots             fillers as in the paper: an ordinary token
-    mix              half of the training examples have a chain of thought in their text, half have dots; tested on dots
+    hints     pauses, with the chain of thought as targets at them (hints); the inputs are still pauses
+    pauses    pauses, with the answer as the only target
+    none      no pauses
+    dots      fillers as in the paper: an ordinary token
+    mix       half of the training examples have a chain of thought in their text, half have dots; tested on dots
 
     out/match/results.json, results.md       accuracies by arm and seed; chance is 0.5
     out/match/match3_6/hints/seed0/          a run of train.py
@@ -56,17 +56,17 @@ ARMS = [
 @dataclass
 class Settings:
     arms: str = "hints,pauses,none,dots,mix"
-    """Some of these, with commas."""
+    """Arms, with commas."""
     tasks: str = "match3_6,match2_8"
     """match3_N or match2_N, with commas; match3_12_d3 has vectors of 3 digits, as in the paper."""
     seeds: int = 1
-    """Seeds 0, 1, …, as many as this."""
+    """Number of seeds: 0, 1, …"""
     max_steps: int = 900
     """Steps of every arm."""
     size: Literal["small", "paper"] = "small"
     """Width 32, or the paper's 384."""
     out_dir: str = "out/match"
-    """Folder of everything."""
+    """Folder of runs and results."""
 
 
 def run_of(settings: Settings, task: str, arm: Arm, seed: int) -> Run:
@@ -82,11 +82,14 @@ def run_of(settings: Settings, task: str, arm: Arm, seed: int) -> Run:
 
 
 def counts_baseline(task: str) -> float:
-    """Accuracy of a linear rule on how often each number occurs (after the shift of 2SUM), fitted by least squares to
-    three quarters of 40 batches and tested on the rest: what frequencies give away without any matching. Examples
+    """Accuracy of a linear classifier on how often each number occurs (after the shift of 2SUM), fitted by least
+    squares to three quarters of 40 batches and tested on the rest: what frequencies predict without matching. Examples
     without a solution have fewer distinct numbers."""
-    problem, rng = problem_of(task), np.random.default_rng(0)
-    x, y = (np.concatenate(each) for each in zip(*(problem.numbers(rng) for _ in range(40))))
+    problem = problem_of(task)
+    rng = np.random.default_rng(0)
+    batches = [problem.numbers(rng) for _ in range(40)]
+    x = np.concatenate([numbers for numbers, _ in batches])
+    y = np.concatenate([has_solution for _, has_solution in batches])
     values = x @ problem.modulus ** np.arange(problem.d)  # [examples, n]
     counts = (values[:, :, None] == np.arange(problem.modulus**problem.d)).sum(1)
     features = np.concatenate((counts, np.minimum(counts, 1), counts**2), axis=1).astype(float)
@@ -107,30 +110,31 @@ def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python experiments/match.py", __doc__)
     errors.check("seeds", settings.seeds, 1, 1000)
     errors.check("max_steps", settings.max_steps, 5, 10**7)
-    tasks, names = [get_task(name).name for name in words(settings.tasks)], words(settings.arms)
+    tasks = [get_task(name).name for name in words(settings.tasks)]
+    names = words(settings.arms)
     if not all(problem_of(task) for task in tasks) or not {*names} <= {arm.name for arm in ARMS}:
-        raise UserError(f"--tasks={settings.tasks} must be such as match3_6, and --arms={settings.arms} some of "
-                        f"{','.join(arm.name for arm in ARMS)}")  # fmt: skip
+        raise UserError(f"--tasks={settings.tasks} must be tasks such as match3_6, and --arms={settings.arms} must be "
+                        f"some of {','.join(arm.name for arm in ARMS)}")  # fmt: skip
     arms = [arm for arm in ARMS if arm.name in names]
     runs = {(task, arm): [run_of(settings, task, arm, seed) for seed in range(settings.seeds)]
             for task in tasks for arm in arms}  # fmt: skip
-    train_all([run for some in runs.values() for run in some], measure)
-    found = []
-    for (task, arm), some in runs.items():
-        measured = [run.measured() for run in some]
+    train_all([run for seeds in runs.values() for run in seeds], measure)
+    results = []
+    for (task, arm), seeds in runs.items():
+        measured = [run.measured() for run in seeds]
         about = {key: value for key, value in measured[0].items() if key != "accuracy"}
         figures = over_seeds([run["accuracy"] for run in measured], is_share=True)
-        found.append({"on": task, **arm._asdict(), **about, "command": some[0].command(), "accuracy": figures})
-    at = {(row["on"], row["name"]): row for row in found}
+        results.append({"on": task, **arm._asdict(), **about, "command": seeds[0].command(), "accuracy": figures})
+    by_arm = {(row["on"], row["name"]): row for row in results}
     rows = [["accuracy", *tasks]]
-    rows += [[arm.label, *(shown(at[task, arm.name]["accuracy"], 3) for task in tasks)] for arm in arms]
+    rows += [[arm.label, *(shown(by_arm[task, arm.name]["accuracy"], 3) for task in tasks)] for arm in arms]
     baselines = {task: counts_baseline(task) for task in tasks}
     rows.append(["a linear rule on how often each number occurs", *(f"{baselines[task]:.3f}" for task in tasks)])
     note = (f"{settings.seeds} seed{'s' * (settings.seeds > 1)}, mean [95 % interval of Student's t, where the seeds "
-            f"differ]; {found[0]['steps']:,} steps of {found[0]['batch_size']} examples per arm; 2,000 test texts per "
-            f"run; chance is 0.5.")  # fmt: skip
-    found += [{"on": task, "name": "counts", "accuracy": {"mean": value}} for task, value in baselines.items()]
-    report(Path(settings.out_dir), "results", rows, note, asdict(settings), found)
+            f"differ]; {results[0]['steps']:,} steps of {results[0]['batch_size']} examples per arm; 2,000 test texts "
+            f"per run; chance is 0.5.")  # fmt: skip
+    results += [{"on": task, "name": "counts", "accuracy": {"mean": value}} for task, value in baselines.items()]
+    report(Path(settings.out_dir), "results", rows, note, asdict(settings), results)
 
 
 if __name__ == "__main__":

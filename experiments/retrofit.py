@@ -1,11 +1,11 @@
-"""Can a model that was pretrained without pauses still learn to use them?
+"""Can a model that was pretrained without pauses learn to use them?
 
     python data/openwebtext.py --tokenizer=HuggingFaceTB/SmolLM2-135M
     python experiments/retrofit.py --init_from=HuggingFaceTB/SmolLM2-135M
 
 Continues the model's pretraining with and without pauses (config/continue.py), then finetunes and evaluates the four
 variants [Goyal et al. 2023] on SQuAD, CommonsenseQA and GSM8K with 0 and 10 pauses and five seeds
-(experiments/four_variants.py). For a GPU; the same command continues after an interruption. A trial on a CPU:
+(experiments/four_variants.py). For GPUs. The same command continues after an interruption. A trial on a CPU:
 
     python experiments/retrofit.py --init_from=... --pretraining="--max_steps=2 --batch_size=2 --block_size=128" \\
         --variants="--seeds=1 --limit=2 --train='--max_steps=2 --eval_blocks=2'"
@@ -31,18 +31,17 @@ from nanopause.errors import UserError  # noqa: E402
 @dataclass
 class Settings:
     init_from: str = ""
-    """The model, as of train.py: a hub id, a transformers folder or a GGUF file."""
+    """The model: a hub id, a transformers folder or a GGUF file."""
     pretraining: str = ""
-    """More arguments of train.py in continued pretraining, as one text."""
+    """Additional arguments of train.py in continued pretraining, as one string."""
     variants: str = ""
-    """More arguments of experiments/four_variants.py, as one text."""
+    """Additional arguments of experiments/four_variants.py, as one string."""
     out_dir: str = "out/retrofit"
-    """Folder of everything."""
+    """Folder of runs and results."""
 
 
 def run(script: str, *arguments: str) -> None:
-    """Run a script of the project in a process of its own, which SIGTERM reaches too. Raises UserError where it fails,
-    after its own message."""
+    """Run a script of the project in a subprocess and forward SIGTERM to it. Raises UserError if it fails."""
     with subprocess.Popen([sys.executable, str(ROOT / script), *arguments]) as process:
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     if process.returncode:

@@ -1,7 +1,6 @@
-"""Small training runs side by side in a few processes: train.py's `train`, then a measurement of the last checkpoint;
-and the table of what they measured.
+"""Small training runs in parallel processes: train.py's `train`, a measurement of the last checkpoint, and a table.
 
-A run that has its measurement is not repeated, and one that was interrupted continues from its newest checkpoint.
+A run that has been measured is not repeated. An interrupted run continues from its newest checkpoint.
 """
 
 import contextlib
@@ -46,8 +45,8 @@ SECONDS_BETWEEN_LINES = 20.0  # of progress, without a terminal
 
 
 class Run(NamedTuple):
-    """folder: out_dir of the run. arguments: of train.py besides. first: the run that it continues. edit: changes the
-    weights that it begins with, a function of the model."""
+    """folder: out_dir of the run. arguments: other arguments of train.py. first: the run that it continues. edit:
+    modifies the initial weights, a function of the model."""
 
     folder: Path
     arguments: tuple[str, ...]
@@ -66,17 +65,17 @@ class Run(NamedTuple):
         return load_config([*self.all_arguments(), f"--out_dir={self.folder}", "--resume", "--compile=False"])
 
     def command(self) -> str:
-        """The command that repeats the run, but for its folder."""
+        """The command that repeats the run in another folder."""
         return shlex.join(["python", "train.py", *(one.removeprefix(f"{ROOT}/") for one in self.all_arguments())])
 
     def write_start(self) -> None:
-        """Save the weights of the first run, edited, for the run to begin with."""
+        """Save the edited weights of `first` as the initial weights of this run."""
         model, _, state = checkpoint.load(self.first.folder, torch.device("cpu"))
         self.edit(model)
         checkpoint.save(self.init_from(), state["step"], model, [], Config(**state["config"]), knows_pauses=True)
 
     def check(self) -> None:
-        """Raises UserError where the folder has a run with other settings."""
+        """Raises UserError if the folder has a run with other settings."""
         folders = sorted(self.folder.glob("step_" + 8 * "[0-9]"))
         if not folders:
             return
@@ -91,7 +90,7 @@ class Run(NamedTuple):
         return latest.exists() and latest.read_text() == f"step_{self.config().max_steps:08d}"
 
     def measured(self) -> dict:
-        """The measurement; {} where there is none yet."""
+        """The measurement, or {} if there is none yet."""
         file = self.folder / "measured.json"
         return json.loads(file.read_text()) if file.exists() else {}
 
@@ -104,7 +103,7 @@ Measure = Callable[[Path], dict]
 
 
 def _start_worker(numbers, n_gpus: int) -> None:
-    """On a CPU one thread per process; on GPUs one of them per process. An interrupt is left to the parent."""
+    """One thread per process on a CPU, one GPU per process on GPUs. The parent handles interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if n_gpus:
         os.environ["LOCAL_RANK"] = str(numbers.get() % n_gpus)
@@ -113,7 +112,7 @@ def _start_worker(numbers, n_gpus: int) -> None:
 
 
 def _work(run: Run, measure: Measure) -> None:
-    """Train and measure. The output of a run goes to a file beside its folder, seed0.log."""
+    """Train and measure. A run's output goes to a log file next to its folder, such as seed0.log."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
@@ -133,15 +132,15 @@ def _interrupt(*_) -> None:
 
 
 def n_workers() -> int:
-    """Processes at a time: one per core, or four per GPU, as small models do not fill one."""
+    """Number of processes: one per core, or four per GPU, as a small model does not saturate a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 4 * torch.cuda.device_count() or cores or 1
 
 
 def train_all(runs: Sequence[Run], measure: Measure) -> None:
-    """Train and measure every run that is not finished, and show how far they are.
+    """Train and measure every unfinished run, and show the progress.
 
-    Raises UserError that names the runs that failed, after the others are finished."""
+    Raises UserError that names the failed runs, after all others are finished."""
     signal.signal(signal.SIGTERM, _interrupt)
     for run in runs:
         run.check()
@@ -162,20 +161,20 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
                 for run in ready[: n_workers() - len(started)]:
                     todo.remove(run)
                     started[pool.submit(_work, run, measure)] = run
-                if not started:  # what is left needs runs that failed
+                if not started:  # the remaining runs depend on failed ones
                     break
                 ended, _ = wait(started, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in ended:
                     run, n_done = started.pop(future), n_done + 1
                     if isinstance(error := future.exception(), BrokenProcessPool):
-                        raise UserError("a process was killed, for lack of memory perhaps: start the command again")
+                        raise UserError("a process was killed, perhaps for lack of memory: start the command again")
                     if error:
                         failed.append(f"{run.folder}: {error} ({run.folder}.log)")
                 show = time.monotonic() - shown > SECONDS_BETWEEN_LINES
                 shown = time.monotonic() if show else shown
                 ticker.step(n_done, f"{n_done} of {len(runs)} runs; "
                             + ", ".join(run.progress() for run in started.values()), show)  # fmt: skip
-        except KeyboardInterrupt:  # each worker saves its run, and ends
+        except KeyboardInterrupt:  # SIGTERM makes each worker save its run and exit
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -189,7 +188,7 @@ def train_all(runs: Sequence[Run], measure: Measure) -> None:
 
 
 def measurement(folder: Path) -> tuple[GPT, Tokenizer, Config, dict]:
-    """The last checkpoint of a run, its config, and what every measurement has."""
+    """Model, tokenizer and config of a run's last checkpoint, and the entries common to all measurements."""
     model, tokenizer, state = checkpoint.load(folder, Processes("auto").device)
     config = Config(**state["config"])
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -200,13 +199,13 @@ def measurement(folder: Path) -> tuple[GPT, Tokenizer, Config, dict]:
 
 @torch.no_grad()
 def accuracy(config: Config, model: GPT, tokenizer: Tokenizer, pauses: int) -> float:
-    """Share of a generated task's test texts whose answer has the highest logit of all answers, after the text, this
-    number of pauses, and the space before the answer (London & Kanade's END). The texts are of one length."""
+    """Share of a generated task's test texts whose answer has the highest logit of all answers. The input is the text,
+    this number of pauses, and the space before the answer (END of London & Kanade 2025). All texts have one length."""
     pairs, _ = load_pairs(replace(config, pauses=pauses, hints=""), "test", tokenizer)
     tokens = torch.from_numpy(np.stack([pair.tokens for pair in pairs])).to(model.head.weight.device)
     n_prompt = pairs[0].n_prefix + 1
     if tokenizer.decode(tokens[0, n_prompt - 1 :][:1].tolist()) != " ":
-        raise UserError(f"the answers of {config.task} do not begin with a space of their own: use --tokenizer=bytes")
+        raise UserError(f"the answers of {config.task} do not begin with a separate space token: use --tokenizer=bytes")
     answers = tokens[:, n_prompt].unique()
     logits = torch.cat([model.head(model.hidden(some)[:, -1]) for some in tokens[:, :n_prompt].split(250)])
     return (answers[logits[:, answers].argmax(1)] == tokens[:, n_prompt]).double().mean().item()
@@ -216,8 +215,8 @@ def accuracy(config: Config, model: GPT, tokenizer: Tokenizer, pauses: int) -> f
 
 
 def over_seeds(values: Sequence[float], is_share: bool = False) -> dict:
-    """values, one per seed, their mean and the 95 % interval of the mean (low, high; None of one seed, or where all
-    values are equal). is_share: values lie in [0, 1], and the interval is cut to it."""
+    """The values, one per seed, their mean, and the 95 % interval of the mean (low, high; None for one seed or equal
+    values). is_share: values lie in [0, 1], and the interval is clipped to [0, 1]."""
     low, high = t_interval(values) or (None, None)
     if is_share and low is not None:
         low, high = max(0.0, low), min(1.0, high)
@@ -233,7 +232,7 @@ def shown(figures: dict, digits: int, sign: str = "") -> str:
 
 
 def report(folder: Path, name: str, rows: list[list[str]], note: str, settings: dict, arms: list[dict]) -> None:
-    """Print the table, the header first, and write name.md and name.json."""
+    """Print the table and write name.md and name.json. rows: the header first."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     replace_file(folder / f"{name}.md", "".join(f"| {' | '.join(row)} |\n" for row in lines) + f"\n{note}\n")
     write_json(folder / f"{name}.json", {"settings": settings, "versions": versions(), "arms": arms})

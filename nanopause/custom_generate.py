@@ -35,7 +35,7 @@ def generate(
     if prompts is None:
         raise ValueError("generation with pauses needs input_ids: pass the prompts as token ids")
     if isinstance(options.get("custom_generate"), str):
-        del options["custom_generate"]  # names this file, if it already is the model's generate
+        del options["custom_generate"]  # this file is already the model's generate
     if not (isinstance(pauses, int) and pauses >= 0):
         raise ValueError(f"pauses={pauses!r} must be 0 or more")
     for key in ("inputs_embeds", "position_ids", "token_type_ids", "past_key_values", "cache"):
@@ -54,9 +54,9 @@ def generate(
                 length = getattr(config, key)
         if length is not None:
             setattr(settings, key, length + pauses)
-    options = settings.update(**options)  # the remaining ones are the model's
+    options = settings.update(**options)  # returns those that are inputs of the model
     n = prompts.shape[1]
-    made = GenerationMixin.generate(
+    output = GenerationMixin.generate(
         model, input_ids=torch.cat((prompts, suffix), 1),
         attention_mask=torch.cat((attention_mask, attention_mask.new_ones(suffix.shape)), 1),
         generation_config=settings, streamer=streamer and WithoutPauses(streamer, n), **options,
@@ -65,7 +65,7 @@ def generate(
     def without_pauses(ids):
         return torch.cat((ids[:, :n], ids[:, n + pauses :]), 1)
 
-    if torch.is_tensor(made):
-        return without_pauses(made)
-    made.sequences = without_pauses(made.sequences)
-    return made
+    if torch.is_tensor(output):
+        return without_pauses(output)
+    output.sequences = without_pauses(output.sequences)
+    return output

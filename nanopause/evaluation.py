@@ -1,10 +1,10 @@
-"""A checkpoint's answers to tasks with M pauses in every prompt, their scores, and what they cost.
+"""Evaluation of a checkpoint on tasks with M pauses in every prompt: answers, scores and costs.
 
-    generated answers    through the engine, greedy unless asked to sample: a prompt and its pauses are one pass
-    choices              the likelihood of each after prompt and pauses: a pass a choice
+    generated answers    by the engine, greedy by default; a prompt and its pauses are prefilled in one forward pass
+    choices              log-likelihood of each choice after prompt and pauses: one sequence per choice
 
-examples.jsonl has an object an example, written as it ends, so that what broke off goes on; settings.json has what all
-of them were made with.
+examples.jsonl has one object per example, appended when the example is finished, so that an interrupted evaluation can
+continue. settings.json has the settings that all of them have in common.
 """
 
 import copy
@@ -36,22 +36,22 @@ from nanopause.tasks.metrics import pass_at_k
 from nanopause.tasks.task import first_line
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
-SAMPLE = 100  # examples by which lengths in two tokenizers are compared
+LENGTH_SAMPLE = 100  # examples on which two tokenizers are compared
 
-# What was asked for
+# Settings
 
 
 def words(text: str) -> list[str]:
-    """The items of a list with commas, each once."""
+    """The distinct items of a comma-separated list, in order."""
     return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
 
 
 def numbers(name: str, text: str) -> list[int]:
-    """The numbers of a list with commas, each once, in their order. Raises UserError: one is not whole, or below 0."""
+    """The distinct numbers of a comma-separated list, sorted. Raises UserError if one is not a whole number ≥ 0."""
     items = words(text)
     for item in items:
         if not (item.isascii() and item.isdecimal()):
-            raise UserError(f"--{name}={text} must be whole numbers with commas, such as 0,10,50, and {item!r} is none")
+            raise UserError(f"--{name}={text} must be whole numbers with commas, such as 0,10,50, not {item!r}")
     return sorted({int(item) for item in items})
 
 
@@ -65,40 +65,43 @@ def fingerprint(model: GPT) -> str:
 
 
 def claim(folder: Path, settings: dict, option: str = "results") -> None:
-    """Make the folder, which --option names, that of these settings. Raises UserError where it has results of
-    others."""
-    file, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    """Write the settings to folder/settings.json, or check that they are equal to those already there. option: the
+    command line's name of the folder. Raises UserError if the folder has results with other settings."""
+    file = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
     try:
-        then = json.loads(file.read_text())
+        saved = json.loads(file.read_text())
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
         return write_json(file, settings)
     except ValueError:
         raise UserError(f"{file} is damaged: choose another --{option}") from None
-    for key in {**then, **settings}:
-        if then.get(key) != settings.get(key):
-            raise UserError(f"{folder} has results with {key}={then.get(key)}, and these would be with "
-                            f"{key}={settings.get(key)}: choose another --{option}")  # fmt: skip
+    for key in {**saved, **settings}:
+        if saved.get(key) != settings.get(key):
+            raise UserError(f"{folder} has results with {key}={saved.get(key)}, not {key}={settings.get(key)}: choose "
+                            f"another --{option}")  # fmt: skip
 
 
-# Lines on the disk
+# JSON lines
 
 
 def read_rows(file: Path) -> list[dict]:
-    """The objects of a file of JSON lines. A last line that a kill cut short is deleted. Raises UserError for others
-    that are none."""
+    """The objects of a file of JSON lines; [] if there is no file. An incomplete last line, as an interrupted run
+    leaves it, is removed from the file. Raises UserError if another line is not a JSON object."""
     if not file.exists():
         return []
     text = file.read_bytes()
-    if len(whole := text[: text.rfind(b"\n") + 1]) < len(text):
+    complete = text[: text.rfind(b"\n") + 1]
+    if len(complete) < len(text):
         with open(file, "r+b") as stream:
-            stream.truncate(len(whole))
+            stream.truncate(len(complete))
     rows = []
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    for number, line in enumerate(complete.split(b"\n")[:-1], 1):
         try:
             rows.append({**json.loads(line)})
         except (ValueError, TypeError):
-            raise UserError(f"{file}, line {number}: damaged; delete that line, and its example runs again") from None
+            raise UserError(f"{file}, line {number}, is damaged: delete the line, and its example is evaluated "
+                            f"again") from None  # fmt: skip
     return rows
 
 
@@ -111,8 +114,8 @@ def add_row(file: Path, row: dict) -> None:
 
 
 class Decoding(NamedTuple):
-    """How answers are generated. samples: texts an example, each with a seed of its own; temperature 0 is greedy.
-    pass_at: the k of pass@k, 1 to samples, of answers that are programs."""
+    """How answers are generated. samples: texts per example, each with its own seed. temperature: 0 is greedy.
+    pass_at: every k of pass@k, 1 to samples, for answers that are programs."""
 
     samples: int = 1
     temperature: float = 0.0
@@ -122,27 +125,27 @@ class Decoding(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a model made of an example. said: the texts that it wrote, one a sample, or every choice's log-likelihood in
-    nats. Numbers of tokens and FLOPs are those of all samples."""
+    """A model's answer to an example. Numbers of generated tokens, pauses and FLOPs are sums over all samples."""
 
-    index: int
-    said: tuple[str, ...] | list[float]
-    ends: tuple[str, ...]  # why the texts ended, see engine.Token
-    n_prompt: int  # tokens that were read, without pauses; of a choice the longest prompt
-    n_cut: int  # tokens that were cut from its left
+    index: int  # of the example
+    outputs: tuple[str, ...] | list[float]  # the generated texts, one per sample; or each choice's log p in nats
+    ends: tuple[str, ...]  # why each text ended, see engine.Token; () for choices
+    n_prompt: int  # tokens of the prompt without pauses; for choices, of the longest prompt
+    n_cut: int  # tokens cut from the prompt
     n_generated: int
-    n_pauses: int  # in the prompts and in the texts; of a choice its prompt's
+    n_pauses: int  # in prompts and generated texts; for choices, in one prompt
     flops: int
 
 
 class Cell:
-    """One task with one number of pauses: how its examples are read, answered and scored.
+    """One task with one number of pauses: encodes its examples, answers and scores them.
 
-    pauses: tokens of every prompt, or with a policy pauses wherever it has any. A prompt is cut as in finetuning, to
-    what the model reads less its pauses and the answer. An answer may take max_new_tokens, but no more than half of
-    what the model reads.
+    pauses: tokens in every prompt or, with a policy, at each place where it inserts pauses. Prompts are cut as in
+    finetuning, to block_size less the pauses and the answer. An answer has at most max_new_tokens tokens of the task,
+    but no more than half of block_size.
 
-    Raises UserError where the pauses leave no room, or a policy or samples are asked for and nothing is generated.
+    Raises UserError if the pauses leave no room for a prompt, or if a policy or sampling is requested for a task
+    without generation.
     """
 
     def __init__(
@@ -157,68 +160,75 @@ class Cell:
         pause_position: Position = "append",
         cut: Literal["left", "right"] = "left",
         policy: Policy | None = None,
-        decoding: Decoding = Decoding(),  # noqa: B008, which cannot change
+        decoding: Decoding = Decoding(),  # noqa: B008, it is immutable
     ):
-        self.model, self.tokenizer, self.task, self.examples = model, tokenizer, task, examples
+        self.model, self.tokenizer = model, tokenizer
+        self.task, self.examples = task, examples
         self.pauses, self.attention, self.batch_size = pauses, attention, batch_size
-        self.policy, self.decoding, self.in_prompt = policy, decoding, 0 if policy else pauses
-        self.placing = self.in_prompt, pause_position, cut
+        self.policy, self.decoding = policy, decoding
+        self.prompt_pauses = 0 if policy else pauses
+        self.placing = self.prompt_pauses, pause_position, cut
         if not task.max_new_tokens and (policy or decoding.temperature):
             raise UserError(f"{task.name} is scored by likelihood, and nothing is generated: leave out --pause_when, "
                             f"--stop_when_useless, --temperature and --samples")  # fmt: skip
         if policy:
             policy.check_attention(attention)
-        self.max_new_tokens = min(new_tokens(task, examples, tokenizer), model.config.block_size // 2)
-        self.room = model.config.block_size - self.max_new_tokens - (policy.budget if policy else 0)
-        if self.room - self.in_prompt - (tokenizer.bos_id is not None) < 1:
-            answer = f", and the answer may take {self.max_new_tokens}" if self.max_new_tokens else ""
-            n, key = (policy.budget, "pause_budget") if policy else (pauses, "pauses")
-            raise UserError(f"{n} pauses leave no room for a prompt of {task.name}: the model reads "
-                            f"{model.config.block_size} tokens{answer}; lower --{key}")  # fmt: skip
+        block_size = model.config.block_size
+        self.max_new_tokens = min(new_tokens(task, examples, tokenizer), block_size // 2)
+        self.room = block_size - self.max_new_tokens - (policy.budget if policy else 0)
+        if self.room - self.prompt_pauses - (tokenizer.bos_id is not None) < 1:
+            n, option = (policy.budget, "pause_budget") if policy else (pauses, "pauses")
+            answer = f" and {self.max_new_tokens} of them are for the answer" if self.max_new_tokens else ""
+            raise UserError(f"{n} pauses leave no room for a prompt of {task.name}, as block_size is {block_size} "
+                            f"tokens{answer}: lower --{option}")  # fmt: skip
 
     def prompt(self, text: str, room: int) -> tuple[list[int], int]:
-        """A text with its pauses in at most `room` tokens, and how many of its tokens are cut."""
+        """The tokens of a text with its pauses, at most `room`, and the number of tokens that were cut."""
         empty = [] if self.tokenizer.bos_id is not None else [self.tokenizer.begin_id]
         return with_pauses(self.tokenizer.encode(text) or empty, self.tokenizer, room, *self.placing)
 
     def max_length(self) -> int:
-        """Tokens that an engine has to hold, at most."""
+        """The most tokens that a sequence of the engine can have."""
         longest = max(len(self.prompt(example.prefix, self.room)[0]) for example in self.examples)
         pauses = self.policy.budget if self.policy else 0
         return min(longest + self.max_new_tokens + pauses, self.model.config.block_size)
 
     def answers(self, todo: list[int], engine: Engine | None) -> Iterator[Answer]:
-        """The examples of these indices, as they end. engine: where the task's answers are generated."""
-        return self._generated(todo, engine) if self.max_new_tokens else self._chosen(todo)
+        """The answers to the examples with these indices, in the order in which they finish. engine: needed only if the
+        task's answers are generated."""
+        return self._generate(todo, engine) if self.max_new_tokens else self._score_choices(todo)
 
-    def _generated(self, todo: list[int], engine: Engine) -> Iterator[Answer]:
+    def _generate(self, todo: list[int], engine: Engine) -> Iterator[Answer]:
+        """If the answer is the first line that is not blank, generation stops at a line feed. Samples that are blank
+        up to there are generated again without this stop."""
         prompts = {i: self.prompt(self.examples[i].prefix, self.room) for i in todo}
-        written: dict[int, dict[int, list[Token]]] = {i: {} for i in todo}
-        which = [(i, sample) for i in todo for sample in range(self.decoding.samples)]
+        samples: dict[int, dict[int, list[Token]]] = {i: {} for i in todo}
+        remaining = [(i, sample) for i in todo for sample in range(self.decoding.samples)]
         for until in [["\n"], []] if self.task.read is first_line else [[]]:
-            again = []
-            for (i, sample), tokens in self._ended(which, prompts, engine, until):
+            blank = []
+            for (i, sample), tokens in self._stream(remaining, prompts, engine, until):
                 if tokens[-1].end == "until" and not self._text(tokens).strip():
-                    again.append((i, sample))  # the answer is the first line that is not blank
+                    blank.append((i, sample))
                     continue
-                written[i][sample] = tokens
-                if len(written[i]) == self.decoding.samples:
-                    yield self._answer(i, [tokens for _, tokens in sorted(written.pop(i).items())], *prompts[i])
-            which = again
+                samples[i][sample] = tokens
+                if len(samples[i]) == self.decoding.samples:
+                    yield self._answer(i, [tokens for _, tokens in sorted(samples.pop(i).items())], *prompts[i])
+            remaining = blank
 
-    def _ended(
-        self, which: list[tuple[int, int]], prompts: dict, engine: Engine, until: list[str]
+    def _stream(
+        self, remaining: list[tuple[int, int]], prompts: dict, engine: Engine, until: list[str]
     ) -> Iterator[tuple[tuple[int, int], list[Token]]]:
-        """Samples of examples, and their tokens, as they end."""
-        made, (n, temperature, top_p, seed, _) = [[] for _ in which], self.decoding
+        """Pairs (example, sample) and their tokens, in the order in which they finish."""
+        n, temperature, top_p, seed, _ = self.decoding
+        tokens = [[] for _ in remaining]
         for token in engine.stream(
-            [prompts[i][0] for i, _ in which], self.policy or 0, temperature=temperature, top_p=top_p,
-            seed=[seed + i * n + sample for i, sample in which], max_new_tokens=self.max_new_tokens,
+            [prompts[i][0] for i, _ in remaining], self.policy or 0, temperature=temperature, top_p=top_p,
+            seed=[seed + i * n + sample for i, sample in remaining], max_new_tokens=self.max_new_tokens,
             attention=self.attention, until=until,
         ):  # fmt: skip
-            made[token.sequence].append(token)
+            tokens[token.sequence].append(token)
             if token.end:
-                yield which[token.sequence], made[token.sequence]
+                yield remaining[token.sequence], tokens[token.sequence]
 
     def _text(self, tokens: list[Token]) -> str:
         return self.tokenizer.decode([token.id for token in tokens if token.end != "eot"])
@@ -226,63 +236,81 @@ class Cell:
     def _answer(self, index: int, samples: list[list[Token]], prompt: list[int], n_cut: int) -> Answer:
         pauses = [[token.pauses for token in tokens] for tokens in samples]
         return Answer(
-            index, tuple(map(self._text, samples)), tuple(tokens[-1].end for tokens in samples),
-            len(prompt) - self.in_prompt, n_cut, sum(map(len, samples)),
-            len(samples) * self.in_prompt + sum(map(sum, pauses)),
-            sum(generation_flops(self.model.config, len(prompt), each) for each in pauses),
-        )  # fmt: skip
+            index,
+            outputs=tuple(map(self._text, samples)),
+            ends=tuple(tokens[-1].end for tokens in samples),
+            n_prompt=len(prompt) - self.prompt_pauses,
+            n_cut=n_cut,
+            n_generated=sum(map(len, samples)),
+            n_pauses=len(samples) * self.prompt_pauses + sum(map(sum, pauses)),
+            flops=sum(generation_flops(self.model.config, len(prompt), each) for each in pauses),
+        )
 
-    def _chosen(self, todo: list[int]) -> Iterator[Answer]:
-        """Prompt and choice are cut into tokens as one text, as lm-evaluation-harness does it."""
-        pairs, owners, reads = [], [], {i: [] for i in todo}
-        for i in todo:
-            for choice in self.examples[i].choices:
-                scored = continuation(self.tokenizer, self.examples[i].prefix, choice)
-                prompt, n_cut = self.prompt(self.examples[i].prefix, self.room + 1 - len(scored))
-                if len(prompt) + len(scored) > self.room + 1 or len(prompt) == self.pauses or not scored:
-                    raise UserError(
-                        f"example {i} of {self.task.name} has a choice of {len(scored)} tokens, and with {self.pauses} "
-                        f"pauses 1 to {self.model.config.block_size - self.pauses} fit: lower --pauses"
-                    )
-                pairs.append((prompt, scored))
-                owners.append((i, len(reads[i])))
-                reads[i].append((len(prompt), len(scored), n_cut))
-        values, left = {i: [0.0] * len(reads[i]) for i in todo}, {i: len(reads[i]) for i in todo}
-        scores = score(self.model, pairs, self.attention, self.batch_size)
-        for (i, j), value in ((owners[number], value) for number, value, _ in scores):
-            values[i][j] = value
-            left[i] -= 1
-            if not left[i]:
-                flops = sum(choice_flops(self.model.config, n, m) for n, m, _ in reads[i])
-                n_read, _, n_cut = map(max, zip(*reads[i]))
-                yield Answer(i, values[i], (), n_read - self.pauses, n_cut, 0, self.pauses, flops)
+    def _encode_choice(self, index: int, choice: str) -> tuple[list[int], list[int], int]:
+        """Tokens of the prompt with pauses, tokens of the choice, and the number of prompt tokens cut. Prompt and
+        choice are tokenized as one text, as in lm-evaluation-harness."""
+        prefix = self.examples[index].prefix
+        scored = continuation(self.tokenizer, prefix, choice)
+        prompt, n_cut = self.prompt(prefix, self.room + 1 - len(scored))
+        if len(prompt) + len(scored) > self.room + 1 or len(prompt) == self.pauses or not scored:
+            raise UserError(
+                f"example {index} of {self.task.name} has a choice of {len(scored)} tokens, and with {self.pauses} "
+                f"pauses 1 to {self.model.config.block_size - self.pauses} fit: lower --pauses"
+            )
+        return prompt, scored, n_cut
+
+    def _score_choices(self, todo: list[int]) -> Iterator[Answer]:
+        choices = {i: [self._encode_choice(i, choice) for choice in self.examples[i].choices] for i in todo}
+        pairs = [(prompt, scored) for i in todo for prompt, scored, _ in choices[i]]
+        owners = [(i, j) for i in todo for j in range(len(choices[i]))]
+        scores: dict[int, dict[int, float]] = {i: {} for i in todo}
+        for number, value, _ in score(self.model, pairs, self.attention, self.batch_size):
+            i, j = owners[number]
+            scores[i][j] = value
+            if len(scores[i]) == len(choices[i]):
+                yield Answer(
+                    i,
+                    outputs=[scores[i][j] for j in range(len(choices[i]))],
+                    ends=(),
+                    n_prompt=max(len(prompt) for prompt, _, _ in choices[i]) - self.pauses,
+                    n_cut=max(n_cut for _, _, n_cut in choices[i]),
+                    n_generated=0,
+                    n_pauses=self.pauses,
+                    flops=sum(choice_flops(self.model.config, len(prompt), len(t)) for prompt, t, _ in choices[i]),
+                )
 
     def warm_up(self, todo: list[int], engine: Engine | None) -> None:
-        """Answer a few examples for nothing, so that what happens at first is not timed; on a CPU, where prompts take
-        long, one, and the ends of others. On a GPU a step of a size that none of them has is captured while it is."""
-        gpu = self.model.head.weight.device.type == "cuda"
-        if self.max_new_tokens == 0:
-            return [_ for _ in self._chosen(todo[: self.batch_size if gpu else 1])] and None
+        """Answer a few examples and discard the answers, so that one-time costs are not timed: on a GPU a whole batch,
+        as a CUDA graph is captured per batch size; on a CPU, where prefill is slow, one prompt and the last tokens of
+        the others."""
+        is_gpu = self.model.head.weight.device.type == "cuda"
+        if not self.max_new_tokens:
+            for _ in self._score_choices(todo[: self.batch_size if is_gpu else 1]):
+                pass
+            return
         prompts = [self.prompt(self.examples[i].prefix, self.room)[0] for i in todo[: self.batch_size]]
-        prompts[1:] = prompts[1:] if gpu else [prompt[-1:] for prompt in prompts[1:]]
+        if not is_gpu:
+            prompts[1:] = [prompt[-1:] for prompt in prompts[1:]]
         engine.generate(prompts, copy.deepcopy(self.policy) or 0, temperature=self.decoding.temperature,
                         top_p=self.decoding.top_p, max_new_tokens=2, attention=self.attention)  # fmt: skip
 
     def row(self, answer: Answer, seconds: float) -> dict:
-        """The line of an example in examples.jsonl."""
+        """An example's line of examples.jsonl."""
         example = self.examples[answer.index]
         row = {"task": self.task.name, "index": answer.index, "pauses": self.pauses, "prompt": example.prefix,
                "example": digest(example)}  # fmt: skip
         if self.max_new_tokens:
-            read = [self.task.read(text) for text in answer.said]
-            scores = self._scores([self.task.score(one, example) for one in read])
-            row |= {"outputs": list(answer.said), "answers": read, "references": list(example.references),
+            read = [self.task.read(text) for text in answer.outputs]
+            scores = self._scores([self.task.score(text, example) for text in read])
+            row |= {"outputs": list(answer.outputs), "answers": read, "references": list(example.references),
                     "ends": list(answer.ends)}  # fmt: skip
         else:
-            said, scores = answer.said, self.task.score(answer.said, example)
-            best = max(range(len(said)), key=said.__getitem__)
-            row |= {"choices": list(example.choices), "log_likelihoods": said, "answer": example.choices[best],
-                    "label": example.label, "references": list(example.references)}  # fmt: skip
+            log_likelihoods = answer.outputs
+            scores = self.task.score(log_likelihoods, example)
+            best = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+            row |= {"choices": list(example.choices), "log_likelihoods": log_likelihoods,
+                    "answer": example.choices[best], "label": example.label,
+                    "references": list(example.references)}  # fmt: skip
         return row | {
             "scores": scores,
             "tokens": {
@@ -296,70 +324,75 @@ class Cell:
             "seconds": seconds,
         }
 
-    def _scores(self, of_samples: list[dict[str, float]]) -> dict[str, float]:
-        """The samples' means, and of programs pass@k."""
+    def _scores(self, by_sample: list[dict[str, float]]) -> dict[str, float]:
+        """The mean of each score over the samples; for programs, pass@k."""
+        n = len(by_sample)
         if self.task.executes_code:
-            n_passed = round(sum(scores["pass@1"] for scores in of_samples))
-            return {f"pass@{k}": pass_at_k(len(of_samples), n_passed, k) for k in self.decoding.pass_at}
-        return {name: math.fsum(s[name] for s in of_samples) / len(of_samples) for name in of_samples[0]}
+            n_passed = round(sum(scores["pass@1"] for scores in by_sample))
+            return {f"pass@{k}": pass_at_k(n, n_passed, k) for k in self.decoding.pass_at}
+        return {name: math.fsum(scores[name] for scores in by_sample) / n for name in by_sample[0]}
 
     def rows_of(self, rows: Iterable[dict], file: Path) -> dict[int, dict]:
-        """Those of this cell, by index. Raises UserError where they are of other examples."""
-        mine = {row["index"]: row for row in rows if (row["task"], row["pauses"]) == (self.task.name, self.pauses)}
-        for i, row in mine.items():
+        """The rows of this cell by index. Raises UserError if one belongs to an example that the data does not have."""
+        found = {row["index"]: row for row in rows if (row["task"], row["pauses"]) == (self.task.name, self.pauses)}
+        for i, row in found.items():
             if i >= len(self.examples) or row["example"] != digest(self.examples[i]):
                 raise UserError(f"{file} has an example {i} of {self.task.name} that is not in this data: choose "
                                 f"another --results")  # fmt: skip
-        return mine
+        return found
 
 
 def digest(example: Example) -> str:
-    """What tells an example from any other, references and choices included."""
+    """A hash of an example, references and choices included."""
     return hashlib.sha256(repr(example).encode()).hexdigest()[:16]
 
 
 def new_tokens(task: Task, examples: list[Example], tokenizer: Tokenizer) -> int:
-    """The task's max_new_tokens, which counts GPT-2's tokens, in this tokenizer's: by how many of each the first
-    examples take."""
+    """The task's max_new_tokens, given in GPT-2 tokens, in tokens of this tokenizer. The factor is the ratio of both
+    tokenizers' lengths of the first LENGTH_SAMPLE examples."""
     if tokenizer.name == "gpt2" or not task.max_new_tokens:
         return task.max_new_tokens
-    texts = [example.prefix + example.target for example in examples[:SAMPLE]]
-    ours, gpt2 = (sum(len(t.encode(text)) for text in texts) for t in (tokenizer, load_tokenizer("gpt2")))
-    return math.ceil(Fraction(task.max_new_tokens * ours, gpt2))
+    gpt2 = load_tokenizer("gpt2")
+    texts = [example.prefix + example.target for example in examples[:LENGTH_SAMPLE]]
+    n_ours = sum(len(tokenizer.encode(text)) for text in texts)
+    n_gpt2 = sum(len(gpt2.encode(text)) for text in texts)
+    return math.ceil(Fraction(task.max_new_tokens * n_ours, n_gpt2))
 
 
 def timed(answers: Iterable[Answer]) -> Iterator[tuple[Answer, float]]:
-    """Each, and the seconds that it took to come; what is done with it between two is not counted."""
-    since = perf_counter()
+    """Each answer with the seconds until it was available; time that the caller spends between two is not counted."""
+    start = perf_counter()
     for answer in answers:
-        yield answer, perf_counter() - since
-        since = perf_counter()
+        yield answer, perf_counter() - start
+        start = perf_counter()
 
 
-# What it costs
+# FLOPs
 
 
-def generation_flops(config: GPTConfig, n_read: int, pauses: Sequence[int]) -> int:
-    """FLOPs of a pass over n_read tokens, prompt and its pauses, and one over every generated token but the last.
+def generation_flops(config: GPTConfig, n_prompt: int, pauses: Sequence[int]) -> int:
+    """FLOPs of prefill of n_prompt tokens, pauses included, and of one decode step per generated token but the last.
 
-    pauses: of a policy, before each generated token, in the pass of the token before it. Those that a policy took back
-    are not counted."""
-    flops, context, n_new = 0, 0, n_read
+    pauses: number that a policy inserted before each generated token, fused with the step of the token before. Pauses
+    that were rolled back are not counted."""
+    flops, context = 0, 0
+    n_new = n_prompt
     for n in pauses:
         flops += forward_flops(config, n_new + n, context=context, n_live=2 if n else 1)
-        context, n_new = context + n_new + n, 1
+        context += n_new + n
+        n_new = 1
     return flops
 
 
-def choice_flops(config: GPTConfig, n_read: int, n_scored: int) -> int:
-    """FLOPs of the pass over prompt, pauses and a choice, whose last token is not read."""
-    return forward_flops(config, n_read + n_scored - 1, n_live=n_scored)
+def choice_flops(config: GPTConfig, n_prompt: int, n_scored: int) -> int:
+    """FLOPs of the forward pass over prompt, pauses and choice. The last token of the choice is not an input."""
+    return forward_flops(config, n_prompt + n_scored - 1, n_live=n_scored)
 
 
-# Figures of all examples
+# Statistics
 
 
-INTERVAL_METHODS = {  # of an interval, and how a footnote describes it
+INTERVAL_METHODS = {  # keys of "method" and their description in a footnote
     "wilson": "Wilson's interval where every score is 0 or 1",
     "t": "Student's t where scores lie between 0 and 1",
     "normal": "1.96 standard errors to each side for lm-evaluation-harness",
@@ -374,27 +407,28 @@ def _figure(value: float, method: str, interval: Interval | None) -> dict:
 
 def mean(values: list[float]) -> dict:
     """The mean of scores in [0, 1] of independent examples, and its 95% interval: "value", "low", "high", and "method",
-    a key of INTERVAL_METHODS. The last three are None where the scores have no interval."""
-    n, value = len(values), math.fsum(values) / len(values)
+    a key of INTERVAL_METHODS. The last three are None if the scores have no interval."""
+    value = math.fsum(values) / len(values)
     if is_binary(values):
-        return _figure(value, "wilson", wilson(round(math.fsum(values)), n))
+        return _figure(value, "wilson", wilson(round(math.fsum(values)), len(values)))
     interval = t_interval(values)
     return _figure(value, "t", interval and (max(0.0, interval[0]), min(1.0, interval[1])))
 
 
 def paired_difference(values: list[float], base: list[float]) -> dict:
-    """The mean difference of the scores of the same examples, as `mean`, and "p", McNemar's; None unless every score is
-    0 or 1."""
+    """The mean difference of two scores of each example, in the form of `mean`, and "p" of McNemar's test; None unless
+    every score is 0 or 1."""
     gains = [x - y for x, y in zip(values, base)]
     p = mcnemar(sum(x > 0 for x in gains), sum(x < 0 for x in gains)) if is_binary([*values, *base]) else None
     return _figure(math.fsum(gains) / len(gains), "bootstrap", bootstrap_interval(gains)) | {"p": p}
 
 
 def harness_figure(value: float, stderr: float | None, n: int) -> dict:
-    """A metric of lm-evaluation-harness with its 95% interval, as `mean`. stderr: the harness's own standard error.
+    """A metric of lm-evaluation-harness with its 95% interval, in the form of `mean`. stderr: the harness's standard
+    error.
 
-    Of n scores in [0, 1] with this mean, those that are all 0 or 1 have the largest standard error, √(p(1−p)/(n−1)). So
-    one that is equal to it shows that the metric is a proportion."""
+    Among n scores in [0, 1] with mean p, only scores that are all 0 or 1 reach the largest standard error,
+    √(p(1−p)/(n−1)). A metric with this standard error is therefore a proportion and has Wilson's interval."""
     if stderr is not None and n > 1 and 0 <= value <= 1 and math.isclose(n * value, round(n * value), abs_tol=1e-6):
         if math.isclose(stderr, math.sqrt(value * (1 - value) / (n - 1)), rel_tol=1e-6, abs_tol=1e-12):
             return _figure(value, "wilson", wilson(round(n * value), n))
@@ -402,49 +436,51 @@ def harness_figure(value: float, stderr: float | None, n: int) -> dict:
 
 
 def summaries(rows: Iterable[dict]) -> list[dict]:
-    """A line of the table for every task and number of pauses that has all of the task's examples; the fewest pauses
-    first, from which the others' difference is taken."""
+    """A row of the table for every task and number of pauses that has all of the task's examples. Differences are to
+    the row with the fewest pauses, which comes first."""
     cells: dict[str, dict[int, dict[int, dict]]] = {}
     for row in rows:
         cells.setdefault(row["task"], {}).setdefault(row["pauses"], {})[row["index"]] = row
-    made = []
+    results = []
     for by_pauses in cells.values():
         n = max(map(len, by_pauses.values()))
-        whole = [by_pauses[pauses] for pauses in sorted(by_pauses) if len(by_pauses[pauses]) == n]
-        made += [summary(rows, whole[0] if rows is not whole[0] else None) for rows in whole]
-    return made
+        complete = [by_pauses[pauses] for pauses in sorted(by_pauses) if len(by_pauses[pauses]) == n]
+        results.append(summary(complete[0]))
+        results += [summary(rows, complete[0]) for rows in complete[1:]]
+    return results
 
 
 def summary(rows: dict[int, dict], first: dict[int, dict] | None = None) -> dict:
-    """A line of the table. first: the rows with the fewest pauses, from which the primary metric's difference is taken
-    example by example."""
-    some, n = list(rows.values()), len(rows)
-    names = list(some[0]["scores"])
-    primary = names[0]
-    made = {
-        "task": some[0]["task"],
+    """A row of the table from rows of examples.jsonl by index. first: the rows with the fewest pauses, to which the
+    difference of the primary metric is taken, paired by example."""
+    examples = list(rows.values())
+    n = len(examples)
+    names = list(examples[0]["scores"])
+    result = {
+        "task": examples[0]["task"],
         "by": "nanopause",
-        "pauses": some[0]["pauses"],
+        "pauses": examples[0]["pauses"],
         "n": n,
-        "metrics": {name: mean([row["scores"][name] for row in some]) for name in names},
-        "n_cut": sum(row["tokens"]["cut"] > 0 for row in some),
-        "max_new_tokens": some[0]["tokens"]["limit"],
-        "n_unfinished": sum(end in ("length", "context") for row in some for end in row.get("ends", ())),
-        "prompt_tokens": sum(row["tokens"]["prompt"] for row in some) / n,
-        "generated_tokens": sum(row["tokens"]["generated"] for row in some) / n,
-        "pauses_per_example": sum(row["tokens"]["pauses"] for row in some) / n,
-        "flops_per_example": sum(row["flops"] for row in some) / n,
-        "seconds_per_example": sum(row["seconds"] for row in some) / n,
+        "metrics": {name: mean([row["scores"][name] for row in examples]) for name in names},
+        "n_cut": sum(row["tokens"]["cut"] > 0 for row in examples),
+        "max_new_tokens": examples[0]["tokens"]["limit"],
+        "n_unfinished": sum(end in ("length", "context") for row in examples for end in row.get("ends", ())),
+        "prompt_tokens": sum(row["tokens"]["prompt"] for row in examples) / n,
+        "generated_tokens": sum(row["tokens"]["generated"] for row in examples) / n,
+        "pauses_per_example": sum(row["tokens"]["pauses"] for row in examples) / n,
+        "flops_per_example": sum(row["flops"] for row in examples) / n,
+        "seconds_per_example": sum(row["seconds"] for row in examples) / n,
     }
     if first:
-        values = [row["scores"][primary] for row in rows.values()]
+        primary = names[0]
+        values = [row["scores"][primary] for row in examples]
         base = [first[i]["scores"][primary] for i in rows]
-        made["difference"] = paired_difference(values, base)
-    return made
+        result["difference"] = paired_difference(values, base)
+    return result
 
 
 def format_figure(figure: dict | None, sign: str = "") -> str:
-    """value [low, high]; the value alone where there is no interval. sign: "+" shows that of positive numbers too."""
+    """value [low, high]; the value alone if there is no interval. sign: "+" gives positive numbers a sign too."""
     if figure is None:
         return "–"
     shown = [figure["value"]] if figure["low"] is None else [figure["value"], figure["low"], figure["high"]]
@@ -458,7 +494,7 @@ def format_p(p: float) -> str:
 
 
 def interval_note(results: list[dict]) -> str:
-    """What brackets and p-values of the results are, for a footnote; empty where they have none."""
+    """A footnote that defines the brackets and p-values of the results; "" if they have none."""
     differences = [row["difference"] for row in results if "difference" in row]
     figures = [*(figure for row in results for figure in row["metrics"].values()), *differences]
     methods = {figure["method"] for figure in figures}
@@ -478,34 +514,35 @@ def panel_name(row: dict) -> str:
 
 
 def table(results: list[dict]):
-    """The results as rich shows them. in all: the pauses that an example's prompts and texts had, of all samples, where
-    they are not those of one prompt."""
+    """The results as a table of rich. The column "in all", pauses per example in prompts and generated texts of all
+    samples, is left out if it always equals the number of pauses."""
     from rich.table import Table
 
-    made, before = Table(), None
-    in_all = any(row.get("pauses_per_example", row["pauses"]) != row["pauses"] for row in results)
-    for name in ("task", "pauses", *["in all"] * in_all, "metrics", "difference", "n", "GFLOPs", "ms"):
-        made.add_column(name, justify="left" if name in ("task", "metrics") else "right")
+    rendered = Table()
+    has_total = any(row.get("pauses_per_example", row["pauses"]) != row["pauses"] for row in results)
+    for name in ("task", "pauses", *["in all"] * has_total, "metrics", "difference", "n", "GFLOPs", "ms"):
+        rendered.add_column(name, justify="left" if name in ("task", "metrics") else "right")
+    before = None
     for row in results:
         if before not in (None, (row["task"], row["by"])):
-            made.add_section()
+            rendered.add_section()
         before = row["task"], row["by"]
         difference = format_figure(row.get("difference"), sign="+")
         if "difference" in row and (p := row["difference"]["p"]) is not None:
             difference += f"\n{format_p(p)}"
-        made.add_row(
+        rendered.add_row(
             panel_name(row), str(row["pauses"]),
-            *[f"{row['pauses_per_example']:.3g}" if "pauses_per_example" in row else "–"] * in_all,
+            *[f"{row['pauses_per_example']:.3g}" if "pauses_per_example" in row else "–"] * has_total,
             "\n".join(f"{name} {format_figure(figure)}" for name, figure in row["metrics"].items()),
             difference, f"{row['n']:,}",
             f"{row['flops_per_example'] / 1e9:.3g}" if "flops_per_example" in row else "–",
             f"{1000 * row['seconds_per_example']:.3g}",
         )  # fmt: skip
-    return made
+    return rendered
 
 
 def panels(n: int) -> tuple:
-    """A figure of matplotlib and its n axes, three in a row at most."""
+    """A matplotlib figure and its n axes, at most three per row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -521,19 +558,19 @@ def panels(n: int) -> tuple:
 
 
 def plot(results: list[dict], file: Path, title: str, place: str = "in the prompt") -> None:
-    """The primary metric against the number of pauses, a panel a task; error bars are 95% intervals."""
+    """The primary metric against the number of pauses, one panel per task. Error bars are 95% intervals."""
     import matplotlib.pyplot as plt
 
-    of_task = {}
+    by_task = {}
     for row in results:
-        of_task.setdefault((row["task"], row["by"]), []).append(row)
-    figure, axes = panels(len(of_task))
-    for axis, rows in zip(axes, of_task.values()):
+        by_task.setdefault((row["task"], row["by"]), []).append(row)
+    figure, axes = panels(len(by_task))
+    for axis, rows in zip(axes, by_task.values()):
         metric = next(iter(rows[0]["metrics"]))
         figures = [row["metrics"][metric] for row in rows]
         values = [figure["value"] for figure in figures]
         limits = [[math.nan if figure[key] is None else figure[key] for figure in figures] for key in ("low", "high")]
-        errors = [[abs(limit - value) for limit, value in zip(side, values)] for side in limits]  # nan: no bar
+        errors = [[abs(limit - value) for limit, value in zip(side, values)] for side in limits]  # nan draws no bar
         pauses = [row["pauses"] for row in rows]
         axis.errorbar(pauses, values, errors, color="tab:red", marker="o", markersize=5, capsize=4, linewidth=1.5)
         axis.set_xticks(pauses)
@@ -547,12 +584,12 @@ def plot(results: list[dict], file: Path, title: str, place: str = "in the promp
     plt.close(figure)
 
 
-def write_json(file: Path, what: dict) -> None:
-    replace_file(file, json.dumps(what, indent=2) + "\n")
+def write_json(file: Path, content: dict) -> None:
+    replace_file(file, json.dumps(content, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what a score or its interval depends on, where it is installed."""
+    """Versions of Python and of the installed packages on which scores or intervals depend."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
     for name in ("scipy", "transformers", "datasets", "rouge-score", "lm_eval"):
         try:
@@ -566,67 +603,74 @@ def versions() -> dict[str, str]:
 
 
 def harness_tasks(names: list[str], folder: str = ""):
-    """The harness's TaskManager, after it has loaded tasks, groups and their data. folder: YAML files of tasks besides
-    its own. Raises UserError: not installed, no such folder or task, data out of reach, or code that it would run."""
+    """A TaskManager of the harness that can load these tasks and groups, with their data already loaded once. folder:
+    YAML files of additional tasks. Raises UserError if the harness is not installed, a task or its data cannot be
+    loaded, or a task executes generated code."""
     needs("lm_eval", "harness")
     from lm_eval.tasks import TaskManager
 
     if folder and not Path(folder).is_dir():
         raise UserError(f"--harness_path={folder} is not a folder")
-    # The harness's own tasks take ten seconds to list, so local ones are looked for alone first.
-    for with_its_own in (False, True) if folder else (True,):
-        manager = TaskManager(include_path=folder or None, include_defaults=with_its_own)
+    # Listing the harness's own tasks takes ten seconds, so local tasks are tried without them first.
+    for include_defaults in (False, True) if folder else (True,):
+        manager = TaskManager(include_path=folder or None, include_defaults=include_defaults)
         try:
             for name in names:
                 _try_to_load(manager, name)
             return manager
         except UserError:
-            if with_its_own:
+            if include_defaults:
                 raise
 
 
 def _try_to_load(manager, name: str) -> None:
     if name not in manager.all_tasks:
         near = get_close_matches(name, manager.all_tasks, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` has their names"
+        hint = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists their names"
         raise UserError(f"lm-evaluation-harness has no task {name!r}: {hint}")
     try:
         tasks = manager.load([name])["tasks"]
-    except Exception as error:  # of the network, the data or the task's own code
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"lm-evaluation-harness cannot load {name!r} ({why}): download its data where there is a "
+    except Exception as error:  # from the network, the data or the task's own code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"lm-evaluation-harness cannot load {name!r} ({reason}): download its data where there is a "
                         f"network, or name local tasks by --harness_path") from None  # fmt: skip
     if unsafe := [task for task, loaded in tasks.items() if getattr(loaded, "UNSAFE_CODE", False)]:
-        raise UserError(f"the task {unsafe[0]!r} runs code that a model wrote: use lm-eval itself, in a sandbox")
+        raise UserError(f"the task {unsafe[0]!r} executes generated code: use lm-eval itself, in a sandbox")
 
 
 def harness_results(lm, name: str, manager, limit: int | None) -> list[dict]:
-    """The results of a task of the harness, or of a group and its tasks, with the harness's own standard errors in
-    place of intervals, see `with_intervals`. They are kept by the task's name: after a change of its YAML or data
-    delete harness.jsonl.
+    """The results of a task of the harness, or of a group and its tasks, with the harness's standard errors; see
+    `with_intervals`. lm: a nanopause.harness.Harness. All rows of a group have the same seconds_per_example.
 
-    lm: a nanopause.harness.Harness. Its time is that of everything, the same for all of a group's rows."""
+    harness.jsonl caches them by the task's name. After a change of the task's YAML or data, delete that file."""
     from lm_eval import simple_evaluate
 
-    n_cut, start = lm.n_cut, perf_counter()
-    found = simple_evaluate(lm, tasks=[name], task_manager=manager, limit=limit, log_samples=False)
-    seconds, counts = perf_counter() - start, found.get("n-samples", {})
-    n, made = sum(count["effective"] for count in counts.values()), []
-    for task, values in {**found["results"], **found.get("groups", {})}.items():
-        metrics = {}
-        for key, value in values.items():
-            metric, comma, kind = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
+    n_cut = lm.n_cut
+    start = perf_counter()
+    evaluated = simple_evaluate(lm, tasks=[name], task_manager=manager, limit=limit, log_samples=False)
+    seconds = perf_counter() - start
+    counts = evaluated.get("n-samples", {})
+    n_total = sum(count["effective"] for count in counts.values())
+    rows = []
+    for task, values in {**evaluated["results"], **evaluated.get("groups", {})}.items():
+        if metrics := _harness_metrics(values):
+            n = counts[task]["effective"] if task in counts else n_total
+            rows.append({"task": task, "by": "harness", "pauses": lm.pauses, "n": n, "metrics": metrics,
+                         "n_cut": lm.n_cut - n_cut, "seconds_per_example": seconds / n_total})  # fmt: skip
+    return rows
+
+
+def _harness_metrics(values: dict) -> dict[str, dict]:
+    """Value and standard error by metric, from the harness's keys `metric,filter` and `metric_stderr,filter`."""
+    metrics = {}
+    for key, value in values.items():
+        metric, comma, kind = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
             error = values.get(f"{metric}_stderr,{kind}")
-            metrics[metric if kind == "none" else f"{metric} ({kind})"] = {
-                "value": value, "stderr": error if isinstance(error, float) and math.isfinite(error) else None
-            }  # fmt: skip
-        if metrics:
-            made.append({"task": task, "by": "harness", "pauses": lm.pauses,
-                         "n": counts[task]["effective"] if task in counts else n, "metrics": metrics,
-                         "n_cut": lm.n_cut - n_cut, "seconds_per_example": seconds / n})  # fmt: skip
-    return made
+            is_known = isinstance(error, float) and math.isfinite(error)
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            metrics[name] = {"value": value, "stderr": error if is_known else None}
+    return metrics
 
 
 def with_intervals(row: dict) -> dict:

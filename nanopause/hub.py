@@ -1,9 +1,9 @@
-"""transformers' checkpoints in and out: GPT-2, Llama and SmolLM2, Qwen2 and Qwen3.
+"""Import and export of transformers checkpoints: GPT-2, Llama (and SmolLM2), Qwen2 and Qwen3.
 
-    python -m nanopause.hub --checkpoint=out/pause --folder=exported    # for transformers, vLLM and whatever reads them
+    python -m nanopause.hub --checkpoint=out/pause --folder=exported    # for transformers, vLLM and the like
 
-The pause is the id after the tokenizer's last. Where the table has no row for it, rows are added up to a multiple of
-64; the pause's row, and those added behind it, start as the mean of the text's.
+The pause is the id after the tokenizer's last one. If the embedding has no row for it, rows are added up to a multiple
+of 64. The rows of the pause and of added ids are initialised to the mean of the text rows.
 """
 
 import json
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import torch
@@ -29,19 +30,22 @@ from nanopause.model import GPT, GPTConfig, rope_tables
 from nanopause.tokenizer import PAUSE, Tokenizer, pretrained_tokenizer
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
-CHUNK_ELEMENTS = 1 << 20  # of a tensor in memory beside the model
-PROBE = "It's 12345, and\n\n  WE'LL see: ”naïve”…"  # what tokenizers cut in different ways
-COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # some files have them, and need not
-PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's first bytes, old and new
+CHUNK_ELEMENTS = 1 << 20  # of a tensor copied at a time
+PROBE = "It's 12345, and\n\n  WE'LL see: ”naïve”…"  # tokenizers split it in different ways
+COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # in some files, but computed from the config
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # first bytes of torch.save files
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-# Names and settings, both ways
+# Parameter names and configs, in both directions
 
 
 def names(config: GPTConfig, vocab_size: int | None = None) -> dict[str, list[tuple[str, int]]]:
-    """For every parameter of a GPT those of transformers that lie in it one below the other, with their rows. GPT-2's
-    matrices are transposed there. vocab_size: rows of their table, by default ours."""
-    C, D, V = config.n_embd, config.head_width, vocab_size or config.vocab_size
+    """For every parameter of a GPT, names and numbers of rows of the transformers parameters of which it is the
+    concatenation. Names lack the model's prefix. GPT-2's matrices are transposed in transformers. vocab_size: rows of
+    the embedding in transformers; default: config.vocab_size."""
+    C, D = config.n_embd, config.head_width
+    V = vocab_size or config.vocab_size
     q, kv = config.n_head * D, config.n_kv_head * D
     if config.norm == "layer":
         ours = {
@@ -49,22 +53,28 @@ def names(config: GPTConfig, vocab_size: int | None = None) -> dict[str, list[tu
             "position_embedding": [("wpe", config.block_size)],
             "norm": [("ln_f", C)],
         }
-        layer, path = {
-            "attention_norm": [("ln_1", C)], "attention.qkv": [("attn.c_attn", 3 * q)],
-            "attention.out": [("attn.c_proj", C)], "mlp_norm": [("ln_2", C)],
-            "mlp.up": [("mlp.c_fc", config.n_mlp)], "mlp.down": [("mlp.c_proj", C)],
-        }, "h"  # fmt: skip
+        path = "h"
+        layer = {
+            "attention_norm": [("ln_1", C)],
+            "attention.qkv": [("attn.c_attn", 3 * q)],
+            "attention.out": [("attn.c_proj", C)],
+            "mlp_norm": [("ln_2", C)],
+            "mlp.up": [("mlp.c_fc", config.n_mlp)],
+            "mlp.down": [("mlp.c_proj", C)],
+        }
     else:
         ours = {"token_embedding": [("embed_tokens", V)], "norm": [("norm", C)]}
-        # ReLU² is a gated ReLU whose gate is its value.
-        layer, path = {
-            "attention_norm": [("input_layernorm", C)], "attention.q_norm": [("self_attn.q_norm", D)],
+        path = "layers"
+        layer = {
+            "attention_norm": [("input_layernorm", C)],
+            "attention.q_norm": [("self_attn.q_norm", D)],
             "attention.k_norm": [("self_attn.k_norm", D)],
             "attention.qkv": [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
-            "attention.out": [("self_attn.o_proj", C)], "mlp_norm": [("post_attention_layernorm", C)],
-            "mlp.up": [("mlp.gate_proj", config.n_mlp), ("mlp.up_proj", config.n_mlp)],
+            "attention.out": [("self_attn.o_proj", C)],
+            "mlp_norm": [("post_attention_layernorm", C)],
+            "mlp.up": [("mlp.gate_proj", config.n_mlp), ("mlp.up_proj", config.n_mlp)],  # ReLU²: two equal matrices
             "mlp.down": [("mlp.down_proj", C)],
-        }, "layers"  # fmt: skip
+        }
     for i in range(config.n_layer):
         ours |= {
             f"blocks.{i}.{part}": [(f"{path}.{i}.{name}", rows) for name, rows in theirs]
@@ -77,9 +87,10 @@ def names(config: GPTConfig, vocab_size: int | None = None) -> dict[str, list[tu
 
 
 def config_of(theirs: dict, source: str) -> GPTConfig:
-    """The GPTConfig of a transformers config. Raises UserError, with its name, for what a GPT cannot be."""
-    if (kind := theirs["model_type"]) not in KINDS:
-        raise UserError(f"{source} is of the architecture {kind!r}, which is not supported: {', '.join(KINDS)} are")
+    """The GPTConfig of a transformers config. Raises UserError that names the first unsupported setting."""
+    kind = theirs["model_type"]
+    if kind not in KINDS:
+        raise UserError(f"{source} has the architecture {kind!r}, which is not supported: {', '.join(KINDS)} are")
 
     def refuse(key: str, *accepted) -> None:
         if theirs.get(key) not in (None, *accepted):
@@ -87,7 +98,7 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
                             f"{' or '.join(map(repr, accepted))} is")  # fmt: skip
 
     if theirs.get("quantization_config"):
-        raise UserError(f"{source} is quantised, which is not supported: take the weights it was made from")
+        raise UserError(f"{source} is quantised, which is not supported: use the original weights")
     if kind == "gpt2":
         refuse("activation_function", "gelu_new", "gelu_pytorch_tanh")
         refuse("scale_attn_weights", True)
@@ -105,14 +116,15 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
     refuse("mlp_bias", False)
     refuse("use_sliding_window", False)
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    kind_of_rope, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if kind_of_rope == "linear":
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    scaling = None
+    if rope_type == "linear":
         scaling = [rope["factor"]]
-    elif kind_of_rope == "llama3":
+    elif rope_type == "llama3":
         scaling = [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor",
                                          "original_max_position_embeddings")]  # fmt: skip
-    elif kind_of_rope != "default":
-        raise UserError(f"{source} has rotary scaling of type {kind_of_rope!r}, which is not supported: 'linear' and "
+    elif rope_type != "default":
+        raise UserError(f"{source} has rotary scaling of type {rope_type!r}, which is not supported: 'linear' and "
                         f"'llama3' are")  # fmt: skip
     head_dim = theirs.get("head_dim")
     if head_dim and head_dim * theirs["num_attention_heads"] == theirs["hidden_size"]:
@@ -129,37 +141,38 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
 
 
 def transformers_config(config: GPTConfig) -> dict:
-    """The transformers config of a GPTConfig. Raises UserError for a setting that transformers' model does not have:
-    what an import of the written config gives must be the same model."""
+    """The transformers config of a GPTConfig. Raises UserError for a setting that transformers' model does not have. To
+    detect these, the transformers config is converted back and compared."""
     theirs = _transformers_config(config)
     restored = config_of(theirs, "the export")
     for field in fields(config):
         ours, written = _effective(config, field.name), _effective(restored, field.name, field.default)
         if ours != written:
             raise UserError(f"transformers' {theirs['model_type']} has no {field.name}={ours}, only {written}: train "
-                            f"with that for an export")  # fmt: skip
+                            f"with that to export")  # fmt: skip
     return theirs
 
 
 def _effective(config: GPTConfig, name: str, default: object = None) -> object:
-    """A setting as far as a trained model depends on it. default: of a setting that the config lacks."""
+    """The value of a setting, or a constant if the output of a trained model does not depend on it. default: if the
+    config lacks the setting."""
     if name == "zero_init" or (name.startswith("rope_") and config.position == "learned"):
-        return None  # initialisation; no rotary positions
+        return None
     if name == "head_dim":
         return config.head_width
     if name in ("bias", "qkv_bias"):
-        has_all_biases = config.norm == "layer"  # GPT-2 has them; ours without are exported as zeros
+        has_all_biases = config.norm == "layer"  # GPT-2; missing biases are exported as zeros
         return True if has_all_biases else bool(config.bias if config.qkv_bias is None else getattr(config, name))
     return getattr(config, name, default)
 
 
 def _transformers_config(config: GPTConfig) -> dict:
-    """The same, unchecked beyond the choice of the architecture."""
+    """The transformers config; only the choice of the architecture is checked."""
     if config.norm == "layer":
         ours = config.qk_norm, config.position, config.mlp, config.n_kv_head, config.n_head * config.head_width
         if ours != (False, "learned", "gelu", config.n_head, config.n_embd):
-            raise UserError("with norm=layer transformers has GPT-2 alone: qk_norm=False, position=learned, mlp=gelu, "
-                            "and as many key-value heads as heads")  # fmt: skip
+            raise UserError("with norm=layer transformers has GPT-2 only: train with qk_norm=False, position=learned, "
+                            "mlp=gelu, n_kv_head=n_head and head_dim=n_embd/n_head")  # fmt: skip
         return {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size,
             "n_positions": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer,
@@ -168,12 +181,12 @@ def _transformers_config(config: GPTConfig) -> dict:
             "embd_pdrop": 0.0, "resid_pdrop": 0.0,
         }  # fmt: skip
     if config.position != "rope" or config.mlp == "gelu" or config.bias or (config.qkv_bias and config.qk_norm):
-        raise UserError("with norm=rms transformers has Llama, Qwen2 and Qwen3: position=rope, mlp=swiglu or relu2, "
-                        "bias=False, and not both qkv_bias and qk_norm")  # fmt: skip
+        raise UserError("with norm=rms transformers has Llama, Qwen2 and Qwen3: train with position=rope, mlp=swiglu "
+                        "or relu2, bias=False, and not both qkv_bias and qk_norm")  # fmt: skip
     kind = "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias else "Llama"
     if kind == "Llama" and config.n_embd % config.n_head:
-        raise UserError(f"transformers has no Llama whose width {config.n_embd} is not a multiple of its "
-                        f"{config.n_head} heads: qk_norm=True, which is Qwen3, may have one")  # fmt: skip
+        raise UserError(f"transformers' Llama cannot have n_embd={config.n_embd}, which is not a multiple of "
+                        f"n_head={config.n_head}: train with qk_norm=True, which is Qwen3")  # fmt: skip
     scaling = None
     if config.rope_scaling:
         factor, *rest = config.rope_scaling
@@ -190,12 +203,20 @@ def _transformers_config(config: GPTConfig) -> dict:
     }  # fmt: skip
 
 
-# In
+# Import
+
+
+class Weights(NamedTuple):
+    """Tensors of a checkpoint by their names in transformers, read on demand."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype  # represents all of them exactly
+    read: Callable[[str, int, int], Tensor]  # (name, start, stop): rows start … stop − 1
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
-    """A safetensors file, with what is wrong with it in a sentence."""
+    """An open safetensors file. Raises UserError if it is missing, damaged or a pickle."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -206,46 +227,49 @@ def _opened(file: Path) -> Iterator[safe_open]:
     except safetensors.SafetensorError as error:
         with open(file, "rb") as stream:
             if stream.read(4).startswith(PICKLES):
-                raise UserError(f"{file} is a pickle, which can run code, under the name of safetensors: convert it "
+                raise UserError(f"{file} is a pickle, which can execute code, and not a safetensors file: convert it "
                                 f"with safetensors.torch.save_file") from None  # fmt: skip
         raise UserError(f"{file} is truncated or damaged ({error}): download it again") from None
 
 
-Read = Callable[[str, int, int], Tensor]  # a tensor's name, and its rows from and to
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], torch.dtype, Read]:
-    """The shapes of a folder's tensors by name, the dtype that holds them all exactly, and how to read them. A read
-    returns a view of the file, which is memory-mapped again for each read. The mapping ends with the view: pages of a
-    file that stays mapped count as memory of the process, and a copy needs as much again."""
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor, from model.safetensors or else from the index of several files."""
     index = folder / "model.safetensors.index.json"
-    if (file := folder / "model.safetensors").exists():
+    file = folder / "model.safetensors"
+    if file.exists():
         with _opened(file) as tensors:
-            files = dict.fromkeys(tensors.keys(), file)
-    elif index.exists():
+            return dict.fromkeys(tensors.keys(), file)
+    if index.exists():
         try:
             files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index} is damaged: download it again") from None
         if outside := [file for file in files.values() if file.parent != folder]:
             raise UserError(f"{index} names {outside[0]}, which is not in its folder: download it again")
-    elif pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
-        raise UserError(f"{folder} has its weights as a pickle ({pickles[0].name}), which can run code: convert them "
-                        f"to safetensors")  # fmt: skip
-    else:
-        raise UserError(f"{folder} has no model.safetensors")
+        return files
+    if pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
+        raise UserError(f"{folder} has its weights as a pickle ({pickles[0].name}), which can execute code: convert "
+                        f"them to safetensors")  # fmt: skip
+    raise UserError(f"{folder} has no model.safetensors: download the folder again")
+
+
+def _folder_weights(folder: Path) -> Weights:
+    """The weights of a folder. The file is memory-mapped again for each read and unmapped when the returned view is
+    freed: pages of a file that stays mapped count as memory of the process, up to the size of the file."""
+    files = _weight_files(folder)
     shapes, dtypes = {}, set()
     for file in dict.fromkeys(files.values()):
         with _opened(file) as tensors:
-            here = set(tensors.keys())
-            if missing := sorted(name for name in files if files[name] == file and name not in here):
-                raise UserError(f"{file} has no tensor {missing[0]}, which {index.name} says: download both again")
-            for name in sorted(name for name in here if not name.endswith(COMPUTED)):
+            present = set(tensors.keys())
+            if missing := sorted(name for name in files if files[name] == file and name not in present):
+                raise UserError(f"{file} has no tensor {missing[0]}, which model.safetensors.index.json lists: "
+                                f"download both again")  # fmt: skip
+            for name in sorted(name for name in present if not name.endswith(COMPUTED)):
                 tensor = tensors.get_slice(name)
-                if (dtype := tensor.get_dtype()) not in DTYPES:
-                    raise UserError(f"{file} has {name} in {dtype}, which is not supported: take the weights that it "
-                                    f"was made from, in {', '.join(DTYPES)}")  # fmt: skip
+                dtype = tensor.get_dtype()
+                if dtype not in DTYPES:
+                    raise UserError(f"{file} has {name} in {dtype}, which is not supported: use the original weights "
+                                    f"in one of {', '.join(DTYPES)}")  # fmt: skip
                 shapes[name] = tuple(tensor.get_shape())
                 dtypes.add(DTYPES[dtype])
 
@@ -253,13 +277,13 @@ def _files(folder: Path) -> tuple[dict[str, tuple[int, ...]], torch.dtype, Read]
         with _opened(files[name]) as tensors:
             return tensors.get_slice(name)[start:stop]
 
-    return shapes, reduce(torch.promote_types, dtypes or {torch.float32}), read
+    return Weights(shapes, reduce(torch.promote_types, dtypes or {torch.float32}), read)
 
 
-def _fill(model: GPT, theirs: dict[str, tuple[int, ...]], read: Read, vocab_size: int, source: str) -> None:
-    """Copy their tensors into the model, a few rows at a time."""
+def _copy_weights(model: GPT, weights: Weights, vocab_size: int, source: str) -> None:
+    """Copy the weights into the model, at most CHUNK_ELEMENTS at a time. vocab_size: rows of their embedding."""
     config = model.config
-    by_name = {name.removeprefix("transformer.").removeprefix("model."): name for name in theirs}
+    by_name = {name.removeprefix("transformer.").removeprefix("model."): name for name in weights.shapes}
     unused = set(by_name)
     for ours, parts in names(config, vocab_size).items():
         parameter = model.get_parameter(ours).detach()
@@ -271,34 +295,34 @@ def _fill(model: GPT, theirs: dict[str, tuple[int, ...]], read: Read, vocab_size
         start = 0
         for name, rows in parts:
             if name not in by_name:
-                raise UserError(f"{source} has no tensor {name}, which its config.json asks for")
+                raise UserError(f"{source} has no tensor {name}, which its config requires: download it again")
             unused.discard(name)
-            expected = (rows, *parameter.shape[1:])
-            if (shape := theirs[by_name[name]]) != expected:
-                raise UserError(f"{source} has {name} of shape {list(shape)}, and its config.json asks for "
-                                f"{list(expected)}")  # fmt: skip
-            again = None  # why it must be what was already copied
+            shape, expected = weights.shapes[by_name[name]], (rows, *parameter.shape[1:])
+            if shape != expected:
+                raise UserError(f"{source} has {name} of shape {list(shape)}, and its config requires "
+                                f"{list(expected)}: download it again")  # fmt: skip
+            must_equal = None  # error message if the tensor differs from the rows that it shares with an earlier one
             if config.mlp == "relu2" and name.endswith("up_proj.weight"):
-                again = "hidden_act='relu' and a gate that is not its value: only ReLU² is supported so"
+                must_equal = "hidden_act='relu' and a gate_proj that differs from up_proj: only ReLU² is supported"
             elif config.tied and name == "lm_head.weight":
-                again = ("tie_word_embeddings=true and a head that is not its embedding: set it to false in "
-                         "config.json")  # fmt: skip
-            start = 0 if again else start
+                must_equal = ("tie_word_embeddings=true and an lm_head that differs from the embedding: set it to "
+                              "false in config.json")  # fmt: skip
+            start = 0 if must_equal else start
             step = max(1, CHUNK_ELEMENTS // max(1, parameter[0].numel()))
             for i in range(0, rows, step):
-                chunk = read(by_name[name], i, min(i + step, rows))
+                chunk = weights.read(by_name[name], i, min(i + step, rows))
                 target = parameter[start + i :][: len(chunk)]
-                if not again:
+                if not must_equal:
                     target.copy_(chunk)
                 elif not torch.equal(target, chunk.to(target)):
-                    raise UserError(f"{source} has {again}")
+                    raise UserError(f"{source} has {must_equal}")
             start += rows
     if unused:
-        raise UserError(f"{source} has a tensor {min(unused)}, which no {type(model).__name__} has")
+        raise UserError(f"{source} has a tensor {min(unused)}, which its architecture does not have: remove it")
 
 
 def begin_rows(model: GPT, rows: list[int], n_text: int) -> None:
-    """Set rows of embedding and head to the mean of their first n_text, which are the text's."""
+    """Set rows of embedding and head to the mean of their first n_text rows, those of text ids."""
     with torch.no_grad():
         for table in {model.token_embedding.weight, model.head.weight}:
             total = torch.zeros(table.shape[1], dtype=torch.float64, device=table.device)
@@ -312,15 +336,64 @@ def _first_line(error: Exception) -> str:
 
 
 def _download(source: str) -> Path:
-    """The folder of a hub id, without weights in other formats."""
+    """Download a hub id, except weights in other formats than safetensors, and return the folder."""
     try:
         return Path(needs("huggingface_hub", "hub").snapshot_download(
             source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         ))  # fmt: skip
     except UserError:
         raise
-    except Exception as error:  # of many kinds: no such id, no network, no permission
-        raise UserError(f"{source!r} is no folder here, and the hub does not give it: {_first_line(error)}") from None
+    except Exception as error:  # many types: unknown id, no network, no permission
+        raise UserError(f"{source!r} is not a folder and cannot be downloaded from the hub ({_first_line(error)}): "
+                        f"check the name and the network") from None  # fmt: skip
+
+
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[dict, Weights]:
+    """The transformers config and the dequantised weights of a GGUF file. transformers loads the whole model."""
+    transformers = needs("transformers", "hub")
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    needs("gguf", "hub")
+    try:
+        original = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    except Exception as error:  # many types, depending on the file's content
+        raise UserError(f"transformers cannot read {path}: {_first_line(error)}") from None
+    config = original.config.to_dict()
+    config.pop("quantization_config", None)  # of the file; the weights are dequantised
+    weights = original.state_dict()
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    return config, Weights(shapes, dtype, lambda name, start, stop: weights[name][start:stop])
+
+
+def _read_config(folder: Path, source: str) -> dict:
+    """The transformers config of a folder, with its defaults."""
+    transformers = needs("transformers", "hub")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["model_type"] not in KINDS:  # transformers may not support it either
+            config_of(config, source)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no config.json, so it is not a transformers checkpoint: use another") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}/config.json is damaged: download it again") from None
+    try:
+        return transformers.AutoConfig.from_pretrained(folder).to_dict()
+    except Exception as error:
+        raise UserError(f"transformers cannot read {folder}/config.json: {_first_line(error)}") from None
+
+
+def _empty_model(config: GPTConfig, device: str | torch.device, dtype: torch.dtype) -> GPT:
+    """A model in evaluation mode with uninitialised weights."""
+    with torch.device("meta"):
+        model = GPT(config).to(dtype)
+    if config.tied:
+        model.head.weight = None  # to_empty would allocate a second table
+    model = model.to_empty(device=device).eval()
+    if config.tied:
+        model.head.weight = model.token_embedding.weight
+    if config.position == "rope":
+        model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
+    return model
 
 
 def load_pretrained(
@@ -328,60 +401,28 @@ def load_pretrained(
 ) -> tuple[GPT, Tokenizer]:
     """A model in evaluation mode and its tokenizer, from a transformers folder, a GGUF file or a hub id.
 
-    Weights are read from safetensors a few rows at a time, so that memory holds the model and little else; a GGUF file
-    goes through transformers, and is there twice for a while. A table without a row for the pause grows. dtype: of the
-    weights; None is the file's own.
+    Safetensors are read a few rows at a time, so that peak memory is about the size of the model; a GGUF file is loaded
+    by transformers first, which takes twice as much. If the embedding has no row for the pause, rows are added. dtype:
+    of the weights; None: as in the files.
 
-    Raises UserError for an architecture or a setting that is not supported, and for files that are missing or damaged.
+    Raises UserError for unsupported architectures and settings, and for missing or damaged files.
     """
     source, path = str(name_or_path), Path(name_or_path)
-    transformers = needs("transformers", "hub")
+    needs("transformers", "hub")
     if path.suffix == ".gguf":
-        folder, dtype = None, dtype or torch.float32
-        if not path.exists():
-            raise UserError(f"{path} does not exist")
-        needs("gguf", "hub")
-        try:
-            original = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-        except Exception as error:  # of many kinds, for what a file may have in it
-            raise UserError(f"transformers cannot read {path}: {_first_line(error)}") from None
-        theirs, weights = original.config.to_dict(), original.state_dict()
-        theirs.pop("quantization_config", None)  # what the file was; these are its numbers
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-
-        def read(name: str, start: int, stop: int) -> Tensor:
-            return weights[name][start:stop]
+        folder = None
+        theirs, weights = _read_gguf(path, dtype or torch.float32)
     else:
         folder = path if path.is_dir() else _download(source)
-        try:
-            theirs = json.loads((folder / "config.json").read_text())
-            if theirs["model_type"] not in KINDS:
-                config_of(theirs, source)
-        except FileNotFoundError:
-            raise UserError(f"{folder} has no config.json: it is no transformers checkpoint") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{folder}/config.json is damaged: download it again") from None
-        try:
-            theirs = transformers.AutoConfig.from_pretrained(folder).to_dict()  # with its defaults
-        except Exception as error:
-            raise UserError(f"transformers cannot read {folder}/config.json: {_first_line(error)}") from None
-        shapes, its_dtype, read = _files(folder)
-        dtype = dtype or its_dtype
+        theirs = _read_config(folder, source)
+        weights = _folder_weights(folder)
     config = config_of(theirs, source)
     vocab_size = config.vocab_size
     tokenizer = pretrained_tokenizer(source, vocab_size, folder)
     config.vocab_size = tokenizer.vocab_size
-    with torch.device("meta"):
-        model = GPT(config).to(dtype)
-    if config.tied:
-        model.head.weight = None  # to_empty would make a second table
-    model = model.to_empty(device=device).eval()
-    if config.tied:
-        model.head.weight = model.token_embedding.weight
-    if config.position == "rope":
-        model.rope_cos, model.rope_sin = (table.to(device) for table in rope_tables(config))
+    model = _empty_model(config, device, dtype or weights.dtype)
     with torch.no_grad():
-        _fill(model, shapes, read, vocab_size, source)
+        _copy_weights(model, weights, vocab_size, source)
     new = [*range(vocab_size, config.vocab_size), *([tokenizer.pause_id] if tokenizer.pause_is_new else [])]
     begin_rows(model, new, min(tokenizer.pause_id, vocab_size))
     return model, tokenizer
@@ -390,32 +431,33 @@ def load_pretrained(
 def load(
     source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[GPT, Tokenizer, dict]:
-    """Model, tokenizer and checkpoint.json of a run of ours, or of the checkpoint of it that `out_dir/best` or
-    `out_dir/step_00000500` name, which are in float32; or of what load_pretrained takes, and {}."""
-    is_there = Path(source).exists()
-    if checkpoint.run_of(Path(source)) or not (is_there or re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", str(source))):
+    """Model, tokenizer and checkpoint.json of a run or of one of its checkpoints (`out_dir/best`,
+    `out_dir/step_00000500`), in float32. For other sources, model and tokenizer of load_pretrained, and {}."""
+    is_hub_id = re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", str(source))
+    if checkpoint.run_of(Path(source)) or not (Path(source).exists() or is_hub_id):
         return checkpoint.load(Path(source), torch.device(device))
     return *load_pretrained(source, device=device, dtype=dtype), {}
 
 
-# Out
+# Export
 
 
 def their_tensors(model: GPT) -> dict[str, Tensor]:
-    """A model's parameters as transformers has them, on the CPU, by their names there."""
+    """A model's parameters under their names and in their layout in transformers, copied to the CPU."""
     config, tensors = model.config, {}
     prefix = "transformer." if config.norm == "layer" else "model."
     for ours, parts in names(config).items():
         parameter = model.get_parameter(ours).detach().cpu()
         if config.norm == "layer" and parameter.ndim == 2 and ours.startswith("blocks."):
-            parameter, parts = parameter.T, [(parts[0][0], parameter.shape[1])]
+            parameter = parameter.T
+            parts = [(parts[0][0], len(parameter))]
         if config.mlp == "relu2" and len(parts) == 2:
             parameter = torch.cat((parameter, parameter))
         for (name, _), tensor in zip(parts, parameter.split([rows for _, rows in parts])):
             name = name if name.startswith("lm_head.") else prefix + name
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
     if config.norm == "layer":
-        for i in range(config.n_layer):  # GPT-2 has biases
+        for i in range(config.n_layer):  # GPT-2 always has biases
             for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
                 name = f"transformer.h.{i}.{part}"
                 weight = tensors[f"{name}.weight"]
@@ -425,57 +467,74 @@ def their_tensors(model: GPT) -> dict[str, Tensor]:
 
 
 def export(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Write a run, or what load_pretrained takes, as a transformers checkpoint that needs no code of ours, and return
-    its folder: config, safetensors in the dtype that they came in, generation_config.json with all that it had, the
-    tokenizer with the pause as a special token, a card, and custom_generate/generate.py, with which transformers' own
-    `generate` pauses.
+    """Write a run, or any source of load_pretrained, as a transformers checkpoint, and return its folder: config,
+    safetensors in the dtype of the source, generation_config.json with the source's settings, the tokenizer with the
+    pause as a special token, a model card, and custom_generate/generate.py, which adds pauses to transformers'
+    `generate`. The checkpoint does not need nanopause.
 
-    Raises UserError where transformers has no such model, or the folder has something in it."""
+    Raises UserError if transformers has no such model, or the folder is not empty."""
     folder = Path(folder).resolve()
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: choose another folder")
     hub = needs("huggingface_hub", "hub")
     model, tokenizer, state = load(checkpoint, dtype=None)
     if state and state["config"]["attention"] == "prefix":
-        print(f"warning: {checkpoint} was finetuned with attention=prefix, which transformers does not have: its "
-              f"export reads prompts causally; finetune with --attention=causal for it", file=sys.stderr)  # fmt: skip
-    config, ends = transformers_config(model.config), tokenizer.end_ids
+        print(f"warning: {checkpoint} was finetuned with attention=prefix, which transformers does not have, so its "
+              f"export has causal prompts: finetune with --attention=causal to export", file=sys.stderr)  # fmt: skip
+    config, generation = _export_configs(model, tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+        temporary = Path(parent, folder.name)
+        (temporary / "custom_generate").mkdir(parents=True)
+        theirs = _export_tokenizer(tokenizer, temporary, checkpoint)
+        for name, content in (("config", config), ("generation_config", generation)):
+            (temporary / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        restored = needs("transformers", "hub").AutoTokenizer.from_pretrained(temporary)
+        if restored.encode(PROBE) != theirs.encode(PROBE):
+            raise UserError(f"transformers loads the tokenizer of every {config['model_type']} as Qwen2's, which gives "
+                            f"other ids than {tokenizer.name}: train with qk_norm=True or qkv_bias=False")  # fmt: skip
+        shutil.copy(Path(__file__).with_name("custom_generate.py"), temporary / "custom_generate" / "generate.py")
+        (temporary / "README.md").write_text(card(str(checkpoint), folder, model, tokenizer, state))
+        hub.save_torch_state_dict(their_tensors(model), temporary)
+        for file in temporary.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors makes it readable by its owner only
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    return folder
+
+
+def _export_configs(model: GPT, tokenizer: Tokenizer) -> tuple[dict, dict]:
+    """config.json and generation_config.json."""
+    ends = tokenizer.end_ids
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0],
            "pad_token_id": tokenizer.eot_id}  # fmt: skip
-    config |= ids | {"pause_token_id": tokenizer.pause_id, "dtype": str(model.head.weight.dtype).removeprefix("torch.")}
+    dtype = str(model.head.weight.dtype).removeprefix("torch.")
+    config = transformers_config(model.config) | ids | {"pause_token_id": tokenizer.pause_id, "dtype": dtype}
     generation = {key: value for key, value in tokenizer.generation.items() if value is not None}
     no_text = {*(generation.get("suppress_tokens", [])), *range(tokenizer.pause_id, model.config.vocab_size)}
     generation = ids | generation | {"eos_token_id": ids["eos_token_id"], "suppress_tokens": sorted(no_text)}
     generation.pop("_from_model_config", None)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        beside = Path(beside, folder.name)
-        (beside / "custom_generate").mkdir(parents=True)
-        theirs = tokenizer.of_transformers()
-        if (pause_id := theirs.convert_tokens_to_ids(PAUSE)) != tokenizer.pause_id:
-            raise UserError(f"the tokenizer of {checkpoint} has ids that no text uses, and gives the pause {pause_id} "
-                            f"instead of {tokenizer.pause_id}: number its ids without gaps")  # fmt: skip
-        theirs.pad_token = theirs.pad_token or theirs.eos_token  # for prompts of unequal length
-        theirs.save_pretrained(beside)
-        settings = json.loads((beside / "tokenizer_config.json").read_text())
-        # Under names that transformers 4 knows too.
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["model_input_names"] = ["input_ids", "attention_mask"]
-        for name, content in (("tokenizer_config", settings), ("config", config), ("generation_config", generation)):
-            (beside / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-        if needs("transformers", "hub").AutoTokenizer.from_pretrained(beside).encode(PROBE) != theirs.encode(PROBE):
-            raise UserError(f"transformers reads the tokenizer of any {config['model_type']} as Qwen2's, which gives "
-                            f"other ids than {tokenizer.name}: train with qk_norm=True or qkv_bias=False")  # fmt: skip
-        shutil.copy(Path(__file__).with_name("custom_generate.py"), beside / "custom_generate" / "generate.py")
-        (beside / "README.md").write_text(card(str(checkpoint), folder, model, tokenizer, state))
-        hub.save_torch_state_dict(their_tensors(model), beside)
-        for file in beside.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors leaves it to its owner alone
-        if folder.exists():
-            folder.rmdir()
-        beside.rename(folder)
-    return folder
+    return config, generation
+
+
+def _export_tokenizer(tokenizer: Tokenizer, folder: Path, source: str | Path):
+    """Write the tokenizer's files and return it as a transformers tokenizer."""
+    theirs = tokenizer.of_transformers()
+    pause_id = theirs.convert_tokens_to_ids(PAUSE)
+    if pause_id != tokenizer.pause_id:
+        raise UserError(f"the tokenizer of {source} has unused ids, so that the pause gets id {pause_id} instead of "
+                        f"{tokenizer.pause_id}: number its ids without gaps")  # fmt: skip
+    theirs.pad_token = theirs.pad_token or theirs.eos_token  # for prompts of unequal length
+    theirs.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    # Names that transformers 4 supports too.
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens", [])
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+    return theirs
 
 
 @dataclass
@@ -483,7 +542,7 @@ class Settings:
     checkpoint: str
     """Folder of a run, or a transformers folder, GGUF file or hub id."""
     folder: str
-    """Where to write; it must not be there, or be empty."""
+    """Output folder, which must not exist or be empty."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""DIT: the targets it chooses, the pauses before them, against the equations written out for one example."""
+"""DIT: chosen targets, pauses before them and gradients, compared with the equations for one example at a time."""
 
 import contextlib
 import importlib
@@ -31,7 +31,7 @@ PAIRS = [encode(example(*text), BYTES, 128) for text in TEXTS]
 
 @pytest.fixture(scope="module")
 def model():
-    """Random, and far from uniform."""
+    """Random weights, with logits far from uniform."""
     torch.manual_seed(1)
     model = GPT(SHAPE).double()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def inside(placement="dit", m=3, **options):
 
 
 def log_likelihoods(model, tokens, n_prefix):
-    """ℓ_k = log p(y_k | prefix, y_<k) of every target."""
+    """ℓ_k = log p(y_k | prefix, y_<k) for every target."""
     logits = model(torch.tensor([tokens]))[0]
     return [float(logits[t - 1].detach().log_softmax(0)[tokens[t]]) for t in range(n_prefix, len(tokens))]
 
@@ -62,7 +62,7 @@ def with_pauses_before(tokens, n_prefix, chosen, n):
 
 
 def expected(model, pair, m, n):
-    """The sequence that is trained on, and its targets."""
+    """Inputs and targets of training."""
     tokens, n_prefix = pair.tokens.tolist(), pair.n_prefix
     likelihood = log_likelihoods(model, tokens, n_prefix)
     chosen = sorted(range(len(likelihood)), key=lambda k: (likelihood[k], k))[:m]
@@ -77,7 +77,7 @@ def documents(batch):
 
 
 def check(model, inside, pairs=PAIRS, attention="causal", m=3, n=1, finetuning=finetuning):
-    """Tokens, targets, positions and intervals of every document of a packed batch."""
+    """Check tokens, targets, positions and intervals of every document of a packed batch."""
     batch = finetuning.pack(pairs, P, attention)
     got = inside.chosen_by(model, batch, 2)
     start = 0
@@ -95,12 +95,12 @@ def check(model, inside, pairs=PAIRS, attention="causal", m=3, n=1, finetuning=f
 
 @pytest.mark.parametrize("m, n", [(1, 1), (3, 1), (3, 2), (50, 1), (0, 1)])
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
-def test_the_least_likely_targets_of_every_row(model, attention, m, n):
+def test_pauses_are_before_the_least_likely_targets(model, attention, m, n):
     check(model, inside(m=m, consecutive=n), attention=attention, m=m, n=n)
 
 
-def test_planted_hard_tokens_are_the_ones(model):
-    """A model that finds every target certain but for some; padded rows and packed ones choose the same."""
+def test_planted_unlikely_targets_are_chosen(model):
+    """The same ones from padded and packed rows."""
     rng = np.random.default_rng(0)
     values, hard = torch.full((5, 40), -0.1), []
     for row, length in enumerate((40, 23, 3, 31, 8)):
@@ -115,7 +115,7 @@ def test_planted_hard_tokens_are_the_ones(model):
     assert torch.equal(lowest_likelihood(torch.zeros(2, 6), 2), torch.tensor(2 * [[1, 1, 0, 0, 0, 0]]).bool())
 
 
-FAULTS = {  # of the code released with the paper, each in a copy of ours
+FAULTS = {  # bugs of the code released with the paper, each injected into a copy of ours
     "scores unshifted logits": [("part.targets, red", "part.inputs.where(part.targets != IGNORE, IGNORE), red")],
     "takes the likeliest": [("-torch.cat(losses)", "torch.cat(losses)")],
     "row 0's logits for all rows": [
@@ -160,8 +160,8 @@ def test_faults_are_caught(model, fault, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("pause_loss", [False, True])
 @pytest.mark.parametrize("n", [1, 2])
-def test_gradients_are_those_of_the_equations(model, n, pause_loss):
-    """In float64, one example at a time: loss of the targets, or of what is after every place of them."""
+def test_gradients_equal_the_equations(model, n, pause_loss):
+    """In float64, one example at a time: loss of the targets or, with pause_loss, of every next token."""
     loss, n_live = 0.0, 0
     for pair in PAIRS:
         inputs, targets = expected(model, pair, 3, n)
@@ -189,12 +189,12 @@ def test_focal_loss(model, gamma):
     got = summed_loss(model, batch, gamma)
     assert got.item() == pytest.approx(truth.item(), rel=1e-9)
     weights = list(model.parameters())
-    for mine, theirs in zip(torch.autograd.grad(got, weights), torch.autograd.grad(truth, weights)):
-        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+    for ours, expected in zip(torch.autograd.grad(got, weights), torch.autograd.grad(truth, weights)):
+        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_two_forwards_and_one_backward_a_step(monkeypatch, data_dir, tmp_path, capsys):
-    """Of train.py itself, a micro-batch."""
+def test_dit_step_has_two_forwards_and_one_backward(monkeypatch, data_dir, tmp_path, capsys):
+    """Counted in train.py, per micro-batch."""
     counts = {"forward": 0, "backward": 0}
     forward, backward = GPT.forward, torch.Tensor.backward
 
@@ -209,7 +209,7 @@ def test_two_forwards_and_one_backward_a_step(monkeypatch, data_dir, tmp_path, c
     monkeypatch.setattr(GPT, "forward", counted_forward)
     monkeypatch.setattr(torch.Tensor, "backward", counted_backward)
     monkeypatch.setattr(train, "evaluate", lambda *_: train.Scores(1.0, 1.0, 0.5))
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # nor anything else of this process
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # would affect other tests
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     for placement, forwards in (("dit", 2), ("ran", 1)):
         counts.update(forward=0, backward=0)
@@ -223,7 +223,7 @@ def test_two_forwards_and_one_backward_a_step(monkeypatch, data_dir, tmp_path, c
 # Baselines
 
 
-def test_random_places(model):
+def test_random_placement(model):
     pairs = 50 * [PAIRS[1]] + 50 * [PAIRS[2]]
     made = [TaskBatches(pairs, 100, P, "causal", seed, 0, 1, inside("ran", 2))[0] for seed in (0, 0, 1)]
     assert torch.equal(made[0].inputs, made[1].inputs) and not torch.equal(made[0].inputs, made[2].inputs)
@@ -235,10 +235,10 @@ def test_random_places(model):
         assert text == pair.tokens[:-1].tolist() and inputs.count(P) == 2
         assert [t for t in targets if t != X] == pair.tokens[pair.n_prefix :].tolist()
         places[which].update(targets[k] for k, token in enumerate(inputs) if token == P and targets[k] != X)
-    assert set(places[1]) == {*b" x", E} and len(places[2]) > 8  # every target has its turn
+    assert set(places[1]) == {*b" x", E} and len(places[2]) > 8  # every target is chosen
 
 
-def test_after_words():
+def test_after_words_placement():
     assert after_words([b"the", b" cat", b"s", b" sat", b"\n", b"on"]) == [1, 3, 4, 6]
     assert after_words([]) == [] and after_words([b" "]) == [] and after_words([b"a"]) == [1]
     batch = TaskBatches(PAIRS[2:3], 1, P, "causal", 0, 0, 1, inside("aaw", 0))[0]
@@ -247,7 +247,7 @@ def test_after_words():
     assert batch.targets[0, -1] == E and batch.n_pauses == 3
 
 
-def test_places_by_hand():
+def test_insert_before_by_hand():
     inputs, targets = torch.tensor([1, 2, 3, 4]), torch.tensor([X, 3, 4, 9])
     chosen = torch.tensor([False, True, False, True])
     made = insert_before(inputs, targets, chosen, 2, 7, 2)
@@ -257,8 +257,7 @@ def test_places_by_hand():
 
 
 @pytest.mark.parametrize("placement, n", [("dit", 9), ("ran", 9), ("aaw", 4)])
-def test_pauses_to_come_have_room(placement, n):
-    """A prefix is cut so that nothing else has to be."""
+def test_prefix_is_cut_to_leave_room_for_target_pauses(placement, n):
     words = example("why " * 40, " one two three.")
     chooser = inside(placement, 9)
     pair = encode(words, BYTES, 128, inside=chooser)
@@ -277,7 +276,7 @@ def data_dir(tmp_path_factory):
     return write(tmp_path_factory.mktemp("dit"))
 
 
-def test_two_processes_micro_batches_and_a_resume_are_one_run(train, data_dir, tmp_path):
+def test_processes_micro_batches_and_resume_give_the_same_run(train, data_dir, tmp_path):
     args = (f"--data_dir={data_dir}", "--placement=dit", "--pauses=3", "--max_steps=8", "--checkpoint_interval=4")
     out = one_in_two_processes_and_in_parts(train, tmp_path, *args)
     expected = weights(out), [row["tokens"] for row in rows(out)]
@@ -293,13 +292,13 @@ def test_two_processes_micro_batches_and_a_resume_are_one_run(train, data_dir, t
     (["--focal=2"], "focal=2.0 is for finetuning"),
     (["--task=gsm8k", "--focal=-1"], "focal=-1.0 must be at least 0"),
 ])  # fmt: skip
-def test_settings_that_do_not_fit(args, text):
+def test_inconsistent_settings_are_refused(args, text):
     with pytest.raises(UserError, match=text):
         load_config(args)
 
 
 @pytest.mark.parametrize("task, rate", [("gsm8k", 1e-5), ("aqua", 3e-5), ("mbpp", 3e-5)])
-def test_configs_of_the_paper(task, rate):
+def test_configs_have_the_papers_hyperparameters(task, rate):
     args = [str(ROOT / "config/dit.py"), f"--recipe={task}_dit"]
     config = load_config([*args, "--init_from=out/pause"])
     assert (config.task, config.placement, config.learning_rate, config.batch_size) == (task, "dit", rate, 4)

@@ -37,7 +37,7 @@ def model_of(style="modern", block_size=64, std=0.3, sharpness=8.0):
     torch.manual_seed(0)
     shape = dict(vocab_size=BYTES.vocab_size, block_size=block_size, n_layer=2, n_head=4, n_embd=32, zero_init=False)
     model = GPT(GPTConfig(**shape, **STYLES[style])).eval()
-    for parameter in model.parameters():  # untrained logits are too flat to tell tokens apart
+    for parameter in model.parameters():  # untrained logits are too uniform to distinguish tokens
         torch.nn.init.normal_(parameter, std=std)
     with torch.no_grad():
         model.norm.weight *= sharpness
@@ -45,19 +45,19 @@ def model_of(style="modern", block_size=64, std=0.3, sharpness=8.0):
 
 
 def engine_of(model, ahead=False, **options):
-    """ahead: as on a GPU, with padded sizes and two steps scheduled ahead."""
+    """ahead: padded sizes and two steps scheduled ahead, as on a GPU."""
     engine = Engine(model, BYTES, **{"max_batch": 3, "chunk": 7} | options)
     engine.n_ahead, engine.runner.pads = 2 * ahead, ahead
     return engine
 
 
 @torch.no_grad()
-def end_and_ask_now_and_then(model, attention="causal"):
-    """The end of text takes the place of the token that is said most often last, and a pause is a little likelier than
-    the one that is said most."""
+def make_end_and_pause_likely(model, attention="causal"):
+    """Set head rows so that greedy decoding generates ends of text and pauses: the end of text becomes likelier than a
+    frequent last token, a pause likelier than the most frequent token."""
     made = engine_of(model).generate(PROMPTS, temperature=0, max_new_tokens=12, attention=attention)
-    said = Counter(i for one in made for i in one.ids)
-    (favourite, _), *_ = said.most_common(1)
+    generated = Counter(i for one in made for i in one.ids)
+    [(favourite, _)] = generated.most_common(1)
     last, _ = Counter(one.ids[-1] for one in made if one.ids[-1] != favourite).most_common(1)[0]
     model.head.weight[EOT] = 1.02 * model.head.weight[last]
     model.head.weight[PAUSE] = 1.02 * model.head.weight[favourite]
@@ -65,13 +65,13 @@ def end_and_ask_now_and_then(model, attention="causal"):
 
 @torch.no_grad()
 def logprobs_without_cache(model, tokens, prefix=0, n_ids=PAUSE):
-    """Of the next token, by a whole pass in which the first `prefix` tokens read each other."""
+    """Log-probabilities of the next token by a full forward. The first `prefix` tokens attend to each other."""
     hi = torch.arange(1, len(tokens) + 1).clamp(min=prefix)[None].int()
     return model(torch.tensor([tokens]), lo=torch.zeros_like(hi), hi=hi)[0, -1, :n_ids].log_softmax(0)
 
 
 def generate_without_cache(model, prompt, n, policy=None, prefix=False):
-    """Greedy ids, and the pauses before each: what Engine is to say, one whole pass a token."""
+    """Greedy ids and the number of pauses before each, expected from Engine, by one full forward per token."""
     policy = policy or Never()
     tokens = BYTES.encode(prompt) or [EOT]
     ids, pauses, budget, n_prefix = [], [], policy.budget, len(tokens)
@@ -88,11 +88,11 @@ def generate_without_cache(model, prompt, n, policy=None, prefix=False):
             m = 0
         tokens, budget = tokens + [PAUSE] * m, budget - m
         n_prefix += m if first else 0
-        said = logprobs_without_cache(model, tokens, n_prefix if prefix else 0).argmax().item()
-        ids, pauses = [*ids, said], [*pauses, m]
-        if said == EOT or len(tokens) == model.config.block_size:
+        generated = logprobs_without_cache(model, tokens, n_prefix if prefix else 0).argmax().item()
+        ids, pauses = [*ids, generated], [*pauses, m]
+        if generated == EOT or len(tokens) == model.config.block_size:
             break
-        tokens = [*tokens, said]
+        tokens = [*tokens, generated]
     return ids, pauses
 
 
@@ -104,10 +104,10 @@ POLICIES = [Never(), AfterPrompt(10), BelowConfidence(0.7, 3), BelowConfidence(1
 @pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix-LM"])
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 @pytest.mark.parametrize("style", STYLES)
-def test_a_batch_says_what_whole_passes_say(style, policy, prefix, ahead):
-    """More prompts than rows, prompts longer than a chunk, every policy."""
+def test_batched_generation_equals_full_forwards(style, policy, prefix, ahead):
+    """More prompts than slots, prompts longer than a chunk, every policy."""
     model, attention = model_of(style), "prefix" if prefix else "causal"
-    end_and_ask_now_and_then(model, attention)
+    make_end_and_pause_likely(model, attention)
     made = engine_of(model, ahead).generate(PROMPTS, policy, temperature=0, max_new_tokens=12, attention=attention)
     expected = [generate_without_cache(model, prompt, 12, policy, prefix) for prompt in PROMPTS]
     assert [([token.id for token in one.tokens], [token.pauses for token in one.tokens]) for one in made] == expected
@@ -125,7 +125,7 @@ def test_a_batch_says_what_whole_passes_say(style, policy, prefix, ahead):
     max_batch=st.integers(1, 4),
     n=st.integers(1, 6),
 )
-def test_any_schedule_says_what_a_prompt_alone_gets(ahead, lengths, pauses, chunk, max_batch, n):
+def test_output_does_not_depend_on_the_schedule(ahead, lengths, pauses, chunk, max_batch, n):
     model = model_of("llama", std=0.15, sharpness=1.0)
     prompts = ["".join(chr(97 + (i + j) % 26) for j in range(length)) for i, length in enumerate(lengths)]
     options = dict(temperature=0, max_new_tokens=n)
@@ -143,8 +143,8 @@ def test_any_schedule_says_what_a_prompt_alone_gets(ahead, lengths, pauses, chun
     schedule=st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=6),
     seed=st.integers(0, 99),
 )
-def test_ragged_appends_are_one_pass(style, schedule, seed):
-    """append(q_b tokens to sequence b), any q_b, against the model without a cache: logits to 1e-5."""
+def test_ragged_appends_equal_one_forward(style, schedule, seed):
+    """append with any number of tokens per sequence; logits equal those without a cache to 1e-5."""
     model = model_of(style, std=0.15, sharpness=1.0)
     engine = engine_of(model)
     generator = torch.Generator().manual_seed(seed)
@@ -162,7 +162,7 @@ def test_ragged_appends_are_one_pass(style, schedule, seed):
                 torch.testing.assert_close(torch.cat(logits), model(torch.tensor([tokens]))[0], atol=1e-5, rtol=0)
 
 
-def test_prompts_and_their_pauses_are_one_pass():
+def test_prompt_and_pauses_are_one_forward():
     model, passes = model_of(), []
     hook = model.token_embedding.register_forward_hook(lambda module, args, out: passes.append(args[0].shape[1]))
     engine_of(model, chunk=64).generate(["a prompt"], 10, max_new_tokens=4, temperature=0)
@@ -178,7 +178,7 @@ def test_prompts_and_their_pauses_are_one_pass():
     assert passes == [4] * 3  # a token and its three pauses are one step
 
 
-def test_m_pauses_in_a_step_are_m_steps():
+def test_pauses_in_one_step_equal_pauses_one_by_one():
     model = model_of("llama", std=0.15, sharpness=1.0)
     at_once, one_by_one = engine_of(model), engine_of(model)
     prompt = torch.tensor([BYTES.encode("a prompt")])
@@ -191,7 +191,7 @@ def test_m_pauses_in_a_step_are_m_steps():
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_text_does_not_depend_on_who_shares_its_batch(ahead):
+def test_sampled_text_does_not_depend_on_the_batch(ahead):
     model = model_of(std=0.1, sharpness=1.0)
     options = dict(pauses=2, temperature=1.0, top_p=0.95, top_k=200, max_new_tokens=20)
     together = engine_of(model, ahead, max_batch=4).generate(PROMPTS, seed=7, **options)
@@ -201,7 +201,7 @@ def test_a_text_does_not_depend_on_who_shares_its_batch(ahead):
     assert len({tuple(one.ids) for one in engine_of(model).generate(["x"] * 5, **options)}) == 5
 
 
-def test_sampled_text_is_that_of_a_loop_with_the_same_noise():
+def test_sampled_text_equals_a_loop_with_the_same_noise():
     model = model_of(std=0.1, sharpness=1.0)
     (made,) = engine_of(model).generate(["a prompt"], 3, temperature=0.9, max_new_tokens=20, seed=5)
     tokens = BYTES.encode("a prompt") + [PAUSE] * 3
@@ -211,9 +211,9 @@ def test_sampled_text_is_that_of_a_loop_with_the_same_noise():
         tokens.append(token.id)
 
 
-def test_what_is_said_after_a_request_is_drawn_from_the_model():
-    """Two tokens and a pause are equally likely; after the pause the two are, which the noise that asked must not
-    change."""
+def test_token_after_a_requested_pause_is_unbiased():
+    """Two tokens and a pause are equally likely, and after the pause the two tokens are. The token after the pause must
+    be sampled with other noise than the request."""
     model = GPT(GPTConfig(vocab_size=BYTES.vocab_size, block_size=64, n_layer=1, n_head=2, n_embd=16)).eval()
     with torch.no_grad():
         model.token_embedding.weight.abs_()
@@ -223,13 +223,13 @@ def test_what_is_said_after_a_request_is_drawn_from_the_model():
     made = engine_of(model, max_batch=8).generate(
         ["x"] * 1500, OnRequest(1), temperature=1000.0, top_k=3, max_new_tokens=1
     )
-    said = [token.id for one in made for token in one.tokens if token.pauses]
-    assert len(said) > 300
-    assert abs(said.count(97) - said.count(98)) < 5 * math.sqrt(len(said))
+    generated = [token.id for one in made for token in one.tokens if token.pauses]
+    assert len(generated) > 300
+    assert abs(generated.count(97) - generated.count(98)) < 5 * math.sqrt(len(generated))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 64])
-def test_a_prompt_in_chunks_is_the_whole_prompt(chunk):
+def test_chunked_prefill_equals_whole_prompts(chunk):
     model = model_of()
     expected = [generate_without_cache(model, prompt, 8, AfterPrompt(6))[0] for prompt in PROMPTS]
     for ahead in (False, True):
@@ -241,9 +241,9 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(chunk):
 @pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix-LM"])
 @pytest.mark.parametrize("style", STYLES)
 def test_logits_equal_full_forwards(style, prefix, ahead, chunk, max_batch, monkeypatch):
-    """Of every token, before its pauses and behind them, to 1e-5: prompts whole and in chunks, alone and in a batch."""
+    """Log-probabilities of every token to 1e-5: prompts whole and in chunks, alone and in a batch."""
     model, policy = model_of(style, std=0.15, sharpness=1.0), AfterPrompt(6)
-    monkeypatch.setattr(runner, "N_TOP", PAUSE)  # the trace of a token then has all of its log-probabilities
+    monkeypatch.setattr(runner, "N_TOP", PAUSE)  # the trace then has all log-probabilities
     engine = engine_of(model, ahead, chunk=chunk, max_batch=max_batch)
     options = dict(temperature=0, max_new_tokens=6, attention="prefix" if prefix else "causal", trace=True)
     for prompt, generation in zip(PROMPTS, engine.generate(PROMPTS, policy, **options)):
@@ -256,8 +256,8 @@ def test_logits_equal_full_forwards(style, prefix, ahead, chunk, max_batch, monk
             tokens.append(token.id)
 
 
-def test_prompts_are_read_first_come_first():
-    """The third, in the row that the first left, waits for the second."""
+def test_prefill_is_first_come_first_served():
+    """The third prompt, in the slot that the first one freed, waits for the second."""
     first = []
     for token in engine_of(model_of(), max_batch=2).stream(["a", 8 * "b", 20 * "c"], max_new_tokens=2):
         first += [token.sequence] * (token.sequence not in first)
@@ -265,8 +265,9 @@ def test_prompts_are_read_first_come_first():
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_pauses_of_others_leave_a_prompt_that_is_read_alone(ahead):
-    """Of the third 13 tokens are read where the first held 6, while the second says its last, with pauses."""
+def test_pauses_of_other_sequences_do_not_change_a_prefill(ahead):
+    """13 tokens of the third prompt are prefilled into the slot where the first held 6, in the step of the last token
+    and pauses of the second."""
     model, policy, prompts = model_of(std=0.15, sharpness=1.0), BelowConfidence(1.0, 2), ["a", 14 * "b", 40 * "c"]
     engine = engine_of(model, ahead, max_batch=2, chunk=16)
     *_, third = engine.generate(prompts, policy, temperature=0, max_new_tokens=2)
@@ -277,15 +278,15 @@ def test_pauses_of_others_leave_a_prompt_that_is_read_alone(ahead):
         assert next(values) == pytest.approx(next(values), abs=1e-5)
 
 
-def test_a_long_prompt_does_not_stop_the_others():
+def test_long_prefill_does_not_block_decoding():
     model = model_of()
     order = [token.sequence for token in engine_of(model, chunk=4).stream(["x", "y" * 40], max_new_tokens=12)]
-    assert order.index(1) >= 8  # ten chunks, and a token of the first prompt after each
+    assert order.index(1) >= 8  # ten chunks, each step with a token of the first prompt
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_text_that_has_begun_does_not_wait_for_all_who_come(ahead):
-    """Others end at their first token, and the next come."""
+def test_new_prompts_do_not_block_decoding(ahead):
+    """The other sequences end at their first token, so that new prompts keep coming."""
     model = model_of()
     (first,) = engine_of(model).generate(["a prompt"], max_new_tokens=1, temperature=0)
     engine = engine_of(model, ahead, chunk=8)
@@ -296,15 +297,15 @@ def test_a_text_that_has_begun_does_not_wait_for_all_who_come(ahead):
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_no_step_makes_a_token_too_many(ahead, n, monkeypatch):
-    """Also where the host starts steps before it has seen the last ones."""
+def test_no_step_is_scheduled_beyond_the_last_token(ahead, n, monkeypatch):
+    """Also if the host schedules steps ahead."""
     engine, steps, decode = engine_of(model_of(), ahead), [], runner.Runner.decode
     monkeypatch.setattr(runner.Runner, "decode", lambda self, *case: steps.append(case) or decode(self, *case))
     made = engine.generate(["x", "yy"], max_new_tokens=n, temperature=0)
     assert [len(one.tokens) for one in made] == [n, n] and len(steps) == n - 1
 
 
-def test_the_numbers_of_a_token():
+def test_token_trace_equals_full_forwards():
     model = model_of()
     policy = BelowConfidence(0.5, 3)
     (made,) = engine_of(model).generate(["a prompt"], policy, temperature=0, max_new_tokens=12, trace=True)
@@ -312,19 +313,19 @@ def test_the_numbers_of_a_token():
     for token in made.tokens:
         without = logprobs_without_cache(model, tokens)
         tokens += [PAUSE] * token.pauses
-        behind = logprobs_without_cache(model, tokens)
+        after = logprobs_without_cache(model, tokens)
         tokens += [token.id]
         assert (token.pauses > 0) == (without.max().exp() < 0.5).item()
-        assert token.logprob == pytest.approx(behind[token.id].item(), abs=1e-4)
+        assert token.logprob == pytest.approx(after[token.id].item(), abs=1e-4)
         assert token.logprob_without == pytest.approx(without[token.id].item(), abs=1e-4)
-        for top, truth in ((token.top, behind), (token.top_without, without)):
+        for top, truth in ((token.top, after), (token.top_without, without)):
             assert [i for i, _ in top] == truth.topk(5).indices.tolist()
             assert [x for _, x in top] == pytest.approx(truth.topk(5).values.tolist(), abs=1e-4)
     assert {token.pauses for token in made.tokens} == {0, 3}
 
 
-def test_nobody_knows_what_a_prefix_lm_would_have_said_without_pauses():
-    """The prompt has read them."""
+def test_prefix_lm_has_no_logprobs_without_prompt_pauses():
+    """Its prompt attends to the pauses."""
     for ahead in (False, True):
         for options in ({"attention": "prefix"}, {}):
             engine = engine_of(model_of(), ahead)
@@ -338,15 +339,16 @@ def test_nobody_knows_what_a_prefix_lm_would_have_said_without_pauses():
 
 @pytest.mark.parametrize("ahead, steps", [(False, 2), (True, 4)])
 def test_no_pauses_are_fused_without_budget(ahead, steps):
-    """The budget is for the prompt and two steps. The host sees it at once, or two steps later when it runs ahead."""
+    """The budget is for the prompt and two steps. The host knows that it is used up at once, or two steps later if it
+    schedules ahead."""
     engine = engine_of(model_of(), ahead)
     (made,) = engine.generate(["ab"], BelowConfidence(1.0, 2, budget=7), max_new_tokens=9)
     assert [token.pauses for token in made.tokens] == [2] * 3 + [0] * 6
     assert engine.n_paused_decodes == steps
 
 
-def test_the_life_of_a_request():
-    """Three prompts, two slots: the scheduler alone, without a model."""
+def test_scheduler_states_of_three_requests_in_two_slots():
+    """Without a model."""
     sequences = [Sequence(i, [1] * length, seed=0) for i, length in enumerate((3, 9, 2))]
     scheduler = Scheduler(sequences, AfterPrompt(2), max_batch=2, max_length=64, chunk=8, max_new_tokens=2,
                           is_prefix_lm=False)  # fmt: skip
@@ -372,16 +374,16 @@ def test_step_runs_one_step():
     assert engine.n_paused_prompts == 2
 
 
-# Ends and bad input
+# Ends of text and invalid input
 
 
-def test_pause_and_padding_are_never_said():
+def test_pause_and_padding_ids_are_never_generated():
     shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=64)
-    model = GPT(GPTConfig(vocab_size=BYTES.vocab_size + 40, **shape)).eval()  # 40 rows of padding
+    model = GPT(GPTConfig(vocab_size=BYTES.vocab_size + 40, **shape)).eval()  # 40 padding ids
     with torch.no_grad():
         model.head.weight[PAUSE:] = 100.0
         model.norm.weight.abs_()
-        model.token_embedding.weight.abs_()  # so that the logits of all these are large
+        model.token_embedding.weight.abs_()  # makes the logits of pause and padding large
         assert model(torch.tensor([[120]])).argmax() >= PAUSE
     for policy in (0, BelowConfidence(1.0, 1), OnRequest(1, budget=3)):
         for ahead in (False, True):
@@ -389,7 +391,7 @@ def test_pause_and_padding_are_never_said():
             assert all(token.id < PAUSE for one in made for token in one.tokens)
 
 
-def test_the_context_is_the_limit():
+def test_length_is_limited_by_the_context():
     model = model_of(block_size=16)
     with torch.no_grad():
         model.head.weight[EOT] = 0  # a logit of 0 is not the largest
@@ -398,7 +400,7 @@ def test_the_context_is_the_limit():
         (made,) = engine_of(model).generate([prompt], pauses, temperature=0, **{"max_new_tokens": 100} | options)
         return len(made.tokens), made.pauses, made.end
 
-    assert count("x" * 10, pauses=2) == (16 - 12 + 1, 2, "context")  # the last token is not read
+    assert count("x" * 10, pauses=2) == (16 - 12 + 1, 2, "context")  # the last token is not an input
     assert count("x" * 16) == (1, 0, "context")
     assert count("x" * 10, max_new_tokens=3) == (3, 0, "length")
     assert count("x" * 10, max_new_tokens=0) == (0, 0, "length")
@@ -416,16 +418,16 @@ def test_the_context_is_the_limit():
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("policy", [0, BelowConfidence(0.7, 3)], ids=repr)
-def test_a_text_ends_with_the_first_of_the_texts_that_end_it(policy, ahead):
-    """Which may lie across tokens, here bytes, and characters. Others share the batch, and take the free rows."""
+def test_generation_ends_at_the_first_stop_text(policy, ahead):
+    """Stop texts may span several tokens (here bytes) and characters."""
     model, options = model_of(), dict(temperature=2.0, max_new_tokens=30)
     with torch.no_grad():
-        model.head.weight[128:EOT] *= 0.1  # so that most is ASCII
-        said = Counter(i for one in engine_of(model).generate(PROMPTS, **options) for i in one.ids)
-        model.head.weight[EOT] = 0.9 * model.head.weight[said.most_common(1)[0][0]]
+        model.head.weight[128:EOT] *= 0.1  # mostly ASCII
+        generated = Counter(i for one in engine_of(model).generate(PROMPTS, **options) for i in one.ids)
+        model.head.weight[EOT] = 0.9 * model.head.weight[generated.most_common(1)[0][0]]
     whole = [one.ids for one in engine_of(model, ahead).generate(PROMPTS * 2, policy, **options)]
     stops = ["nowhere", "<|endoftext|>", *(BYTES.decode(ids[2 + i : 3 + i + i % 3]) for i, ids in enumerate(whole[:9]))]
-    stops = [stop for stop in stops if stop and "\ufffd" not in stop]  # half a character cannot be asked for
+    stops = [stop for stop in stops if stop and "\ufffd" not in stop]  # an incomplete character is not a text
     made = engine_of(model, ahead).generate(PROMPTS * 2, policy, until=stops, **options)
     for one, ids in zip(made, whole):
         ends = [n for n in range(len(ids) + 1) if any(stop.encode() in BYTES.decode_bytes(ids[:n]) for stop in stops)]
@@ -440,7 +442,7 @@ def test_a_text_ends_with_the_first_of_the_texts_that_end_it(policy, ahead):
 @pytest.mark.parametrize("key, value", [("pauses", -1), ("max_new_tokens", -1), ("temperature", -1.0), ("top_p", 2.0),
                                         ("temperature", float("nan")), ("top_k", -1), ("seed", 10**20), ("pauses", 2.5),
                                         ("max_new_tokens", 3.0), ("seed", 0.5), ("pauses", True)])  # fmt: skip
-def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
+def test_options_are_checked_before_the_first_token(key, value):
     with pytest.raises(UserError, match=f"{key}={value}".replace("+", "[+]")):
         engine_of(model_of()).stream(["x"], **{key: value})
 
@@ -460,12 +462,12 @@ def test_a_number_out_of_its_range_is_named_before_the_first_token(key, value):
     (lambda: engine_of(model_of()).stream(["x"], attention="both"), "attention='both' is neither"),
     (lambda: engine_of(model_of()).stream(["x"], StopWhenUseless(AfterPrompt(2)), attention="prefix"), "rolled back"),
 ])  # fmt: skip
-def test_what_cannot_be_is_one_sentence(make, text):
+def test_invalid_input_is_one_sentence(make, text):
     with pytest.raises(UserError, match=text):
         make()
 
 
-def test_one_stream_at_a_time():
+def test_new_stream_replaces_the_old_one():
     engine = engine_of(model_of())
     first = engine.stream(["a prompt"], 5, temperature=0, max_new_tokens=5)
     assert next(first).pauses == 5
@@ -478,7 +480,7 @@ def test_one_stream_at_a_time():
         engine.generate([[1], [258]])
 
 
-def test_an_engine_serves_again_after_an_abandoned_stream():
+def test_engine_is_usable_after_an_abandoned_stream():
     model = model_of()
     engine = engine_of(model)
     next(engine.stream(PROMPTS, max_new_tokens=50))
@@ -499,8 +501,8 @@ next(stream)
 """
 
 
-def test_a_program_may_end_in_the_middle_of_a_stream():
-    """Python then closes the stream when PyTorch is gone already."""
+def test_program_may_exit_during_a_stream():
+    """Python then closes the stream after PyTorch is unloaded."""
     ended = subprocess.run([sys.executable, "-c", ABANDONS], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0 and "Exception" not in ended.stderr
 
@@ -509,7 +511,7 @@ def test_a_program_may_end_in_the_middle_of_a_stream():
 
 
 def test_noise_is_finite():
-    """The largest number of 24 bits and a half would round to 1, which has infinite noise."""
+    """A uniform number with more than 24 bits would round to 1, whose noise is infinite."""
     noise = gumbel(torch.arange(400), torch.zeros(400, dtype=torch.int64), 50_304)
     assert noise.isfinite().all() and noise.max() > 15
 
@@ -532,8 +534,8 @@ def test_top_k_and_top_p_restrict():
     assert drawn(1e-40, 0, 1.0) == {1}
 
 
-def test_draws_have_the_probabilities_and_no_relatives():
-    """By χ² at 5 standard deviations, over seeds, over places, and of pairs of neighbouring ones."""
+def test_samples_are_unbiased_and_independent():
+    """χ² within 5 standard deviations, over seeds, over positions, and over pairs of neighbouring ones."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     n = 20_000
     numbers, zeros = torch.arange(n), torch.zeros(n, dtype=torch.int64)
@@ -557,11 +559,11 @@ def test_draws_have_the_probabilities_and_no_relatives():
 @pytest.mark.parametrize("inner", [AfterPrompt(4), BelowConfidence(1.0, 2), OnRequest(2)], ids=repr)
 def test_stop_when_useless_measures_and_stops(inner, ahead):
     model = model_of()
-    end_and_ask_now_and_then(model)
+    make_end_and_pause_likely(model)
     policy = StopWhenUseless(inner, min_change=1e6, min_count=6)
     made = engine_of(model, ahead).generate([*PROMPTS, *PROMPTS], policy, temperature=0, max_new_tokens=12)
     gains = [abs(token.logprob - token.logprob_without) for one in made for token in one.tokens if token.pauses]
-    # A step may bring several sequences over the count at once.
+    # Several sequences of a step may reach the count together.
     assert 6 <= len(gains) <= 8
     mean, deviation = sum(gains) / len(gains), torch.tensor(gains).double().std().item()
     got_mean, got_bound = (x.item() for x in policy._mean_and_bound())
@@ -573,7 +575,7 @@ def test_stop_when_useless_measures_and_stops(inner, ahead):
     assert [one.ids for one in later] == [one.ids for one in never]
 
 
-def test_a_policy_that_measures_is_told_by_the_one_that_turns_it_off():
+def test_stop_when_useless_forwards_measurements_to_its_policy():
     class Counts(BelowConfidence):
         seen = 0
 
@@ -588,7 +590,7 @@ def test_a_policy_that_measures_is_told_by_the_one_that_turns_it_off():
     assert policy.seen == 5 and [token.pauses for token in made.tokens] == [2] * 5 + [0] * 4
 
 
-def test_pauses_that_matter_stay():
+def test_useful_pauses_are_kept():
     model = model_of()
     policy = StopWhenUseless(BelowConfidence(1.0, 2), min_change=0.01, min_count=6)
     made = engine_of(model).generate(PROMPTS, policy, temperature=0, max_new_tokens=12)
@@ -602,10 +604,10 @@ def test_pauses_that_matter_stay():
 GPU_OPTIONS = [{}, {"attention": "prefix"}, {"temperature": 0.9, "top_k": 100, "top_p": 0.9}, {"trace": True}]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs and synchronisation are a GPU's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and synchronisation need a GPU")
 @pytest.mark.parametrize("options", GPU_OPTIONS, ids=repr)
 @pytest.mark.parametrize("policy", [*POLICIES, StopWhenUseless(BelowConfidence(1.0, 2), min_change=1e6)], ids=repr)
-def test_on_a_gpu_graphs_replay_and_nothing_waits(policy, options):
+def test_gpu_replays_graphs_without_synchronisation(policy, options):
     model, options = model_of(), {"temperature": 0, "max_new_tokens": 12} | options
     expected = engine_of(model).generate(PROMPTS, replace(policy), **options)
     engine = Engine(model.cuda(), BYTES, max_batch=3, chunk=7)
@@ -615,5 +617,5 @@ def test_on_a_gpu_graphs_replay_and_nothing_waits(policy, options):
             made = engine.generate(PROMPTS, policy, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        if not isinstance(policy, StopWhenUseless):  # which the second time is off from the start
+        if not isinstance(policy, StopWhenUseless):  # in the second run it is off from the start
             assert [one.ids for one in made] == [one.ids for one in expected]

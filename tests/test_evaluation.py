@@ -1,4 +1,4 @@
-"""evaluate.py: a checkpoint and tasks in; lines, figures and a table out."""
+"""evaluate.py and nanopause/evaluation.py: answers, scores, costs, resumption, lm-evaluation-harness."""
 
 import functools
 import importlib
@@ -53,7 +53,7 @@ def write(file, rows):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run that learnt the answers of ROWS, with no pause after the question, by heart; and the tasks."""
+    """A run that has memorised the answers of ROWS without pauses after the question; and the tasks."""
     folder = tmp_path_factory.mktemp("evaluation")
     config = load_config(SHAPE)
     torch.manual_seed(0)
@@ -66,12 +66,12 @@ def run_folder(tmp_path_factory):
     for row, text in zip(targets, texts):
         row[len(text) - 1 :] = -100
     for step in range(150):
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 150)  # to an end at which every CPU's roundings say it
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 150)  # converged: independent of rounding
         loss = model(tokens[:, :-1], targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < 0.1  # nearly all of it that of the questions' numbers
+    assert loss < 0.1  # nearly all of it from the questions' numbers, which cannot be predicted
     checkpoint.save(folder / "run", 150, model, [optimizer], config)
     (folder / "data").mkdir()
     write(folder / "data" / "webq_test.jsonl", ROWS)
@@ -95,8 +95,8 @@ def run(run_folder, monkeypatch, capsys):
     return run
 
 
-def test_a_sweep(run, run_folder, tmp_path):
-    said = run(tmp_path, "--tasks=webq,piqa", "--pauses=10,0,3")
+def test_results_of_two_tasks_and_three_numbers_of_pauses(run, run_folder, tmp_path):
+    output = run(tmp_path, "--tasks=webq,piqa", "--pauses=10,0,3")
     rows = read_rows(tmp_path / "examples.jsonl")
     assert sorted((row["task"], row["pauses"], row["index"]) for row in rows) == sorted(
         (task, pauses, i) for task, n in (("webq", 8), ("piqa", 6)) for pauses in (0, 3, 10) for i in range(n)
@@ -114,26 +114,27 @@ def test_a_sweep(run, run_folder, tmp_path):
     assert list(results) == [(task, pauses) for task in ("webq", "piqa") for pauses in (0, 3, 10)]
     low = pytest.approx(0.6756, abs=5e-5)
     assert results["webq", 0]["metrics"] == {"exact_match": {"value": 1.0, "low": low, "high": 1.0, "method": "wilson"}}
-    for (task, pauses), row in results.items():
-        mine = [one for one in rows if (one["task"], one["pauses"]) == (task, pauses)]
-        for metric, figure in row["metrics"].items():
-            values = [one["scores"][metric] for one in mine]
+    for (task, pauses), result in results.items():
+        examples = [row for row in rows if (row["task"], row["pauses"]) == (task, pauses)]
+        for metric, figure in result["metrics"].items():
+            values = [row["scores"][metric] for row in examples]
             n, p = len(values), sum(values) / len(values)
             assert figure["value"] == pytest.approx(p)
             assert (figure["low"], figure["high"]) == wilson(round(n * p), n)  # every score is 0 or 1
-        assert row["n"] == len(mine) and ("difference" in row) == (pauses > 0)
-        assert row["flops_per_example"] == sum(one["flops"] for one in mine) / len(mine)
-        assert row["seconds_per_example"] == pytest.approx(sum(one["seconds"] for one in mine) / len(mine))
+        assert result["n"] == len(examples) and ("difference" in result) == (pauses > 0)
+        assert result["flops_per_example"] == sum(row["flops"] for row in examples) / len(examples)
+        seconds = sum(row["seconds"] for row in examples) / len(examples)
+        assert result["seconds_per_example"] == pytest.approx(seconds)
     gain = results["webq", 10]["metrics"]["exact_match"]["value"] - 1
     assert results["webq", 10]["difference"]["value"] == pytest.approx(gain)
     assert results["webq", 10]["difference"]["p"] == mcnemar(0, round(-8 * gain))
     assert written["settings"]["step"] == 150 and written["settings"]["attention"] == "causal"
     assert written["checkpoint"]["model"]["n_embd"] == 64 and "torch" in written["versions"]
     assert (tmp_path / "pauses.png").read_bytes()[:4] == b"\x89PNG"
-    assert "exact_match 1.0000 [0.6756, 1.0000]" in said and "batch size 8, cpu" in said
-    assert "brackets: 95% intervals (Wilson's interval where every score is 0 or 1" in said and "±" not in said
+    assert "exact_match 1.0000 [0.6756, 1.0000]" in output and "batch size 8, cpu" in output
+    assert "brackets: 95% intervals (Wilson's interval where every score is 0 or 1" in output and "±" not in output
 
-    # Again: nothing runs, and more pauses add to what is there.
+    # The same command evaluates nothing; more pauses add to the results.
     before = (tmp_path / "examples.jsonl").read_bytes()
     assert "42 of 42 examples are in" in run(tmp_path, "--tasks=webq,piqa", "--pauses=0,3,10")
     assert (tmp_path / "examples.jsonl").read_bytes() == before
@@ -147,8 +148,7 @@ def test_a_sweep(run, run_folder, tmp_path):
     assert list(grown) == [("webq", m) for m in (0, 1, 3, 10)] + [("piqa", m) for m in (0, 3, 10)]
 
 
-def test_answers_to_other_examples_are_not_kept(run, run_folder, tmp_path):
-    """The same questions with other answers."""
+def test_results_of_examples_with_other_labels_are_refused(run, run_folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     write(data / "piqa_val.jsonl", CHOICES)
@@ -159,33 +159,34 @@ def test_answers_to_other_examples_are_not_kept(run, run_folder, tmp_path):
         run(tmp_path / "results", *arguments)
 
 
-def test_answers_that_are_cut_are_told(run, tmp_path, monkeypatch):
+def test_answers_at_their_length_limit_are_counted(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "new_tokens", lambda *_: 2)
     assert "; 8 answers reached their limit of 2 tokens" in run(tmp_path, "--tasks=webq", "--pauses=0")
 
 
-def test_one_process(run_folder, tmp_path):
+def test_torchrun_is_refused(run_folder, tmp_path):
     command = [*TORCHRUN, "evaluate.py", f"--out_dir={run_folder / 'run'}", "--tasks=webq", "--device=cpu"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode and "evaluate.py is one process, not 2: start it without torchrun" in ended.stderr
 
 
-def test_a_batch_answers_as_one_by_one(run_folder):
-    """Of a random model, whose answers differ with and without pauses."""
+def test_answers_do_not_depend_on_the_batch_size(run_folder):
+    """With a random model, as its answers differ with and without pauses."""
     model = model_of(block_size=128)
     examples = load(TASKS["webq"], "test", run_folder / "data")[0]
     for attention, pauses in (("causal", 0), ("causal", 4), ("prefix", 4)):
-        said = []
+        by_batch_size = []
         for batch_size in (1, 5):
             cell = Cell(model, BYTES, TASKS["webq"], examples, pauses, attention, batch_size)
             engine = Engine(model, BYTES, batch_size, cell.max_length())
             answers = sorted(cell.answers(list(range(8)), engine))
-            said.append([answer._replace(flops=0) for answer in answers])
-        assert said[0] == said[1] and len({answer.said for answer in said[0]}) == 8
+            by_batch_size.append([answer._replace(flops=0) for answer in answers])
+        assert by_batch_size[0] == by_batch_size[1]
+        assert len({answer.outputs for answer in by_batch_size[0]}) == 8
 
 
-class WithBeginning:
-    """BYTES with a beginning of text."""
+class WithBos:
+    """BYTES with a beginning-of-text token."""
 
     bos_id = BYTES.eot_id
 
@@ -193,11 +194,11 @@ class WithBeginning:
         return getattr(BYTES, name)
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, WithBeginning()], ids=["bytes", "with a beginning"])
+@pytest.mark.parametrize("tokenizer", [BYTES, WithBos()], ids=["bytes", "with BOS"])
 @pytest.mark.parametrize("position", ["append", "prepend"])
 @pytest.mark.parametrize("cut", ["left", "right"])
-def test_what_is_read_is_what_was_finetuned(model, tokenizer, position, cut):
-    """Prompts of generated answers and of choices, whole ones and cut ones."""
+def test_prompts_are_encoded_as_in_finetuning(model, tokenizer, position, cut):
+    """Prompts of generated answers and of choices, complete and cut."""
     long = {"question": "why " * 40, "answer": ["so"]}
     examples = TASKS["webq"].examples(ROWS[0]) + TASKS["webq"].examples(long)
     cell = Cell(model, tokenizer, TASKS["webq"], examples, 7, "causal", 4, position, cut)
@@ -214,15 +215,15 @@ def test_what_is_read_is_what_was_finetuned(model, tokenizer, position, cut):
     choices = TASKS["piqa"].examples({**CHOICES[0], "goal": "why " * 40})
     cell = Cell(model, tokenizer, TASKS["piqa"], choices, 7, "prefix", 4, position, cut)
     (answer,) = cell.answers([0], None)
-    for choice, said in zip(choices[0].choices, answer.said):
+    for choice, log_likelihood in zip(choices[0].choices, answer.outputs):
         pair = encode(Example(choices[0].prefix, choice, ()), tokenizer, 98, 7, position, cut)
         batch = pack([pair], BYTES.pause_id, "prefix")
         inputs, targets, *layout = (x[:, :-1] for x in (batch.inputs, batch.targets, *batch.layout.values()))
         loss = model(inputs, targets, reduction="sum", **dict(zip(batch.layout, layout)))  # without the end of text
-        assert said == pytest.approx(-loss.item(), abs=1e-4) and pair.n_cut > 0
+        assert log_likelihood == pytest.approx(-loss.item(), abs=1e-4) and pair.n_cut > 0
 
 
-def test_choices_are_scored_as_the_harness_does(model, run_folder):
+def test_choices_have_the_likelihoods_of_the_harness(model, run_folder):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
@@ -230,19 +231,19 @@ def test_choices_are_scored_as_the_harness_does(model, run_folder):
 
     examples = load(TASKS["piqa"], "test", run_folder / "data")[0]
     pairs = [(example.prefix, choice) for example in examples for choice in example.choices]
-    for pauses, attention in ((0, "causal"), (3, "prefix"), (70, "causal")):  # the last cuts
+    for pauses, attention in ((0, "causal"), (3, "prefix"), (70, "causal")):  # the last one cuts prompts
         cell = Cell(model, BYTES, TASKS["piqa"], examples, pauses, attention, 4)
         answers = sorted(cell.answers(list(range(len(examples))), None))
         lm = Harness(model, BYTES, pauses, 4, attention)
         expected = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
-        mine = [value for answer in answers for value in answer.said]
-        assert mine == pytest.approx([value for value, _ in expected], abs=1e-5)
+        values = [value for answer in answers for value in answer.outputs]
+        assert values == pytest.approx([value for value, _ in expected], abs=1e-5)
         row = cell.row(answers[0], 0.0)
-        assert row["scores"]["accuracy"] == float((mine[0] > mine[1]) == (examples[0].label == 0))
+        assert row["scores"]["accuracy"] == float((values[0] > values[1]) == (examples[0].label == 0))
         assert (lm.n_cut > 0) == (pauses == 70) == (answers[0].n_cut > 0)
 
 
-def test_a_killed_run_goes_on(run, run_folder, tmp_path):
+def test_killed_evaluation_continues(run, run_folder, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     write(run_folder / "data" / "nq_open_dev.jsonl", [ROWS[i % 8] for i in range(60)])
     arguments = ["--tasks=nq", "--pauses=0,2", "--batch_size=2"]
@@ -258,7 +259,7 @@ def test_a_killed_run_goes_on(run, run_folder, tmp_path):
     n_before = file.read_bytes().count(b"\n")
     assert 5 <= n_before < 120
     with open(file, "a") as stream:
-        stream.write('{"task": "nq", "index": 59, "pau')  # cut short
+        stream.write('{"task": "nq", "index": 59, "pau')  # an incomplete line
     assert f"{n_before} of 120 examples are in" in run(broken, *arguments)
     run(whole, *arguments)
 
@@ -270,20 +271,20 @@ def test_a_killed_run_goes_on(run, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (["--limit=3"], "has results with limit=None, and these would be with limit=3: choose another --results"),
-    (["--attention=prefix"], "attention=causal, and these would be with attention=prefix"),
+    (["--limit=3"], "has results with limit=None, not limit=3: choose another --results"),
+    (["--attention=prefix"], "attention=causal, not attention=prefix"),
     (["--batch_size=3"], "batch_size=8"),
     (["--split=validation"], "needs|split"),
     (["--tasks=webqq"], "task 'webqq' is not known: did you mean 'webq'"),
     (["--tasks="], "nothing to evaluate"),
-    (["--pauses=0,ten"], "must be whole numbers with commas, such as 0,10,50, and 'ten' is none"),
-    (["--pauses=-1"], "'-1' is none"),
-    (["--pauses=90"], "90 pauses leave no room for a prompt of webq: the model reads 96 tokens, and the answer may"),
+    (["--pauses=0,ten"], "must be whole numbers with commas, such as 0,10,50, not 'ten'"),
+    (["--pauses=-1"], "not '-1'"),
+    (["--pauses=90"], "90 pauses leave no room for a prompt of webq, as block_size is 96 tokens and 48 of them are"),
     (["--data_dir=/nowhere"], "data_dir /nowhere is not a folder"),
     (["--limit=0"], "limit=0 must be 1 to"),
-    (["--out_dir=nothing/here"], "'nothing/here' is no folder here, and the hub does not give it"),
+    (["--out_dir=nothing/here"], "'nothing/here' is not a folder and cannot be downloaded from the hub"),
 ])  # fmt: skip
-def test_what_cannot_be_is_one_sentence(run, tmp_path, change, sentence, monkeypatch):
+def test_invalid_settings_are_one_sentence(run, tmp_path, change, sentence, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run(tmp_path, "--tasks=webq")
     with pytest.raises(UserError, match=sentence) as error:
@@ -291,7 +292,7 @@ def test_what_cannot_be_is_one_sentence(run, tmp_path, change, sentence, monkeyp
     assert "\n" not in str(error.value)
 
 
-def test_other_data_and_other_weights_are_refused(run, run_folder, tmp_path):
+def test_results_with_other_data_or_weights_are_refused(run, run_folder, tmp_path):
     run(tmp_path / "a", "--tasks=webq")
     write(tmp_path / "webq_test.jsonl", ROWS[::-1])
     with pytest.raises(UserError, match="has an example . of webq that is not in this data"):
@@ -299,27 +300,27 @@ def test_other_data_and_other_weights_are_refused(run, run_folder, tmp_path):
     (tmp_path / "webq_test.jsonl").write_text("\n")
     with pytest.raises(UserError, match="has no example for test"):
         run(tmp_path / "a", "--tasks=webq", f"--data_dir={tmp_path}")
-    with pytest.raises(UserError, match="weights=1, and these would be with weights=2"):
+    with pytest.raises(UserError, match="weights=1, not weights=2"):
         [claim(tmp_path / "b", {"weights": weights}) for weights in (1, 1, 2)]
 
 
-def test_lines_on_the_disk(tmp_path):
+def test_json_lines_survive_a_kill_at_every_byte(tmp_path):
     file = tmp_path / "rows.jsonl"
     assert read_rows(file) == []
     add_row(file, {"a": "line\u2028break\n"})
     add_row(file, {"a": 2})
     whole = file.read_bytes()
-    for end in range(1, len(whole)):  # a kill at every byte
+    for end in range(1, len(whole)):
         file.write_bytes(whole[:end])
         n = whole[:end].count(b"\n")
         assert len(read_rows(file)) == n and file.read_bytes().count(b"\n") == n
     file.write_bytes(b"{broken\n" + whole)
-    with pytest.raises(UserError, match="line 1: damaged"):
+    with pytest.raises(UserError, match="line 1, is damaged"):
         read_rows(file)
 
 
-def test_the_first_line_that_is_not_blank(tmp_path):
-    """A model whose head says a line feed twice, then letters and a line feed."""
+def test_answer_is_the_first_line_that_is_not_blank(tmp_path):
+    """The model generates two line feeds, letters and a line feed."""
     config = GPTConfig(vocab_size=258, block_size=64, n_layer=1, n_head=1, n_embd=8, position="learned", tied=False)
     model = GPT(config).eval()
     prefix = "Question: q\nAnswer:"
@@ -329,19 +330,19 @@ def test_the_first_line_that_is_not_blank(tmp_path):
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
-        for i, character in enumerate("\n\nok\n"):  # the position that says it
+        for i, character in enumerate("\n\nok\n"):  # each position predicts one character
             model.position_embedding.weight[len(prefix) - 1 + i, i] = 1.0
             model.head.weight[ord(character), i] += 1.0
     examples = TASKS["webq"].examples({"question": "q", "answers": ["ok"]})
     cell = Cell(model, BYTES, TASKS["webq"], examples, 0)
     (answer,) = cell.answers([0], Engine(model, BYTES, 1, 64))
-    assert answer.said[0].startswith("\n\nok\n") and cell.row(answer, 0.0)["scores"] == {"exact_match": 1.0}
+    assert answer.outputs[0].startswith("\n\nok\n") and cell.row(answer, 0.0)["scores"] == {"exact_match": 1.0}
 
 
-def test_pauses_where_a_policy_has_them(run, model, tmp_path):
-    """As the engine says it; with no pause, as without a policy."""
-    said = run(tmp_path, "--tasks=webq", "--pauses=0,2", "--pause_when=below_confidence", "--threshold=1",
-               "--pause_budget=9", "--stop_when_useless")  # fmt: skip
+def test_policy_pauses_equal_the_engine(run, model, tmp_path):
+    """Outputs and costs equal those of the engine; a policy that never pauses equals no policy."""
+    output = run(tmp_path, "--tasks=webq", "--pauses=0,2", "--pause_when=below_confidence", "--threshold=1",
+                 "--pause_budget=9", "--stop_when_useless")  # fmt: skip
     rows = {(row["pauses"], row["index"]): row for row in read_rows(tmp_path / "examples.jsonl")}
     prompts = [rows[0, i]["prompt"] for i in range(8)]
     for pauses, policy in ((0, 0), (2, BelowConfidence(1.0, 2, 9))):
@@ -352,19 +353,18 @@ def test_pauses_where_a_policy_has_them(run, model, tmp_path):
             assert rows[pauses, i]["tokens"]["pauses"] == one.pauses == (0 if pauses == 0 else 8)
             flops = generation_flops(model.config, len(prompts[i]), [token.pauses for token in one.tokens])
             assert rows[pauses, i]["flops"] == flops
-    assert "exact_match 1.0000 [0.6756, 1.0000]; 0 pauses per example" in said
-    assert "; 8 pauses per example; pausing " in said
-    assert "in all" in said
+    assert "exact_match 1.0000 [0.6756, 1.0000]; 0 pauses per example" in output
+    assert "; 8 pauses per example; pausing " in output
+    assert "in all" in output
     with pytest.raises(UserError, match="has results with policy="):
         run(tmp_path, "--tasks=webq", "--pauses=0", "--pause_when=below_confidence", "--pause_budget=8")
     run(tmp_path / "never", "--tasks=webq", "--pauses=2", "--pause_when=below_confidence", "--threshold=0",
         "--pause_budget=9")  # fmt: skip
-    unsure = {row["index"]: row for row in read_rows(tmp_path / "never" / "examples.jsonl")}
-    assert all(unsure[i]["outputs"] == rows[0, i]["outputs"] and not unsure[i]["tokens"]["pauses"] for i in range(8))
+    never = {row["index"]: row for row in read_rows(tmp_path / "never" / "examples.jsonl")}
+    assert all(never[i]["outputs"] == rows[0, i]["outputs"] and not never[i]["tokens"]["pauses"] for i in range(8))
 
 
-def test_several_samples(run, model, run_folder, tmp_path):
-    """Their scores' means, and the same texts whoever shares the batch."""
+def test_samples_have_mean_scores_and_do_not_depend_on_the_batch(run, model, run_folder, tmp_path):
     arguments = ["--tasks=webq", "--pauses=3", "--samples=4", "--temperature=1.5"]
     run(tmp_path / "a", *arguments)
     rows = {row["index"]: row for row in read_rows(tmp_path / "a" / "examples.jsonl")}
@@ -383,7 +383,7 @@ def test_several_samples(run, model, run_folder, tmp_path):
 
 
 def test_pass_at_k(model):
-    """Two of three programs pass, in the sandbox."""
+    """Programs are executed in the sandbox; one of three passes, then two of three."""
     row = {"task_id": 11, "text": "Add.", "code": "def f(a, b):\n    return a + b", "test_setup_code": "",
            "test_list": ["assert f(1, 2) == 3", "assert f(0, -1) == -1"]}  # fmt: skip
     programs = ["\ndef f(a, b):\n    return b + a", "def f(a, b): return 3", "\nf = lambda *x: sum(x)[DONE] why"]
@@ -398,7 +398,7 @@ def test_pass_at_k(model):
         "pass@2": pytest.approx(2 / 3),
         "pass@3": 1,
     }
-    answer = answer._replace(said=tuple(programs))
+    answer = answer._replace(outputs=tuple(programs))
     assert cell.row(answer, 0.0)["scores"] == {"pass@1": pytest.approx(2 / 3), "pass@2": 1, "pass@3": 1}
 
 
@@ -420,11 +420,11 @@ def test_pass_at_k(model):
         (["--pauses=7", "--pause_when=on_request", "--pause_budget=6"], "pause_budget=6 is less than the 7 pauses"),
         (["--threshold=0.3"], "threshold=0.3 is of below_confidence: add --pause_when=below_confidence"),
         (["--stop_when_useless", "--attention=prefix"], "pauses after the prompt cannot be rolled back"),
-        (["--pause_when=on_request"], "100 pauses leave no room for a prompt of webq: the model reads 96 tokens"),
+        (["--pause_when=on_request"], "100 pauses leave no room for a prompt of webq, as block_size is 96 tokens"),
         (["--pause_when=below_confidence", "--threshold=2", "--pause_budget=4"], "threshold=2.0 must be 0 to 1"),
     ],
 )
-def test_what_cannot_be_asked_for(run, tmp_path, arguments, reason):
+def test_settings_that_do_not_fit_together_are_refused(run, tmp_path, arguments, reason):
     with pytest.raises(UserError, match=re.escape(reason)):
         run(tmp_path / "results", "--tasks=webq", "--pauses=2", *arguments)
     assert not (tmp_path / "results").exists()
@@ -432,37 +432,40 @@ def test_what_cannot_be_asked_for(run, tmp_path, arguments, reason):
 
 def test_flops_by_hand():
     config = GPTConfig(vocab_size=10, block_size=32, n_layer=1, n_head=1, n_embd=2, n_mlp=8, mlp="gelu")
-    # A token: 2·2·(2 + 2)·2 projections, 2·2·8·2 MLP, 4·1·2 a key it reads; a row of logits 2·2·10.
+    # Per token: projections 2·2·(2 + 2)·2, MLP 2·2·8·2. Per key attended to: 4·1·2. Logits per position: 2·2·10.
     token, key, logits = 32 + 64, 8, 40
     assert generation_flops(config, 5, [0]) == 5 * (token + 5 * key) + logits
     assert generation_flops(config, 5, 3 * [0]) == generation_flops(config, 5, [0]) + 2 * (token + logits) + 13 * key
-    # 4 pauses behind the prompt, 2 behind the first token: two rows of logits then, and 4 more keys later
+    # 4 pauses after the prompt and 2 after the first token: two positions with logits each, and more keys later
     paused = generation_flops(config, 5, [4, 2, 0]) - generation_flops(config, 9, [0]) - logits
     assert paused == 3 * (token + 12 * key) + 2 * logits + (token + logits + 13 * key)
     assert choice_flops(config, 5, 3) == 7 * (token + 7 * key) + 3 * logits
 
 
-def test_lengths():
+def test_new_tokens_are_scaled_to_the_tokenizer():
     examples = TASKS["webq"].examples({"question": "who was it", "answers": ["Ada Lovelace"]})
     text = examples[0].prefix + examples[0].target
     gpt2 = load_tokenizer("gpt2")
     assert new_tokens(TASKS["webq"], examples, gpt2) == 64
     assert new_tokens(TASKS["webq"], examples, BYTES) == math.ceil(64 * len(text) / len(gpt2.encode(text)))
     assert new_tokens(TASKS["piqa"], examples, BYTES) == 0
+
+
+def test_numbers_are_sorted_and_distinct():
     assert evaluation.numbers("pauses", "10, 0,3,3") == [0, 3, 10]
 
 
 def test_long_prompts_are_cut_and_counted(run, tmp_path):
     write(tmp_path / "webq_test.jsonl", [{"question": "long " * 30, "answer": ["x"]}, ROWS[0]])
-    said = run(tmp_path / "results", "--tasks=webq", f"--data_dir={tmp_path}")
-    assert "1 of 2 prompts cut from the left to fit" in said
+    output = run(tmp_path / "results", "--tasks=webq", f"--data_dir={tmp_path}")
+    assert "1 of 2 prompts cut from the left to fit" in output
     (row,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
-    assert row["n_cut"] == 1 and row["max_new_tokens"] == 48  # half of what the model reads
+    assert row["n_cut"] == 1 and row["max_new_tokens"] == 48  # half of block_size
     rows = {row["index"]: row["tokens"] for row in read_rows(tmp_path / "results" / "examples.jsonl")}
     assert rows[0]["prompt"] == 48 and rows[0]["cut"] == len("Question: \nAnswer:") + 149 - 48 and rows[1]["cut"] == 0
 
 
-def test_the_harness(run, tmp_path, monkeypatch):
+def test_harness_tasks(run, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -477,7 +480,7 @@ def test_the_harness(run, tmp_path, monkeypatch):
     (tmp_path / "yaml").mkdir()
     (tmp_path / "yaml" / "mine.yaml").write_text(json.dumps(task))
     arguments = ["--harness=mine", f"--harness_path={tmp_path / 'yaml'}", "--pauses=0,2", "--tasks=webq"]
-    said = run(tmp_path / "results", *arguments)
+    output = run(tmp_path / "results", *arguments)
     results = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
     assert [(row["task"], row["by"], row["pauses"]) for row in results] == [
         ("webq", "nanopause", 0), ("webq", "nanopause", 2), ("mine", "harness", 0), ("mine", "harness", 2)
@@ -488,10 +491,10 @@ def test_the_harness(run, tmp_path, monkeypatch):
     (line, _) = read_rows(tmp_path / "results" / "harness.jsonl")  # with the harness's own standard error
     stderr = pytest.approx(math.sqrt(0.75 * 0.25 / 7))
     assert line["results"][0]["metrics"]["acc"] == {"value": 0.75, "stderr": stderr}
-    assert results[2]["n"] == 8 and "mine (harness)" in said
-    monkeypatch.setattr(evaluate, "harness_results", None)  # all is there
+    assert results[2]["n"] == 8 and "mine (harness)" in output
+    monkeypatch.setattr(evaluate, "harness_results", None)  # all results are cached
     run(tmp_path / "results", *arguments)
-    tasks = importlib.import_module("lm_eval.tasks")  # whose own take ten seconds to list
+    tasks = importlib.import_module("lm_eval.tasks")  # listing its own tasks takes ten seconds
     local = functools.partial(tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", lambda include_path, **_: local(include_path=include_path))
     with pytest.raises(UserError, match="lm-evaluation-harness has no task 'minne': did you mean 'mine'"):

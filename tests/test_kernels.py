@@ -1,7 +1,7 @@
-"""The kernels against the oracle in float64, by the rule of FlashAttention's tests: an implementation may err twice as
-much as plain torch in the same precision does, and three times in its gradients.
+"""The kernels against the float64 reference, with the tolerance of FlashAttention's tests: at most twice the error of
+plain PyTorch in the same precision, three times for gradients.
 
-Every comparison also rejects mutants: the same operation with a mistake built in.
+Every comparison also rejects mutants: the operation with an injected bug.
 """
 
 import importlib
@@ -29,17 +29,15 @@ pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 properties = settings(max_examples=10, deadline=None, derandomize=True, database=None)
 
 
-def check(got, same, truth, what):
-    """got errs no more than twice (gradients: three times) as much as `same`, which is as precise, against the truth.
-
-    Dictionaries of tensors. Errors of a few roundings in float32 are chance, and are let pass.
-    """
+def check(got, baseline, truth, what):
+    """Assert that the error of `got` is at most twice that of `baseline`, in the same precision; three times for
+    gradients. All are dictionaries of tensors. Errors of a few float32 roundings are allowed."""
     for name in truth:
-        assert got[name].dtype == same[name].dtype and got[name].shape == truth[name].shape, f"{name} of {what}"
-        error, allowed = ((x[name].double() - truth[name]).abs().max() for x in (got, same))
+        assert got[name].dtype == baseline[name].dtype and got[name].shape == truth[name].shape, f"{name} of {what}"
+        error, allowed = ((x[name].double() - truth[name]).abs().max() for x in (got, baseline))
         tiny = 16 * torch.finfo(torch.float32).eps * truth[name].abs().max().clamp(min=1)
         bound = (3 if name.startswith("d") else 2) * allowed + tiny
-        # Written so that NaN fails.
+        # False for NaN.
         assert error <= bound, f"{name} of {what}: off by {error:.2g}, allowed {bound:.2g}"
 
 
@@ -47,20 +45,20 @@ def check(got, same, truth, what):
 
 
 def intervals(kind, B, T, S, seed=0):
-    """lo, hi of a kind of mask for T queries, the last T places of a sequence of S (S < T: the first have no key)."""
+    """lo, hi of a kind of mask for T queries at the last positions of a sequence of S (S < T: the first have none)."""
     generator = torch.Generator().manual_seed(seed)
     place = torch.arange(S - T, S).expand(B, T)
     zeros, causal = torch.zeros_like(place), place + 1
     if kind == "causal":
         return None, None
-    if kind == "packed":  # documents of 1 to 2·√S tokens, other ones in every row
+    if kind == "packed":  # documents of 1 to 2·√S tokens, different ones in every row
         starts = torch.zeros(B, S, dtype=torch.int64)
         for row in starts:
             lengths = torch.randint(1, 2 * math.isqrt(S) + 1, (S,), generator=generator)
             for start in accumulate(lengths.tolist()):
                 row[start:] = start
         lo, hi = starts.gather(1, place.clamp(min=0)), causal
-    elif kind == "prefix":  # prefixes of a third to two thirds of S read themselves both ways
+    elif kind == "prefix":  # bidirectional prefixes of a third to two thirds of S
         lo, hi = zeros, causal.maximum(torch.randint(S // 3, 2 * S // 3 + 1, (B, 1), generator=generator))
     elif kind == "window":
         lo, hi = place + 1 - max(1, S // 5), causal
@@ -74,7 +72,7 @@ def intervals(kind, B, T, S, seed=0):
 
 
 def attention_inputs(B, T, S, H, G, D, dtype, seed=0):
-    """q, k, v and the output's gradient; queries twice as long as usual, so that the scale and the order matter."""
+    """q, k, v and the output's gradient. Queries have standard deviation 2, so that the softmax is not uniform."""
     generator = torch.Generator().manual_seed(seed)
     shapes = (B, T, H, D), (B, S, G, D), (B, S, G, D), (B, T, H, D)
     q, k, v, dout = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
@@ -82,7 +80,7 @@ def attention_inputs(B, T, S, H, G, D, dtype, seed=0):
 
 
 def plain_attention(q, k, v, lo=None, hi=None, *, scale=None):
-    """As everybody writes it: products in the precision of the inputs, the softmax in float32 or wider."""
+    """The plain implementation: products in the precision of the inputs, softmax in float32 or wider."""
     (B, T), S = q.shape[:2], k.shape[1]
     s, ends = torch.arange(S, device=DEVICE), torch.arange(S - T + 1, S + 1, device=DEVICE).expand(B, T)
     lo, hi = torch.zeros_like(ends) if lo is None else lo, ends if hi is None else hi
@@ -101,20 +99,20 @@ def attention_results(function, q, k, v, dout, lo, hi, dtype, **options):
 
 
 def check_attention(function, inputs, lo=None, hi=None, what="", **options):
-    """A function with attention's signature against the reference. Rows without keys give exact zeros."""
+    """Check a function with attention's signature against the reference. Queries without keys must give zeros."""
     dtype, (B, T), S = inputs[0].dtype, inputs[0].shape[:2], inputs[1].shape[1]
     got = attention_results(function, *inputs, lo, hi, dtype, **options)
     options.pop("impl", None)
-    same = attention_results(plain_attention, *inputs, lo, hi, dtype, **options)
+    baseline = attention_results(plain_attention, *inputs, lo, hi, dtype, **options)
     truth = attention_results(attention, *inputs, lo, hi, torch.float64, impl="reference", **options)
-    check(got, same, truth, what)
+    check(got, baseline, truth, what)
     causal = torch.arange(S - T + 1, S + 1, device=DEVICE).expand(B, T)
     empty = (causal if hi is None else hi.clamp(max=S)) <= (torch.zeros_like(causal) if lo is None else lo.clamp(min=0))
     assert not got["out"][empty].any() and not got["dq"][empty].any(), f"empty rows of {what}"
 
 
 @pytest.mark.parametrize("kind", ["causal", "packed", "window", "padding"])
-def test_reference_attention_is_a_loop(kind):
+def test_reference_attention_equals_a_loop(kind):
     B, T, S, H, G, D = 2, 5, 7, 4, 2, 3
     q, k, v, _ = attention_inputs(B, T, S, H, G, D, torch.float64)
     lo, hi = intervals(kind, B, T, S)
@@ -157,7 +155,7 @@ def test_attention(impl, dtype, shape):
 
 
 def packed_prefixes(lengths, prefixes, padding):
-    """lo, hi of one row: documents that read their first tokens both ways, and then queries without keys."""
+    """lo, hi of one row: documents with bidirectional prefixes, then queries without keys."""
     lo, hi, start = [], [], 0
     for n, prefix in zip(lengths, prefixes):
         lo += n * [start]
@@ -178,7 +176,7 @@ def test_attention_of_packed_prefixes(impl, dtype, padding):
 @IMPLS
 @pytest.mark.parametrize("end", [-2, 0, 1, 40, 55])
 def test_one_query_with_one_bound_for_all(impl, end):
-    """Bounds beyond the keys are those of the keys."""
+    """Bounds beyond the keys are clamped to them."""
     hi = torch.full((3, 1), end, dtype=torch.int32, device=DEVICE)
     q, k, v, _ = attention_inputs(3, 1, 40, 4, 2, 16, torch.float32)
     got = attention(q, k, v, None, hi, impl=impl)
@@ -188,7 +186,7 @@ def test_one_query_with_one_bound_for_all(impl, end):
 @DTYPES
 @pytest.mark.parametrize("kind", ["causal", "ragged", "padding"])
 @pytest.mark.parametrize("H, G", [(6, 2), (4, 1)])
-def test_one_query_reads_the_keys_of_a_group_once(kind, H, G, dtype, monkeypatch):
+def test_single_query_loads_the_keys_of_a_group_once(kind, H, G, dtype, monkeypatch):
     shapes, dense = [], F.scaled_dot_product_attention
 
     def counted(q, k, *args, **options):
@@ -203,10 +201,10 @@ def test_one_query_reads_the_keys_of_a_group_once(kind, H, G, dtype, monkeypatch
     assert shapes[-1] == ((H, 2), G, True)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
+@pytest.mark.skipif(DEVICE != "cpu", reason="only a CPU's bounds are visible to the host")
 @pytest.mark.parametrize("is_uniform", [True, False])
-def test_documents_of_one_length(is_uniform, monkeypatch):
-    """Packed documents of one length are one call of SDPA, unless an interval is narrower."""
+def test_documents_of_equal_length_are_one_sdpa_call(is_uniform, monkeypatch):
+    """Unless an interval is narrower."""
     start = torch.arange(30).div(10, rounding_mode="floor") * 10
     lo, hi = start.expand(2, 30).int().clone(), torch.arange(1, 31).expand(2, 30).int().clone()
     if not is_uniform:
@@ -219,10 +217,10 @@ def test_documents_of_one_length(is_uniform, monkeypatch):
     check_attention(attention, inputs, lo, hi, impl="torch")
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
-def test_packed_rows_cost_what_their_documents_do(monkeypatch):
-    """Also where two rows have borders in common, and others of their own, and where keys lie between that nobody
-    reads, as in a cache. Queries without keys are part of what they follow."""
+@pytest.mark.skipif(DEVICE != "cpu", reason="only a CPU's bounds are visible to the host")
+def test_packed_rows_are_computed_per_document(monkeypatch):
+    """Also if two rows share only some document borders, or unused keys lie between documents, as in a cache. Queries
+    without keys belong to the preceding part."""
     masks, dense = [], F.scaled_dot_product_attention
 
     def counted(q, k, v, attn_mask=None, **options):
@@ -241,7 +239,7 @@ def test_packed_rows_cost_what_their_documents_do(monkeypatch):
     masks.clear()
     lo, hi = torch.tensor([[[0, 0, 3, 6], [0, 0, 5, 6]], [[2, 2, 5, 8], [2, 3, 6, 9]]], dtype=torch.int32)
     check_attention(attention, attention_inputs(2, 4, 12, 2, 2, 8, torch.float32), lo, hi, impl="torch")
-    assert [(q, k) for q, k, _ in masks[:3]] == [(2, 3), (1, 3), (1, 3)]  # the rows part where neither reads across
+    assert [(q, k) for q, k, _ in masks[:3]] == [(2, 3), (1, 3), (1, 3)]  # split where neither row attends across
     masks.clear()
     one, two = (packed_prefixes(lengths, (0, 0, 0), 0) for lengths in ((10, 12, 8), (10, 5, 15)))
     lo, hi = (torch.cat(bounds) for bounds in zip(one, two))
@@ -250,9 +248,9 @@ def test_packed_rows_cost_what_their_documents_do(monkeypatch):
     assert masks[0] == (10, 10, False) and masks[1] == (20, 20, True)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's bounds can be looked at")
-def test_gradients_of_packed_rows_are_as_large_as_their_documents():
-    """A slice's is as large as what it is cut from, for every document."""
+@pytest.mark.skipif(DEVICE != "cpu", reason="only a CPU's bounds are visible to the host")
+def test_gradients_of_packed_rows_have_the_size_of_their_documents():
+    """No slices: the gradient of a slice has the size of the whole tensor."""
     q, k, v, _ = attention_inputs(1, 30, 30, 2, 1, 8, torch.float32)
     out = attention(q.requires_grad_(), k, v, *packed_prefixes((10, 12, 3), (0, 4, 0), 5), impl="torch")
     seen, nodes = set(), [out.grad_fn]
@@ -285,7 +283,7 @@ def test_attention_with_one_bound_and_a_scale(impl):
 
 @contextmanager
 def small_tiles():
-    """Tiles of 16, so that small shapes have blocks at both edges and between, and slices of the vocabulary."""
+    """Tiles of 16, so that small shapes have inner blocks, blocks at both edges, and slices of the vocabulary."""
     if "triton" not in kernels.IMPLEMENTATIONS:
         yield
         return
@@ -302,7 +300,8 @@ def small_tiles():
 
 @IMPLS
 def test_layers_share_their_intervals(impl):
-    """One Attend for layers, and for other shapes and dtypes in between: nothing of one is in another's answer."""
+    """One Attend for several layers, interleaved with other shapes and dtypes: results do not depend on earlier
+    calls."""
     lo = torch.tensor([[0, 0, 2, 2, 4, 4], [0, 0, 0, 2, 4, 4]], dtype=torch.int32, device=DEVICE)
     hi = torch.tensor([[2, 2, 3, 4, 5, 6], [0, 1, 2, 4, 6, 6]], dtype=torch.int32, device=DEVICE)
     f32, f16 = torch.float32, torch.float16
@@ -313,9 +312,9 @@ def test_layers_share_their_intervals(impl):
             check_attention(lambda q, k, v, *_, attend=attend: attend(q, k, v), inputs, *bounds)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU has float64 and bounds that can be looked at")
-def test_masks_are_of_the_queries_dtype():
-    """A mask in float32 SDPA takes for any."""
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs float64 and bounds visible to the host")
+def test_masks_have_the_dtype_of_the_queries():
+    """Required because SDPA accepts float32 masks for all dtypes."""
     hi = torch.arange(1, 10, dtype=torch.int32)[None].clamp(min=4)
     attend = Attend(None, hi, impl="torch")
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
@@ -324,12 +323,12 @@ def test_masks_are_of_the_queries_dtype():
 
 @pytest.mark.parametrize("bounds", [(False, True), (True, False), (True, True)], ids=str)
 def test_plain_attention_under_torch_func(bounds):
-    """Whose tensors have no memory that NumPy could look at."""
+    """Tensors of torch.func have no memory that NumPy could access."""
     q, k, v, _ = attention_inputs(2, 9, 9, 2, 1, 8, torch.float32)
 
     def total(q):
         lo, hi = (x + torch.zeros(2, 9, dtype=torch.int32, device=DEVICE) for x in intervals("window", 2, 9, 9))
-        return attention(q, k, v, *(x if given else None for x, given in zip((lo, hi), bounds)), impl="torch").sum()
+        return attention(q, k, v, *(x if has else None for x, has in zip((lo, hi), bounds)), impl="torch").sum()
 
     q = q.detach().requires_grad_()
     (expected,) = torch.autograd.grad(total(q), q)
@@ -337,7 +336,7 @@ def test_plain_attention_under_torch_func(bounds):
 
 
 @IMPLS
-def test_no_sequence(impl):
+def test_attention_of_an_empty_batch(impl):
     q, k, v, _ = attention_inputs(0, 9, 9, 2, 1, 8, torch.float32)
     lo = torch.zeros(0, 9, dtype=torch.int32, device=DEVICE)
     for bounds in (None, None), (lo, None), (None, lo), (lo, lo):
@@ -346,7 +345,7 @@ def test_no_sequence(impl):
 
 @IMPLS
 def test_intervals_far_outside_of_the_keys(impl):
-    """Where a document's would wrap around, and where a query reads only what is not there."""
+    """Bounds at which int32 arithmetic would overflow, and intervals without any existing key."""
     least = -(2**31)
     for lo, hi in ([0, 1], [least, least]), ([-5, 1], [-2, 2]), ([0, 2**31 - 1], [2**31 - 1] * 2), ([5, 6], [6, 7]):
         lo, hi = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (lo, hi))
@@ -370,7 +369,7 @@ def test_attention_with_any_monotone_intervals(impl, data, B, T, S, G, r, D):
 
 
 def attention_mutants(B, T, S):
-    """attention with one mistake each."""
+    """attention with one injected bug each."""
     zeros, ends = torch.zeros(B, T, dtype=torch.int32, device=DEVICE), torch.arange(S - T + 1, S + 1, device=DEVICE)
     ends = ends.int().expand(B, T)
 
@@ -435,17 +434,17 @@ def test_attention_shapes_are_checked(impl):
 
 
 def loss_inputs(N, C, V, live, dtype, seed=0):
-    """x, weight and targets, of which `live` at random places are not −100."""
+    """x, weight and targets, of which `live` at random positions are not −100."""
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(shape, generator=generator) for shape in ((N, C), (V, C)))
     targets = torch.randint(V, (N,), generator=generator)
     targets[torch.randperm(N, generator=generator)[live:]] = -100
-    # Logits of standard deviation 2: neither uniform nor sure.
+    # Logits of standard deviation 2: neither uniform nor one-hot.
     return x.to(DEVICE, dtype), (weight * 2 / math.sqrt(C)).to(DEVICE, dtype), targets.to(DEVICE)
 
 
 def plain_loss(x, weight, targets, ignore_index=-100, reduction="mean"):
-    """As everybody writes it: all logits in the precision of the inputs, the softmax in float32."""
+    """The plain implementation: all logits in the precision of the inputs, softmax in float32."""
     loss = F.cross_entropy((x @ weight.T).to(torch.promote_types(x.dtype, torch.float32)), targets,
                            ignore_index=ignore_index, reduction="none" if reduction == "none" else "sum")  # fmt: skip
     return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss
@@ -454,22 +453,23 @@ def plain_loss(x, weight, targets, ignore_index=-100, reduction="mean"):
 def loss_results(function, x, weight, targets, dtype, **options):
     x, weight = (a.detach().to(dtype).requires_grad_() for a in (x, weight))
     loss = function(x, weight, targets, **options)
-    # Upstream gradients of rows that differ by 1e-6 would be nothing in 16 bits if they were multiplied in too early.
+    # Upstream gradients of about 1e-6 per row underflow in 16 bits if they are multiplied in too early.
     upstream = 3e-6 * torch.arange(-2, len(loss) - 2, device=loss.device) if loss.ndim else torch.tensor(3.0)
     dx, dw = torch.autograd.grad(loss, (x, weight), upstream.to(loss))
     return dict(loss=loss.detach(), dx=dx, dw=dw)
 
 
 def check_loss(function, x, weight, targets, what="", impl=None, **options):
-    """A function with linear_cross_entropy's signature against the reference; masked rows have exactly no gradient."""
+    """Check a function with linear_cross_entropy's signature against the reference. Masked rows must have zero
+    gradient."""
     got = loss_results(function, x, weight, targets, x.dtype, **options, **({"impl": impl} if impl else {}))
-    same = loss_results(plain_loss, x, weight, targets, x.dtype, **options)
+    baseline = loss_results(plain_loss, x, weight, targets, x.dtype, **options)
     truth = loss_results(linear_cross_entropy, x, weight, targets, torch.float64, impl="reference", **options)
-    check(got, same, truth, what)
+    check(got, baseline, truth, what)
     assert not got["dx"][targets == options.get("ignore_index", -100)].any(), f"masked rows of {what}"
 
 
-def test_reference_loss_is_a_loop():
+def test_reference_loss_equals_a_loop():
     x, weight, targets = loss_inputs(6, 5, 7, 4, torch.float64)
     losses = []
     for row, target in zip(x, targets):
@@ -496,7 +496,7 @@ def test_loss(impl, dtype, reduction, live, monkeypatch):
 
 @IMPLS
 @DTYPES
-def test_loss_without_a_live_row_is_zero(impl, dtype):
+def test_loss_of_masked_rows_only_is_zero(impl, dtype):
     x, weight, targets = loss_inputs(9, 16, 33, 0, dtype)
     for name, result in loss_results(linear_cross_entropy, x, weight, targets, dtype, impl=impl).items():
         assert torch.equal(result, torch.zeros_like(result)), name
@@ -520,7 +520,7 @@ def test_loss_of_any_shape(impl, N, C, V, share, seed):
 
 @IMPLS
 def test_loss_with_tied_embedding(impl):
-    """The weight is also where x comes from; its gradient is the sum of both uses."""
+    """x depends on the weight, whose gradient is the sum of both uses."""
     _, embedding, targets = loss_inputs(40, 16, 33, 30, torch.float32)
     tokens = targets.roll(1).clamp(min=0)
 
@@ -538,13 +538,13 @@ def test_loss_with_tied_embedding(impl):
 
 @IMPLS
 def test_loss_under_autocast(impl):
-    """Inputs in float32, products in bfloat16, as mixed-precision training has it: gradients come in float32."""
+    """As in mixed-precision training: float32 inputs, bfloat16 products, float32 gradients."""
     x, weight, targets = loss_inputs(200, 48, 301, 100, torch.float32)
     truth = loss_results(linear_cross_entropy, x, weight, targets, torch.float64, impl="reference")
     with torch.autocast(DEVICE, torch.bfloat16):
         got = loss_results(linear_cross_entropy, x, weight, targets, torch.float32, impl=impl)
-        same = loss_results(plain_loss, x, weight, targets, torch.float32)
-    check(got, same, truth, "autocast")
+        baseline = loss_results(plain_loss, x, weight, targets, torch.float32)
+    check(got, baseline, truth, "autocast")
 
 
 def loss_flops(N, live, grad, impl):
@@ -558,8 +558,8 @@ def loss_flops(N, live, grad, impl):
 
 @IMPLS
 @pytest.mark.parametrize("grad", [True, False])
-def test_masked_rows_cost_no_products(impl, grad):
-    """Triton multiplies the logits a second time in the backward pass."""
+def test_masked_rows_cost_no_flops(impl, grad):
+    """Triton recomputes the logits in the backward pass."""
     N, C, V = 64, 16, 33
     products = {"torch": 3, "triton": 4}[impl] if grad else 1
     assert loss_flops(N, N, grad, impl) == 2 * loss_flops(N, N // 2, grad, impl) == products * 2 * N * C * V
@@ -567,8 +567,8 @@ def test_masked_rows_cost_no_products(impl, grad):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_flops_of_the_plain_loss_are_those_of_its_products(grad):
-    """FlopCounterMode takes the operator's word; inside it, it counts."""
+def test_registered_flops_of_the_loss_equal_its_products(grad):
+    """For the operator FlopCounterMode uses the registered formula; for the function inside it counts products."""
     for live in (64, 32, 1, 0):
         x, weight, targets = loss_inputs(64, 16, 33, live, torch.float32)
         with FlopCounterMode(display=False) as counter:
@@ -577,14 +577,14 @@ def test_flops_of_the_plain_loss_are_those_of_its_products(grad):
 
 
 def peak_bytes(function):
-    """Most bytes allocated at a time while function runs, over those before and those it returns."""
+    """Peak bytes allocated while function runs, beyond those before and those that it returns."""
     results = []
     peak = peak_extra_bytes(lambda: results.extend(function()), torch.device("cpu"))
     return peak - sum(x.nbytes for x in results)
 
 
 def test_memory_of_the_loss():
-    """N = 8192 and V = 50,304: beside the gradients one chunk of logits, 4 % of the 1.6 GB of all."""
+    """N = 8192, V = 50,304: besides the gradients one chunk of logits, less than 5 % of all logits' 1.6 GB."""
     x, weight, targets = loss_inputs(8192, 8, 50304, 8192, torch.float32)
     extra = peak_bytes(lambda: plain._sum_and_gradients(x, weight, targets, -100, True))
     logits = 4 * 8192 * 50304
@@ -637,7 +637,7 @@ def test_loss_shapes_are_checked(impl):
 @IMPLS
 @pytest.mark.parametrize("live", [150, 0])
 def test_loss_compiled(impl, live):
-    """The compiler sees one graph, and forward and backward count the masked rows as eager does."""
+    """The loss is one graph, with the results of eager mode."""
     x, weight, targets = loss_inputs(200, 48, 301, live, torch.float32)
     compiled = torch.compile(lambda x, weight, targets: linear_cross_entropy(x, weight, targets, impl=impl),
                              fullgraph=True)  # fmt: skip
@@ -670,7 +670,7 @@ def test_attention_compiled(impl):
         return attention(attend(attend(q, k, v), k, v), k, v, impl=impl)
 
     compiled = torch.compile(layers, fullgraph=True)
-    for T in (33, 40):  # the second time compiled for any
+    for T in (33, 40):  # recompiled with a dynamic length
         inputs = attention_inputs(1, T, T, 2, 2, 16, torch.float32)
         lo, hi = intervals("packed", 1, T, T)
         eager = attention_results(layers, *inputs, lo, hi, torch.float32)
@@ -679,10 +679,10 @@ def test_attention_compiled(impl):
             torch.testing.assert_close(got[name], result, rtol=1e-5, atol=1e-5)
 
 
-# The choice
+# Choice of the implementation
 
 
-def test_choice_is_said_once(monkeypatch, capsys):
+def test_choice_is_reported_once(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "_said", set())
     q, k, v, _ = attention_inputs(1, 3, 3, 1, 1, 8, torch.float32)
     attention(q, k, v)
@@ -696,7 +696,7 @@ def test_choice_on_gpus(monkeypatch, capsys):
     properties = SimpleNamespace(major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     gpu = torch.device("cuda")
-    for major, missing, chosen, said in [
+    for major, missing, chosen, message in [
         (9, False, "triton", "kernels: triton on cuda"),
         (7, False, "torch", "kernels: torch on cuda: the Triton kernels need compute capability 8.0"),
         (9, True, "torch", "kernels: torch on cuda: Triton is not installed"),
@@ -706,7 +706,7 @@ def test_choice_on_gpus(monkeypatch, capsys):
         if missing:
             monkeypatch.delitem(kernels.IMPLEMENTATIONS, "triton")
         assert kernels.choose(None, gpu) == chosen
-        assert capsys.readouterr().err == said + "\n"
+        assert capsys.readouterr().err == message + "\n"
 
 
 def test_unknown_implementation_is_refused():

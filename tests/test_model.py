@@ -1,4 +1,4 @@
-"""The transformer against transformers' models with the same weights, and against itself in all its ways of calling."""
+"""GPT against transformers' models with the same weights, and against itself with a cache, packing and compilation."""
 
 import math
 
@@ -26,7 +26,7 @@ LLAMA = dict(n_kv_head=2, n_mlp=72, qk_norm=False, mlp="swiglu")
 
 
 def randomised(model):
-    """The model with every parameter moved, so that none is at a neutral 0 or 1."""
+    """The model with noise added to every parameter, so that none is 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -110,23 +110,23 @@ def oracle(request):
 
 
 def additive(lo, hi):
-    """The interval mask as transformers takes it: [B, 1, T, T], 0 where a query reads a key, else very negative."""
+    """The interval mask in transformers' form: [B, 1, T, T], 0 where a query attends to a key, else the minimum."""
     s = torch.arange(lo.shape[1])
     visible = (lo[..., None] <= s) & (s < hi[..., None])
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
 @torch.no_grad()
-def test_logits_are_transformers(oracle):
+def test_logits_equal_transformers(oracle):
     theirs, ours = oracle
     tokens = tokens_of(3, N)
     logits = theirs(tokens).logits
-    assert logits.std() > 0.3, "logits too even to tell models apart"
+    assert logits.std() > 0.3, "logits are too uniform to distinguish models"
     close(ours(tokens), logits)
 
 
 @torch.no_grad()
-def test_prefix_lm_is_transformers(oracle):
+def test_prefix_lm_equals_transformers(oracle):
     theirs, ours = oracle
     tokens, T = tokens_of(3, N), torch.arange(N)
     lo, hi = torch.zeros(3, N, dtype=torch.int32), (T + 1).maximum(torch.tensor([[1], [7], [N]])).int()
@@ -136,14 +136,14 @@ def test_prefix_lm_is_transformers(oracle):
 
 
 @torch.no_grad()
-def test_packed_documents_are_transformers(oracle):
+def test_packed_documents_equal_transformers(oracle):
     theirs, ours = oracle
     tokens, positions, lo, hi = packed([5, 1, 11, 7])
     logits = theirs(tokens, attention_mask=additive(lo, hi), position_ids=positions).logits
     close(ours(tokens, positions=positions, lo=lo), logits)
 
 
-# Ways of calling
+# Packing, cache, loss and compilation
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "default"])
@@ -160,7 +160,7 @@ def packed(lengths):
 
 
 @torch.no_grad()
-def test_packed_documents_are_separate_ones(model):
+def test_packed_documents_equal_separate_ones(model):
     lengths = [5, 1, 11, 7]
     tokens, positions, lo, _ = packed(lengths)
     separate = torch.cat([model(document) for document in tokens.split(lengths, dim=1)], dim=1)
@@ -169,8 +169,8 @@ def test_packed_documents_are_separate_ones(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [[1] * N, [9, 1, 1, 7, 6], [N - 1, 1], [N]], ids=["tokens", "chunks", "last", "once"])
-def test_cache(model, steps):
-    """However a sequence is cut into steps, the logits are those of one pass. The cache may be longer than needed."""
+def test_cache_equals_one_forward(model, steps):
+    """For any split into steps. The cache may be longer than the sequence."""
     tokens, positions = tokens_of(2, N), torch.arange(N).expand(2, N)
     cache = model.new_cache(2, N + 3).fill_(99.0)
     parts = [
@@ -181,7 +181,7 @@ def test_cache(model, steps):
 
 @torch.no_grad()
 def test_cache_of_sequences_of_different_lengths(model):
-    """Prompts padded on the right; the padding's keys are overwritten by the tokens that follow, and never read."""
+    """Prompts are padded on the right. No query attends to the padding's keys, which later tokens overwrite."""
     lengths, new, longest = torch.tensor([9, 4, 1]), 5, 9
     sequences = tokens_of(3, longest + new)
     cache = model.new_cache(3, longest + new)
@@ -195,7 +195,7 @@ def test_cache_of_sequences_of_different_lengths(model):
 
 @torch.no_grad()
 def test_cache_of_a_prefix_lm(model):
-    """A prefix that reads itself both ways, in one step, and a causal target after it."""
+    """A bidirectional prefix in one step, then a causal target."""
     tokens, prefix, here = tokens_of(2, N), 10, torch.arange(N).expand(2, N)
     hi = (here + 1).clamp(min=prefix).int()
     cache = model.new_cache(2, N)
@@ -220,7 +220,7 @@ def test_loss_is_cross_entropy_of_the_logits(model, reduction):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_training_step_is_one_graph(model, impl, monkeypatch):
-    """Of packed documents with masked targets, compiled and eager, by either implementation."""
+    """For packed documents with masked targets, compiled and eager, with both implementations."""
     tokens, positions, lo, _ = packed([5, 1, 11, 7])
     targets = tokens.roll(-1)
     targets[0, 4::3] = IGNORE
@@ -279,7 +279,7 @@ def gpt2_shaped(**shape):
 
 
 def test_gpt2_has_124_million_parameters():
-    """With pauses as without: the pause, id 50257, is a row of the padding that was there."""
+    """With and without pauses: the pause, id 50257, uses one of the padding rows."""
     config = gpt2_shaped(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768)
     assert n_parameters(config) == 124_475_904
     assert 50257 < config.vocab_size
@@ -287,9 +287,9 @@ def test_gpt2_has_124_million_parameters():
 
 @pytest.mark.parametrize("heads, h, layers, total", [(12, 768, 12, 136_237_056), (32, 2048, 24, 1_345_085_440)])
 def test_papers_parameters(heads, h, layers, total):
-    """[Goyal et al. 2023, table 5]. GPT-2's block with an MLP of 4h has 12h² + 13h parameters, and what the published
-    totals leave for embeddings is 66,642 rows in both models. The table's MLP width of the 1B, 8092, must be a slip for
-    8192: with it the rest is no whole number of rows.
+    """[Goyal et al. 2023, table 5]. GPT-2's block with an MLP of 4h has 12h² + 13h parameters. The published totals
+    leave 66,642 rows for the embeddings of both models. The table's MLP width of the 1B model, 8092, must be a typo for
+    8192, as otherwise the remainder is not a whole number of rows.
     """
     rows = 66_642
     assert layers * (12 * h**2 + 13 * h) + 2 * h + rows * h == total
@@ -315,14 +315,14 @@ def test_impossible_shapes_are_refused(shape, sentence):
         GPTConfig(**shape)
 
 
-def test_odd_heads_need_no_rope():
+def test_odd_head_width_works_without_rope():
     GPT(GPTConfig(n_embd=20, n_head=4, position="learned"))(torch.zeros(1, 3, dtype=torch.int64))
 
 
-def test_what_is_made_of_intervals_is_made_once_a_pass(monkeypatch):
-    asked, parts_of = [], kernels.plain.parts_of
-    monkeypatch.setattr(kernels.plain, "parts_of", lambda *args: asked.append(args) or parts_of(*args))
+def test_intervals_are_analysed_once_per_forward(monkeypatch):
+    calls, parts_of = [], kernels.plain.parts_of
+    monkeypatch.setattr(kernels.plain, "parts_of", lambda *args: calls.append(args) or parts_of(*args))
     model = GPT(GPTConfig(n_layer=3, n_embd=32)).eval()
     for _ in range(2):
         model(torch.zeros(1, 8, dtype=torch.int64))
-    assert len(asked) == 2
+    assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""The sandbox under attack: what a program gets, and that the host has noticed nothing."""
+"""Attacks on the sandbox: what a program can access, and that the host is unaffected."""
 
 import os
 import platform
@@ -39,7 +39,7 @@ def run(program, tests="", **limits):
 
 
 def printed(program, **limits):
-    """What a program prints that runs to its end."""
+    """The output of a program, which must pass."""
     result = run(program, **limits)
     assert result.ok, result
     return result.output.strip()
@@ -47,12 +47,12 @@ def printed(program, **limits):
 
 @pytest.fixture
 def name():
-    """A name for a program's processes by which the host finds them."""
+    """A process name by which the host finds a program's processes."""
     return f"np{os.urandom(5).hex()}"
 
 
 def called(name):
-    """A program's first lines, which give it a name: PR_SET_NAME, inherited by what it forks."""
+    """First lines of a program that set its process name (PR_SET_NAME), which its children inherit."""
     return f"import ctypes, os, signal, sys, time\nctypes.CDLL(None).prctl(15, b'{name}')\n"
 
 
@@ -63,7 +63,7 @@ def processes(name):
             if file.read_text().strip() == name:
                 found.append(int(file.parent.name))
         except OSError:
-            pass  # it has ended
+            pass  # the process has exited
     return found
 
 
@@ -75,7 +75,7 @@ def wait_for(condition, seconds=10):
     return value
 
 
-def test_only_the_system_is_a_reason_to_skip():
+def test_missing_protections_are_due_to_the_system():
     why = FOUND.missing.get("files", "")
     assert not why or re.search("no namespaces|^(unshare|setgroups|uid_map|gid_map|program: (mount|syscall)): ", why)
 
@@ -84,20 +84,20 @@ def test_only_the_system_is_a_reason_to_skip():
 
 
 @isolated
-def test_a_program_that_passes():
+def test_passing_program():
     result = run("import math\ndef f(x):\n    return math.gcd(x, 6)\nprint(f(4))", "assert f(4) == 2")
     assert result == (True, "2\n", "")
 
 
 @isolated
-def test_a_test_that_fails():
+def test_failing_test():
     result = run("def f(x):\n    return x", "assert f(1) == 1\nassert f(1) == 2")
     assert not result.ok and result.reason == "exit status 1 before the end of its tests"
     assert 'File "/tests.py", line 2' in result.output and "AssertionError" in result.output
 
 
 @isolated
-def test_a_program_may_break_its_own_modules():
+def test_program_may_break_its_own_modules():
     program = "import builtins, os, sys\nos.read = os.write = os._exit = sys.stdout = builtins.exec = None"
     assert run(program, "assert True").ok and not run(program, "assert False").ok
 
@@ -134,7 +134,7 @@ NEVER = [
 
 @isolated
 @pytest.mark.parametrize("program", NEVER)
-def test_what_does_not_reach_the_end_never_passes(program):
+def test_program_that_stops_early_does_not_pass(program):
     result = sandbox.run(program, "assert False", seconds=20)
     assert not result.ok and result.reason
 
@@ -144,12 +144,12 @@ def test_what_does_not_reach_the_end_never_passes(program):
     "program",
     ["import sys; sys.exit(0)", "import os; os._exit(0)", "import os; os.close(4)", "if 0:", "x = '''", "x = 1 + \\"],
 )
-def test_tests_that_would_pass_must_run(program):
+def test_passing_requires_that_tests_run(program):
     assert not run(program, "''''''; assert True").ok and run("", "''''''; assert True").ok
 
 
 @isolated
-def test_the_nonce_is_not_to_be_seen():
+def test_nonce_is_not_visible_to_the_program():
     assert not printed(
         """
         import gc, sys
@@ -161,19 +161,19 @@ def test_the_nonce_is_not_to_be_seen():
             frame = frame.f_back
         for thing in gc.get_objects():
             if isinstance(thing, (dict, list, tuple, set)):
-                inside = list(thing.values()) if isinstance(thing, dict) else list(thing)
-                for x in of_its_size(inside): print("object", x)
+                values = list(thing.values()) if isinstance(thing, dict) else list(thing)
+                for x in of_its_size(values): print("object", x)
         """
     )
 
 
 @isolated
-def test_the_same_every_time():
+def test_results_are_deterministic():
     assert len({printed("print(hash('a'), list({'x', 'y', 'z', 'w'}))") for _ in range(3)}) == 1
 
 
 @isolated
-def test_many_at_once():
+def test_parallel_programs():
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda i: printed(f"print({i})", seconds=60), range(16)))
     assert results == [str(i) for i in range(16)]
@@ -194,7 +194,7 @@ def test_many_at_once():
         "input_ = open(0).read(); assert not input_\nwhile True: print('x' * 9999)",
     ],
 )
-def test_time(program, name):
+def test_time_limit(program, name):
     start = time.monotonic()
     result = run(called(name) + program, seconds=0.5)
     assert not result.ok and result.reason == "not done in 0.5 s"
@@ -202,13 +202,13 @@ def test_time(program, name):
 
 
 @isolated
-def test_cpu_time_of_a_process():
-    """The wall's clock ends before it where one thread computes; it holds where more do."""
+def test_cpu_time_limit():
+    """It is longer than the wall-clock limit, so that only programs with several threads reach it."""
     assert printed("import resource; print(resource.getrlimit(resource.RLIMIT_CPU))", seconds=7) == "(8, 8)"
 
 
 @isolated
-def test_fork_bomb(name):
+def test_process_limit_against_fork_bombs(name):
     n = printed(
         """
         import os, time
@@ -230,7 +230,7 @@ def test_fork_bomb(name):
 
 
 @isolated
-def test_threads_are_processes():
+def test_threads_count_as_processes():
     n = printed(
         """
         import threading, time
@@ -255,7 +255,7 @@ def test_threads_are_processes():
         "import mmap\nx = [mmap.mmap(-1, 1 << 26) for _ in range(99)]",
     ],
 )
-def test_memory(program):
+def test_memory_limit(program):
     result = run(program, seconds=20, memory_mb=200)
     assert not result.ok and ("MemoryError" in result.output or "Cannot allocate" in result.output)
     assert printed("x = bytearray(100 << 20); print(len(x))", memory_mb=200) == str(100 << 20)
@@ -263,7 +263,7 @@ def test_memory(program):
 
 @isolated
 @pytest.mark.parametrize("size", [1 << 22, 1 << 12])
-def test_files(size):
+def test_file_limits(size):
     made = printed(
         f"""
         import errno, os
@@ -279,23 +279,23 @@ def test_files(size):
     )
     total, n = map(int, made.split())
     assert total <= sandbox.FILES_MB << 20 and n <= 1024
-    assert printed("import os; print(os.listdir('/tmp'))") == "[]"  # the next program's is its own
+    assert printed("import os; print(os.listdir('/tmp'))") == "[]"  # every program has its own /tmp
 
 
 @isolated
-def test_open_files_queues_and_cores():
+def test_limits_of_open_files_queues_and_core_dumps():
     assert "Too many open files" in run("x = [open('/tests.py') for _ in range(100)]").output
-    said = printed("import resource as r\nprint(*[r.getrlimit(k) for k in (r.RLIMIT_CORE, r.RLIMIT_MSGQUEUE)])")
-    assert said in ("(1, 1) (0, 0)", "(0, 0) (0, 0)")  # the caller's own limit of cores may be 0
+    output = printed("import resource as r\nprint(*[r.getrlimit(k) for k in (r.RLIMIT_CORE, r.RLIMIT_MSGQUEUE)])")
+    assert output in ("(1, 1) (0, 0)", "(0, 0) (0, 0)")  # the caller's limit of core dumps may be 0
 
 
 @isolated
-def test_under_lower_limits_of_the_caller():
+def test_lower_limits_of_the_caller_are_kept():
     code = "from nanopause import sandbox\nprint(sandbox.run('import resource as r; print(r.getrlimit(r.RLIMIT_CORE), "
     code += "r.getrlimit(r.RLIMIT_NOFILE))').output)"
     lower = f'ulimit -c 0; ulimit -n 32; exec {sys.executable} -c "$0"'
-    said = subprocess.run(["sh", "-c", lower, code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert said.stdout.strip() == "(0, 0) (32, 32)"
+    ended = subprocess.run(["sh", "-c", lower, code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.strip() == "(0, 0) (32, 32)"
 
 
 @isolated
@@ -306,8 +306,8 @@ from nanopause import sandbox
 result = sandbox.run("import os\\nwhile True: os.write(1, b'x' * (1 << 20))", seconds=1.5)
 print(len(result.output), set(result.output), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    length, letters, kilobytes = said.stdout.split()
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    length, letters, kilobytes = ended.stdout.split()
     assert (int(length), letters) == (sandbox.OUTPUT_BYTES, "{'x'}") and int(kilobytes) < 100_000
     assert run("import sys\nsys.stdout.buffer.write(b'\\xff' * 9)").output == "�" * 9
     assert printed("print('a' * 70000)") == "a" * sandbox.OUTPUT_BYTES
@@ -324,18 +324,18 @@ print(len(result.output), set(result.output), resource.getrusage(resource.RUSAGE
         "import os; os.abort()",
     ],
 )
-def test_crashes(program, tmp_path, monkeypatch):
+def test_crashing_program(program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(program, seconds=3, memory_mb=100)
     assert result.reason.startswith(("killed by SIG", "exit status 1", "not done"))
-    assert not list(tmp_path.iterdir())  # no core
+    assert not list(tmp_path.iterdir())  # no core dump
 
 
 # Files and secrets
 
 
 @isolated
-def test_the_root_holds_python_and_nothing_else(tmp_path):
+def test_root_contains_only_python(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("the host's")
     home = os.path.expanduser("~")
@@ -352,7 +352,7 @@ def test_the_root_holds_python_and_nothing_else(tmp_path):
 
 
 @isolated
-def test_nothing_outside_tmp_can_be_written(tmp_path):
+def test_only_tmp_is_writable(tmp_path):
     library = os.path.dirname(os.__file__)
     paths = ["/", "/usr", "/usr/lib", "/lib", "/etc", "/dev", "/home", "/root", "/nix", "/proc", "/tmp/..", library]
     program = C + textwrap.dedent(
@@ -384,7 +384,7 @@ def test_nothing_outside_tmp_can_be_written(tmp_path):
 
 
 @isolated
-def test_a_program_brings_no_binary():
+def test_binaries_in_tmp_cannot_be_executed():
     result = run("""
         import os, shutil, sys
         shutil.copyfile(sys.executable, "x")
@@ -401,7 +401,7 @@ def test_environment_arguments_and_open_files(tmp_path, monkeypatch):
     secret.write_text("of the host")
     with open(secret) as file:
         os.set_inheritable(file.fileno(), True)
-        said = printed(
+        output = printed(
             """
             import os, sys
             print(dict(os.environ), sys.orig_argv, sys.argv, os.getcwd())
@@ -411,9 +411,9 @@ def test_environment_arguments_and_open_files(tmp_path, monkeypatch):
             assert os.read(0, 9) == b""
             """
         )
-    assert "of the host" not in said and "HF_TOKEN" not in said and str(ROOT) not in said
-    assert [int(line.split()[1]) for line in said.splitlines()[-2:]] == [sandbox.NONCE_FD, sandbox.VERDICT_FD]
-    assert said.count("\nopen") == 2
+    assert "of the host" not in output and "HF_TOKEN" not in output and str(ROOT) not in output
+    assert [int(line.split()[1]) for line in output.splitlines()[-2:]] == [sandbox.NONCE_FD, sandbox.VERDICT_FD]
+    assert output.count("\nopen") == 2
 
 
 # Network
@@ -442,7 +442,7 @@ print(tried(socket.AF_INET, ("127.0.0.1", {port})), tried(socket.AF_UNIX, {path!
       tried(socket.AF_UNIX, {abstract!r}), tried(socket.AF_INET, ("8.8.8.8", 53), socket.SOCK_DGRAM))
 """
         here = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout.split()
-        assert here[:3] == ["connected"] * 3  # the attack works where nothing holds it
+        assert here[:3] == ["connected"] * 3  # the attack works outside the sandbox
         for server in servers:
             server.accept()[0].close()
             server.settimeout(0)
@@ -456,8 +456,8 @@ print(tried(socket.AF_INET, ("127.0.0.1", {port})), tried(socket.AF_UNIX, {path!
 
 
 @isolated
-def test_the_interfaces_are_the_namespaces_own():
-    """Asked through a pair of sockets that needs no socket(2), so the namespace is seen without the filter."""
+def test_network_namespace_is_separate():
+    """Checked with a socketpair, which the system-call filter allows."""
     flags = printed(
         """
         import fcntl, socket, struct
@@ -473,10 +473,10 @@ def test_the_interfaces_are_the_namespaces_own():
 
 
 @isolated
-def test_killing_others():
+def test_other_processes_cannot_be_killed():
     victim = subprocess.Popen(["sleep", "60"])
     try:
-        said = printed(
+        output = printed(
             f"""
             import os, signal
             outside = {os.getpid()}, {os.getppid()}, {os.getpgrp()}, {victim.pid}
@@ -487,7 +487,7 @@ def test_killing_others():
             print(os.getpid(), os.getppid())
             """
         )
-        assert said == "1 0" and victim.poll() is None
+        assert output == "1 0" and victim.poll() is None
     finally:
         victim.kill()
         victim.wait()
@@ -516,7 +516,7 @@ def test_no_daemon_survives(end, name):
 
 
 @isolated
-def test_ptrace_and_the_memory_of_others(name):
+def test_ptrace_of_other_processes_is_denied(name):
     seen = printed(
         C
         + f"""
@@ -535,8 +535,8 @@ print(*[called("ptrace", request, pid, 0, 0) for request in (16, 0x4206) for pid
 
 
 @isolated
-def test_seen_from_outside(name):
-    """What the kernel says of a running program: namespaces, users, capabilities, limits."""
+def test_kernel_status_of_a_running_program(name):
+    """Namespaces, user, groups, capabilities and filter in /proc."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(run, called(name) + "time.sleep(1.5)", seconds=20)
         pid = wait_for(lambda: processes(name))[0]
@@ -554,25 +554,25 @@ def test_seen_from_outside(name):
 
 
 @isolated
-def test_no_way_back_to_capabilities():
+def test_capabilities_cannot_be_regained():
     attempts = [("unshare", 0x10000000), ("unshare", 0x10020000), ("unshare", 0x40000000), ("chroot", b"/tmp"),
                 ("sethostname", b"x", 1), ("setgroups", 0, None), ("nice", -5)]  # fmt: skip
-    said = printed(C + f"print(*[called(*attempt) for attempt in {attempts}])")
-    assert said.split() == ["EPERM"] * len(attempts)
-    for user in ("setuid(0)", "setgid(0)", "setuid(1)", "setresuid(0, 0, 0)"):  # EINVAL where 0 is nobody's number
+    output = printed(C + f"print(*[called(*attempt) for attempt in {attempts}])")
+    assert output.split() == ["EPERM"] * len(attempts)
+    for user in ("setuid(0)", "setgid(0)", "setuid(1)", "setresuid(0, 0, 0)"):  # EINVAL if the id is not mapped
         assert run(f"import os; os.{user}").output.splitlines()[-1].partition(":")[0] in ("PermissionError", "OSError")
 
 
 @filtered
 def test_system_calls():
     denied = sandbox.DENIED[platform.machine()][1]
-    said = printed(C + f"print(*[called('syscall', n, 0, 0, 0, 0, 0) for n in {denied}])")
-    assert said.split() == ["EPERM"] * len(denied)
+    output = printed(C + f"print(*[called('syscall', n, 0, 0, 0, 0, 0) for n in {denied}])")
+    assert output.split() == ["EPERM"] * len(denied)
     for call in ("os.memfd_create('x')", "socket.socket()", "socket.socket(socket.AF_VSOCK)"):
         assert "PermissionError" in run(f"import os, socket\n{call}").output
     if platform.machine() == "x86_64":
-        assert printed(C + "print(called('syscall', 0x40000000 | 39))") == "EPERM"  # getpid by its x32 number
-        code = bytes.fromhex("b814000000cd80c3")  # mov eax, 20; int 0x80; ret: getpid of 32-bit x86
+        assert printed(C + "print(called('syscall', 0x40000000 | 39))") == "EPERM"  # getpid with its x32 number
+        code = bytes.fromhex("b814000000cd80c3")  # mov eax, 20; int 0x80; ret: getpid in 32-bit x86
         result = run(
             f"""
             import ctypes, mmap
@@ -581,15 +581,15 @@ def test_system_calls():
             ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()
             """
         )
-        assert result.reason in ("killed by SIGSYS", "killed by SIGSEGV")  # the latter of kernels without such calls
+        assert result.reason in ("killed by SIGSYS", "killed by SIGSEGV")  # SIGSEGV: kernels without 32-bit calls
 
 
-# When the caller or the supervisor ends first
+# When the caller or the supervisor is killed
 
 
 @isolated
 @pytest.mark.parametrize("victim", ["caller", "supervisor"])
-def test_no_program_outlives_its_keepers(victim, name):
+def test_program_ends_with_its_caller_and_supervisor(victim, name):
     code = f"from nanopause import sandbox\nsandbox.run({called(name) + DAEMON + 'time.sleep(600)'!r}, seconds=600)"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
@@ -599,19 +599,19 @@ def test_no_program_outlives_its_keepers(victim, name):
         supervisor = int(Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill({"caller": caller.pid, "supervisor": supervisor}[victim], signal.SIGKILL)
         wait_for(lambda: not processes(name))
-        said = caller.communicate(timeout=30)[1]
-        assert victim == "caller" or "the supervisor ended" in said
+        stderr = caller.communicate(timeout=30)[1]
+        assert victim == "caller" or "the supervisor ended" in stderr
         wait_for(lambda: not Path(f"/proc/{supervisor}").exists())
     finally:
         caller.kill()
         caller.wait()
 
 
-# Where it cannot be done
+# Systems without the protections
 
 
 @isolated
-def test_a_system_without_user_namespaces():
+def test_system_without_user_namespaces_is_refused():
     code = """
 from pathlib import Path
 from nanopause import sandbox
@@ -637,7 +637,7 @@ def fresh():
     sandbox.protections.cache_clear()
 
 
-def test_what_is_missing_is_said(fresh, monkeypatch):
+def test_missing_protections_are_reported(fresh, monkeypatch):
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     monkeypatch.setattr(sandbox.platform, "system", lambda: "Darwin")
     assert sandbox.protections().active == () and "files (Darwin has no namespaces)" in str(sandbox.protections())
@@ -647,7 +647,7 @@ def test_what_is_missing_is_said(fresh, monkeypatch):
 
 
 @isolated
-def test_without_a_filter_the_rest_holds(fresh, monkeypatch):
+def test_other_protections_work_without_a_filter(fresh, monkeypatch):
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "riscv64")
     assert str(sandbox.protections()) == ("sandbox: files, network, processes, privileges, limits, secrets; "
                                           "missing: system calls (no list for riscv64)")  # fmt: skip
@@ -659,10 +659,10 @@ def test_without_a_filter_the_rest_holds(fresh, monkeypatch):
 def test_code_runs_only_if_allowed(monkeypatch):
     monkeypatch.setattr(sandbox, "_supervised", lambda *request: pytest.fail("it ran"))
     example = Example("", "\nx = 1", ("x = 1",), tests="assert x == 1")
-    said = "^mbpp runs code that a model wrote: allow it by --allow_code_execution$"
-    with pytest.raises(UserError, match=said):
+    message = "^mbpp runs code that a model wrote: allow it by --allow_code_execution$"
+    with pytest.raises(UserError, match=message):
         TASKS["mbpp"].permitted(False)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         TASKS["mbpp"].score("x = 1", example)
     for task in TASKS.values():
         if task.name != "mbpp":
@@ -690,8 +690,8 @@ def test_mbpp_scores():
 
 @isolated
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}; NANOPAUSE_DATA names another folder")
-def test_real_programs():
-    """References pass, and fail where the tests of another problem follow them."""
+def test_real_mbpp_programs():
+    """References pass their own tests and fail those of another problem."""
     task = TASKS["mbpp"].permitted(True)
     some = [e for split in ("train", "validation", "test") for e in load(task, split, REAL)[0]][::80]
     with_setup = next(e for e in load(task, "test", REAL)[0] if "root1 = Node(1)" in e.tests)
@@ -704,8 +704,8 @@ def test_real_programs():
 def test_pass_at_k():
     assert pass_at_k(1, 1, 1) == 1 and pass_at_k(1, 0, 1) == 0
     assert pass_at_k(5, 2, 1) == 0.4
-    assert pass_at_k(5, 2, 2) == 0.7  # both of the failing 3: 3 pairs of 10
-    assert pass_at_k(5, 2, 4) == 1  # no four fail
+    assert pass_at_k(5, 2, 2) == 0.7  # 1 − C(3, 2) / C(5, 2)
+    assert pass_at_k(5, 2, 4) == 1  # only three fail
     assert pass_at_k(200, 1, 100) == 0.5
     assert pass_at_k(10, 0, 10) == 0 and pass_at_k(10, 10, 1) == 1
     passed = [True, True, False, False, False, False]

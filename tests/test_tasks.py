@@ -1,4 +1,4 @@
-"""Tasks: what is read, what is asked, what is scored."""
+"""Tasks: files and hub rows, prompts, extracted answers and metrics."""
 
 import gzip
 import json
@@ -40,11 +40,11 @@ REAL = Path(os.environ.get("NANOPAUSE_DATA", ROOT.parent / "shared/data")) / "ta
     "text, normal",
     [
         ("The  Cat's\thouse.", "cats house"),
-        ("a.n. another", "another"),  # punctuation goes first, then articles
+        ("a.n. another", "another"),  # punctuation is removed before articles
         ("an-other the-me", "another theme"),
         ("A theatre and an aunt", "theatre and aunt"),
         ("U.S.A.", "usa"),
-        ("“Naïve” — Ünïcode", "“naïve” — ünïcode"),  # only ASCII punctuation goes
+        ("“Naïve” — Ünïcode", "“naïve” — ünïcode"),  # only ASCII punctuation is removed
         ("$1,000.50", "100050"),
         (" the ", ""),
     ],
@@ -61,24 +61,24 @@ def test_exact_match_takes_the_best_reference():
 
 
 def test_f1():
-    assert f1("the cat sat down", ("cat sat",)) == pytest.approx(0.8)  # 2 of 3 and 2 of 2 words
-    assert f1("cat cat", ("cat",)) == pytest.approx(2 / 3)  # a word counts as often as both have it
+    assert f1("the cat sat down", ("cat sat",)) == pytest.approx(0.8)  # precision 2/3, recall 2/2
+    assert f1("cat cat", ("cat",)) == pytest.approx(2 / 3)  # counts are clipped to the reference's
     assert f1("cat", ("dog", "a black cat")) == pytest.approx(2 / 3)
     assert f1("dog", ("cat",)) == 0
     assert f1("", ("cat",)) == 0
-    assert f1("the", ("a",)) == 0  # SQuAD 1.1, where no words share nothing
+    assert f1("the", ("a",)) == 0  # as in SQuAD 1.1: empty after normalisation
 
 
 def test_coqa_leaves_one_reference_out():
     assert coqa_f1("white", ("white",)) == 1
-    # Without either reference the other one is left: 0 and 1.
+    # Each reference is left out once: 0 and 1.
     assert coqa_f1("white", ("white", "black")) == coqa_exact_match("white", ("white", "black")) == 0.5
-    # Copies count: whichever is left out, a "white" remains.
+    # Duplicates stay: after leaving out any one, a "white" remains.
     assert coqa_f1("white", ("white", "white", "black")) == 1
     # [b, c] 2/3 and 0; [a, c] 1 and 0; [a, b] 1 and 2/3.
     assert coqa_f1("red hat", ("red hat", "hat", "shoe")) == pytest.approx((2 / 3 + 1 + 1) / 3)
     assert coqa_exact_match("red hat", ("red hat", "hat", "shoe")) == pytest.approx(2 / 3)
-    assert coqa_f1("the", ("A",)) == 1  # an answer without words agrees with another
+    assert coqa_f1("the", ("A",)) == 1  # both are empty after normalisation
     assert coqa_f1("the", ("cat",)) == 0
 
 
@@ -95,16 +95,16 @@ def test_coqa_leaves_one_reference_out():
         ("#### 1 #### 2", "1"),
     ],
 )
-def test_the_number_after_the_marks(text, value):
+def test_number_after_hash_marks(text, value):
     assert same_number(text, (f"#### {value}",)) == 1
     assert same_number(text, (f"#### {value}1",)) == 0
 
 
-def test_no_number_is_wrong():
+def test_answer_without_number_is_wrong():
     for text in ("72", "### 72", "#### seventy", "####", "", "####72", "#### $72", "####\n72", "#### +72", "#### −72"):
         assert number(text) is None and same_number(text, ("#### 72",)) == 0
     assert same_number("no", ("no",)) == 0
-    for text in ("#### 72.0", "#### 72.", "#### 072"):  # digit by digit, as the task's own script has it
+    for text in ("#### 72.0", "#### 72.", "#### 072"):  # compared as text, as in the task's own script
         assert same_number(text, ("#### 72",)) == 0
 
 
@@ -115,7 +115,7 @@ def test_rouge1():
     assert rouge1("", ("cat",)) == 0
 
 
-def test_rouge1_says_what_to_install(monkeypatch):
+def test_rouge1_names_its_missing_package(monkeypatch):
     from nanopause.tasks import metrics
 
     metrics._rouge.cache_clear()
@@ -134,7 +134,7 @@ def test_last_word():
 def test_choices():
     assert choice([-3.0, -2.0], (" yes", " certainly"), 1) == 1
     assert choice([-3.0, -2.0], (" yes", " certainly"), 0) == 0
-    # -3/3 = -1 a character, -2/9 = -0.22; -2.4/2 = -1.2 and -3.6/4 = -0.9
+    # Per character: -3/3 = -1 and -2/9 = -0.22; -2.4/2 = -1.2 and -3.6/4 = -0.9.
     assert choice_per_character([-3.0, -2.0], (" yes", " certainly"), 1) == 1
     assert choice([-2.4, -3.6], (" no", " sure"), 0) == choice_per_character([-2.4, -3.6], (" no", " sure"), 1) == 1
 
@@ -237,7 +237,7 @@ def test_prefix_and_target(name, row, expected):
     assert TASKS[name].examples(row) == expected
 
 
-def test_reading_and_scoring():
+def test_extracted_answers_and_scores():
     assert TASKS["squad"].read("\n Paris \nQuestion: next?") == "Paris" and TASKS["squad"].read(" ") == ""
     assert TASKS["gsm8k"].read(" a\n#### 2\n") == "a\n#### 2"
     assert TASKS["lambada"].read(" signs.\nAnd") == "signs"
@@ -257,24 +257,24 @@ def test_reading_and_scoring():
         (" 10/2 = 5\nThe answer is (B).", "B"),
         ("The answer is (A). No, wait.\nThe answer is (B)", "B"),
         ("Answer: B", ""),
-        ("The answer is B.", ""),  # not the closing form: A could be an article
+        ("The answer is B.", ""),  # without parentheses A could be an article
         ("The answer is (b).", ""),
         ("The answer is (", ""),
         ("", ""),
     ],
 )
-def test_the_letter_in_the_closing_form(text, letter):
+def test_letter_of_the_answer_sentence(text, letter):
     assert TASKS["aqua"].read(text) == letter
     assert same_letter(letter, ("B",)) == (letter == "B") and same_letter(letter, ("A",)) == 0
 
 
-def test_the_program_before_done():
+def test_program_ends_before_done():
     read = TASKS["mbpp"].read
     assert read("\ndef f():\n    pass\n[DONE]\nNext") == read("\ndef f():\n    pass\n") == "def f():\n    pass"
 
 
-def test_one_file_has_all_splits(tmp_path):
-    """As the authors publish it: prompts 1 to 10, test to 510, validation to 600, training to 974."""
+def test_mbpp_splits_of_one_file(tmp_path):
+    """As published, by task_id: prompts 1–10, test 11–510, validation 511–600, training 601–974."""
     mbpp = TASKS["mbpp"]
     rows = [{**MBPP, "text": f"Problem {i}.", "task_id": i} for i in (1, 10, 11, 510, 511, 600, 601, 974)]
     write(tmp_path / "mbpp.jsonl.gz", rows)
@@ -290,13 +290,13 @@ def test_one_file_has_all_splits(tmp_path):
     with pytest.raises(UserError, match="mbpp.jsonl.gz and mbpp_test.jsonl, which are both mbpp's test split"):
         load(mbpp, "test", tmp_path)
     (tmp_path / "mbpp.jsonl.gz").unlink()
-    assert len(keys(mbpp, "test", tmp_path)) == 1  # a file of one split has that split, whatever the numbers
+    assert len(keys(mbpp, "test", tmp_path)) == 1  # a file named after a split ignores task_id
     write(tmp_path / "gsm8k.jsonl", sums(1))
     with pytest.raises(UserError, match="has no gsm8k_test.jsonl"):
         load(TASKS["gsm8k"], "test", tmp_path)
 
 
-def test_unknown_task_names_the_nearest():
+def test_unknown_task_suggests_the_nearest():
     assert get_task("gsm8k") is TASKS["gsm8k"]
     with pytest.raises(UserError, match="task 'GSM8' is not known: did you mean 'gsm8k'"):
         get_task("GSM8")
@@ -322,10 +322,10 @@ def sums(n):
 def test_compressions(tmp_path, ending):
     file = tmp_path / f"gsm8k_test.jsonl{ending}"
     write(file, sums(50))
-    examples, said = load(TASKS["gsm8k"], "test", tmp_path)
+    examples, description = load(TASKS["gsm8k"], "test", tmp_path)
     assert [example.target for example in examples] == [f" #### {i + 1}" for i in range(50)]
     assert examples[0].prefix == "Question: Was ist 0 + 1, naïve?\nAnswer:"
-    assert said == f"gsm8k, test: 50 examples of {file}"
+    assert description == f"gsm8k, test: 50 examples of {file}"
     if ending:
         write(file, sums(5000))
         file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
@@ -339,7 +339,7 @@ def test_compressions(tmp_path, ending):
             load(TASKS["gsm8k"], "test", tmp_path)
 
 
-def test_two_frames_of_zstd_are_one_file(tmp_path):
+def test_zstd_file_with_two_frames(tmp_path):
     for i in range(2):
         write(tmp_path / f"{i}.zst", sums(10)[i::2])
     frames = [(tmp_path / f"{i}.zst").read_bytes() for i in range(2)]
@@ -347,7 +347,7 @@ def test_two_frames_of_zstd_are_one_file(tmp_path):
     assert len(load(TASKS["gsm8k"], "test", tmp_path)[0]) == 10
 
 
-def test_zstd_says_what_to_install(tmp_path, monkeypatch):
+def test_zstd_names_its_missing_package(tmp_path, monkeypatch):
     write(tmp_path / "gsm8k_test.jsonl.zst", sums(1))
     for module in ("backports.zstd", "compression.zstd"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -368,16 +368,16 @@ def test_zstd_says_what_to_install(tmp_path, monkeypatch):
         ("webq", "webq_test.jsonl.xz", "test"),
     ],
 )
-def test_names_of_files(tmp_path, name, file, split):
+def test_file_names(tmp_path, name, file, split):
     rows = [{"context": f"C {i}", "question": "q", "answers": ["a"], "answer": ["a"]} for i in range(5)]
     if name != "squad":
         rows = [{"question": f"q {i}", "answer": ["a"]} for i in range(5)]
     write(tmp_path / file, rows)
-    (tmp_path / "squad_v2_train.jsonl").write_text("another task's")
-    (tmp_path / "squad_trainer.jsonl").write_text("nor this")
-    (tmp_path / "squad_train.txt").write_text("nor this")
-    examples, said = load(TASKS[name], split, tmp_path)
-    assert file in said and examples
+    (tmp_path / "squad_v2_train.jsonl").write_text("of another task")
+    (tmp_path / "squad_trainer.jsonl").write_text("ignored")
+    (tmp_path / "squad_train.txt").write_text("ignored")
+    examples, description = load(TASKS[name], split, tmp_path)
+    assert file in description and examples
 
 
 def keys(task, split, folder):
@@ -392,10 +392,10 @@ def test_validation_is_cut_from_training(tmp_path):
     assert 60 < len(validation) < 140
     expected = [row["question"] for row in rows if hash_of(row["question"]) < 0.05 * 2**64]
     assert validation == [f"Question: {question}\nAnswer:" for question in expected]
-    write(tmp_path / "gsm8k_train.jsonl", rows[::-1])  # the order of the rows changes no part
+    write(tmp_path / "gsm8k_train.jsonl", rows[::-1])  # the split does not depend on the order of the rows
     assert keys(TASKS["gsm8k"], "validation", tmp_path) == validation[::-1]
-    said = load(TASKS["gsm8k"], "validation", tmp_path)[1]
-    assert said.endswith("from the 5% of its documents that a hash assigns to validation")
+    description = load(TASKS["gsm8k"], "validation", tmp_path)[1]
+    assert description.endswith("from the 5% of its documents that a hash assigns to validation")
     with pytest.raises(UserError, match=r"has no gsm8k_test.jsonl \(or .jsonl.gz.*\), .* only gsm8k_train.jsonl"):
         load(TASKS["gsm8k"], "test", tmp_path)
     write(tmp_path / "gsm8k_test.jsonl", sums(30))
@@ -408,10 +408,10 @@ def test_without_a_training_split_the_test_split_is_cut(tmp_path):
     parts = {split: keys(TASKS["coqa"], split, tmp_path) for split in ("train", "validation", "test")}
     stories = {split: {prefix.partition("\n")[0] for prefix in prefixes} for split, prefixes in parts.items()}
     assert sum(map(len, parts.values())) == 3000 and sum(map(len, stories.values())) == 1000
-    assert len(set.union(*stories.values())) == 1000  # no story has turns on both sides
+    assert len(set.union(*stories.values())) == 1000  # no story is in two splits
     assert 150 < len(stories["test"]) < 250 and 20 < len(stories["validation"]) < 60
-    said = load(TASKS["coqa"], "test", tmp_path)[1]
-    assert "the 20% of its documents" in said and "scores are not those of papers" in said
+    description = load(TASKS["coqa"], "test", tmp_path)[1]
+    assert "the 20% of its documents" in description and "scores are not those of papers" in description
 
     write(tmp_path / "coqa_train.jsonl", [{"story": f"Train {i}.", "turns": turns} for i in range(100)])
     assert len(keys(TASKS["coqa"], "test", tmp_path)) == 3000
@@ -419,7 +419,7 @@ def test_without_a_training_split_the_test_split_is_cut(tmp_path):
     assert "scores are not" not in load(TASKS["coqa"], "test", tmp_path)[1]
 
 
-def test_a_test_split_is_not_cut_unasked(tmp_path):
+def test_test_split_is_not_used_for_training(tmp_path):
     write(tmp_path / "gsm8k_test.jsonl", sums(100))
     assert len(keys(TASKS["gsm8k"], "test", tmp_path)) == 100
     with pytest.raises(UserError, match="has no gsm8k_train.jsonl.*which train needs, only gsm8k_test.jsonl"):
@@ -429,9 +429,9 @@ def test_a_test_split_is_not_cut_unasked(tmp_path):
 def test_limit_takes_the_first_examples(tmp_path):
     write(tmp_path / "gsm8k_test.jsonl", sums(10))
     with open(tmp_path / "gsm8k_test.jsonl", "a") as file:
-        file.write("broken\n")  # never reached
-    examples, said = load(TASKS["gsm8k"], "test", tmp_path, limit=3)
-    assert [example.target for example in examples] == [" #### 1", " #### 2", " #### 3"] and "3 examples" in said
+        file.write("broken\n")  # not reached
+    examples, description = load(TASKS["gsm8k"], "test", tmp_path, limit=3)
+    assert [example.target for example in examples] == [" #### 1", " #### 2", " #### 3"] and "3 examples" in description
     with pytest.raises(UserError, match="limit=0 must be at least 1"):
         load(TASKS["gsm8k"], "test", tmp_path, limit=0)
 
@@ -452,7 +452,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    "name, change, said",
+    "name, change, message",
     [
         *((name, {task.document: None}, f"the field '{task.document}' is missing") for name, task in TASKS.items()),
         *((name, {task.document: 7}, f"'{task.document}' must be text and is 7") for name, task in TASKS.items()),
@@ -486,21 +486,21 @@ GOOD = {
         ("mbpp", {"test_setup_code": None}, "the field 'test_setup_code' is missing"),
     ],
 )  # fmt: skip
-def test_bad_rows_name_their_line(tmp_path, name, change, said):
+def test_invalid_rows_are_reported_with_their_line(tmp_path, name, change, message):
     task = TASKS[name]
     file = tmp_path / f"{task.stem or name}_{task.splits['test']}.jsonl"
     write(file, [GOOD[name], {**GOOD[name], **change}])
-    pattern = f"{re.escape(str(file))}, line 2: .*{re.escape(said)}.*; fix or delete"
+    pattern = f"{re.escape(str(file))}, line 2: .*{re.escape(message)}.*; fix or delete"
     with pytest.raises(UserError, match=pattern) as error:
         load(task, "test", tmp_path)
     assert "\n" not in str(error.value)
 
 
 def damaged(value):
-    """A row with each of its parts in turn, at any depth, replaced by what it should not be."""
+    """Copies of a row, each with one part, at any depth, replaced by an invalid value."""
     yield from (None, 7, -1, True, "", "junk", [], {}, [None], [[]], ["a"], {"text": 7}, {"0": []})
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in inside:
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
         for other in damaged(part):
             copy = value.copy()
             copy[key] = other
@@ -508,7 +508,7 @@ def damaged(value):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_damaged_rows_never_end_in_a_traceback(name):
+def test_damaged_rows_raise_bad_row(name):
     csqa = {"question": "q", "choices": {"label": ["A", "B", "C"], "text": ["a", "b"]}, "answerKey": "C"}
     hub = {
         "coqa": coqa_hub(OTHERS),
@@ -526,14 +526,14 @@ def test_damaged_rows_never_end_in_a_traceback(name):
     assert refused > 10
 
 
-@pytest.mark.parametrize("line, said", [('{"question": ', "line 3: not JSON"), ("[1]", "line 3: not a JSON object")])
-def test_broken_lines(tmp_path, line, said):
+@pytest.mark.parametrize("line, message", [('{"question": ', "line 3: not JSON"), ("[1]", "line 3: not a JSON object")])
+def test_lines_that_are_not_json_objects(tmp_path, line, message):
     (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(GOOD["gsm8k"]) + "\n\n" + line + "\n")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load(TASKS["gsm8k"], "test", tmp_path)
 
 
-def test_bad_folders(tmp_path):
+def test_invalid_folders(tmp_path):
     gsm8k = TASKS["gsm8k"]
     with pytest.raises(UserError, match="missing is not a folder"):
         load(gsm8k, "test", tmp_path / "missing")
@@ -569,8 +569,8 @@ def test_bad_folders(tmp_path):
         ("mbpp", MBPP, ("google-research-datasets/mbpp", "full", "test")),
     ],
 )
-def test_the_hub(monkeypatch, name, row, call):
-    """The call, and the rows as a Dataset gives them; the hub itself is not reached."""
+def test_hub_datasets(monkeypatch, name, row, call):
+    """Arguments of load_dataset and rows of a Dataset, without network access."""
     datasets = pytest.importorskip("datasets")
     calls = []
 
@@ -579,17 +579,17 @@ def test_the_hub(monkeypatch, name, row, call):
         return datasets.Dataset.from_list([row] * 3 + [{}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    if name == "lambada":  # cut; this text is on the side of the test
+    if name == "lambada":  # the test split is split by hash; this text stays in it
         row = {"text": next(f"two words{i}" for i in range(99) if hash_of(f"two words{i}") < 0.2 * 2**64)}
     task = TASKS[name]
-    examples, said = load(task, "test", limit=2)
+    examples, description = load(task, "test", limit=2)
     assert examples == (task.examples(row) * 2)[:2] and calls == [call]
-    assert f"of {call[0]}, split {call[2]}" in said
+    assert f"of {call[0]}, split {call[2]}" in description
     with pytest.raises(UserError, match=f"{call[0]}, split {call[2]}, row 3: the field .* is missing"):
         load(task, "test")
 
 
-def test_the_hub_out_of_reach(tmp_path):
+def test_unreachable_hub_is_one_sentence(tmp_path):
     code = """
 from nanopause.errors import run
 from nanopause.tasks import get_task, load
@@ -601,13 +601,13 @@ run(lambda: load(get_task("piqa"), "test"))
     assert re.search(r"^error: cannot load baber/piqa \(.*\): name a folder of .* by --data_dir$", ended.stderr, re.M)
 
 
-def test_the_hub_needs_datasets(monkeypatch):
+def test_hub_without_datasets_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install -e '.\[eval\]'"):
         load(TASKS["gsm8k"], "test")
 
 
-SIZES = {  # of train with validation, and test; coqa and lambada have one file
+SIZES = {  # of train and validation, and of test; coqa and lambada have one file
     "gsm8k": (7473, 1319), "squad": (8152, 1000), "coqa": (6347, 1636), "csqa": (9741, 1221), "piqa": (16113, 1838),
     "hellaswag": (39905, 10042), "lambada": (4115, 1038), "webq": (3778, 2032), "nq": (8757, 3610),
     "aqua": (254, 254), "mbpp": (374 + 90, 500),
@@ -617,7 +617,7 @@ SIZES = {  # of train with validation, and test; coqa and lambada have one file
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}; NANOPAUSE_DATA names another folder")
 @pytest.mark.parametrize("name", TASKS)
 def test_real_files(name):
-    """Every row parses, and a right answer scores 1; programs are run in test_sandbox.py."""
+    """Every row parses, and the correct answer scores 1. Programs are executed in test_sandbox.py."""
     task, tokenizer = TASKS[name], load_tokenizer("gpt2")
     splits = ("validation", "test") if name == "aqua" else ("train", "validation", "test")
     *train, validation, test = (load(task, split, REAL)[0] for split in splits)
@@ -633,7 +633,7 @@ def test_real_files(name):
         else:
             answer = [float(j == example.label) for j in range(len(example.choices))]
             assert example.target == example.choices[example.label]
-        if name not in ("coqa", "mbpp"):  # where people disagree, none of them scores 1
+        if name not in ("coqa", "mbpp"):  # coqa's references disagree
             assert next(iter(task.score(answer, example).values())) == 1
         if i % 50 == 0:
             joined = tokenizer.encode(example.prefix + example.target)

@@ -1,4 +1,4 @@
-"""train.py as a person runs it: in its own process, on real files, killed for real."""
+"""train.py end to end: in its own process, on real files, with signals, kills and full disks."""
 
 import json
 import math
@@ -33,13 +33,13 @@ def start(out_dir, tiny_corpus, *args):
 
 
 def sentence(ended, text):
-    """One sentence that names the thing, exit code 1, no traceback."""
+    """Assert exit code 1 and one error line that contains the text, without a traceback."""
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert ended.returncode == 1 and len(errors) == 1 and text in errors[0], ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_a_run_leaves_everything(train, tmp_path):
+def test_run_writes_metrics_figure_and_checkpoint(train, tmp_path):
     out = tmp_path / "run"
     ended = train(out, "config/pause.py", "--max_steps=30", "--log_interval=10", "--eval_interval=20",
                   launcher=PYTHON)  # fmt: skip
@@ -66,7 +66,7 @@ def test_a_run_leaves_everything(train, tmp_path):
 
 
 def test_pauses_between_the_tokens_of_a_corpus(train, tmp_path):
-    """Half of the positions are pauses; hints double the targets; FLOPs add up over a resume."""
+    """Half of the positions are pauses, hints double the targets, and FLOPs are summed over a resumed run."""
     arguments = ["--placement=between", "--pauses=1", "--max_steps=4", "--log_interval=1", "--eval_interval=2"]
     for name, hints in (("last", ""), ("all", "next_token")):
         train(tmp_path / name, *arguments, f"--hints={hints}")
@@ -75,7 +75,7 @@ def test_pauses_between_the_tokens_of_a_corpus(train, tmp_path):
     last, every, resumed = (rows(tmp_path / name) for name in ("last", "all", "resumed"))
     for row in last + every:
         assert row["pause_share"] == 0.5 and row["tokens"] == row["step"] * 4 * 32
-    # The head computes logits of targets alone, 2 · width · vocabulary FLOPs, and three times as many in training.
+    # The head computes logits at targets only: 2 · width · vocabulary FLOPs, three times as many in training.
     for i, (a, b) in enumerate(zip(last, every), 1):
         assert b["flops"] - a["flops"] == i * 3 * 2 * 32 * 258 * 4 * 16
     assert [row["flops"] for row in resumed] == [row["flops"] for row in last]
@@ -83,13 +83,13 @@ def test_pauses_between_the_tokens_of_a_corpus(train, tmp_path):
     assert math.isfinite(last[-1]["val_bpb_pauses"]) and last[-1]["loss"] != every[-1]["loss"]
 
 
-def test_killed_twenty_times_it_ends_with_the_same_bits(train, tiny_corpus, tmp_path):
+def test_run_killed_twenty_times_is_bitwise_equal(train, tiny_corpus, tmp_path):
     args = ("config/pause.py", "--max_steps=900", "--checkpoint_interval=7", "--log_interval=20")
     train(tmp_path / "whole", *args)
     out, rng = tmp_path / "killed", random.Random(0)
     for _ in range(20):
         process = start(out, tiny_corpus, *args, "--resume")
-        for line in process.stdout:  # up to the first step, so that most kills fall into training and saving
+        for line in process.stdout:  # wait for the first step, so that most kills happen in training and saving
             if line.startswith("device:"):
                 break
         time.sleep(rng.uniform(0, 0.5))
@@ -136,10 +136,10 @@ def test_two_processes_or_micro_batches_give_the_losses_of_one(train, tmp_path, 
     train(tmp_path / "parts", *args, "--micro_batch_size=3")
     assert losses_differ(tmp_path / "one", tmp_path / "two") <= 1e-5
     assert losses_differ(tmp_path / "one", tmp_path / "parts") <= 1e-5
-    assert losses_differ(tmp_path / "two", tmp_path / "parts") > 0  # runs of their own, not copies
+    assert losses_differ(tmp_path / "two", tmp_path / "parts") > 0  # separate runs, not copies
 
 
-def test_an_existing_run_is_not_overwritten(train, tmp_path):
+def test_existing_run_is_not_overwritten(train, tmp_path):
     train(tmp_path / "run", "--max_steps=2")
     before = weights(tmp_path / "run")
     again = train(tmp_path / "run", "--max_steps=2", "--seed=5", check=False)
@@ -147,7 +147,7 @@ def test_an_existing_run_is_not_overwritten(train, tmp_path):
     assert weights(tmp_path / "run") == before
 
 
-def test_a_damaged_checkpoint_is_named_and_skipped(train, tmp_path):
+def test_damaged_checkpoint_is_reported_and_skipped(train, tmp_path):
     out = tmp_path / "run"
     train(out, "--max_steps=20", "--checkpoint_interval=10")
     whole = weights(out)
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(train, tmp_path):
 
 
 @pytest.mark.parametrize("arg, text", [("--n_layer=1", "n_layer=2, not 1"), ("--seed=2", "seed=1337, not 2")])
-def test_another_model_or_order_does_not_resume(train, tmp_path, arg, text):
+def test_resume_with_another_model_or_data_order_is_refused(train, tmp_path, arg, text):
     train(tmp_path / "run", "--max_steps=1")
     sentence(train(tmp_path / "run", arg, "--resume", check=False), text)
 
@@ -182,8 +182,8 @@ def test_non_finite_steps_are_skipped_and_end_the_run(train, tmp_path):
     assert weights(out) == good
 
 
-def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(train, tmp_path):
-    """A file-size limit stands in for the disk: writing beyond it fails in the middle of a file, as there."""
+def test_full_disk_is_one_sentence_and_keeps_checkpoints(train, tmp_path):
+    """A file-size limit simulates the full disk: a write fails in the middle of a file."""
     out = tmp_path / "run"
     train(out, "--max_steps=10", "--checkpoint_interval=10")
     good = weights(out)
@@ -200,7 +200,7 @@ def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(train, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_compiled_is_the_same_model(train, tmp_path):
+def test_compiled_losses_equal_eager(train, tmp_path):
     args = ("config/pause.py", "--max_steps=3", "--log_interval=1")
     train(tmp_path / "eager", *args)
     train(tmp_path / "compiled", *args, "--compile=True", launcher=PYTHON)
@@ -208,7 +208,7 @@ def test_compiled_is_the_same_model(train, tmp_path):
         assert abs(a["loss"] - b["loss"]) < 1e-4
 
 
-def test_tensorboard_gets_the_metrics(train, tmp_path):
+def test_tensorboard_receives_the_metrics(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tmp_path / "run", "--max_steps=4", "--log_interval=2", "--tracker=tensorboard")
@@ -226,6 +226,6 @@ def test_tensorboard_gets_the_metrics(train, tmp_path):
         (["config/missing.py"], "config/missing.py does not exist"),
     ],
 )
-def test_bad_input_is_one_sentence(train, tmp_path, args, text):
+def test_invalid_input_is_one_sentence(train, tmp_path, args, text):
     sentence(train(tmp_path / "run", *args, check=False), text)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels. tests/test_kernels.py holds them to the reference with all the others.
+"""Tests specific to the Triton kernels. tests/test_kernels.py compares all implementations with the reference.
 
 Without a GPU they run in Triton's interpreter (tests/conftest.py).
 """
@@ -35,7 +35,7 @@ from kernels import attention, linear_cross_entropy
 pytest.importorskip("triton", reason="there is no Triton for this system")
 from kernels import decode, launch  # noqa: E402
 
-# Their names in the package are the two functions'.
+# In the package, these names are the functions.
 attention_module, loss_module = (importlib.import_module(f"kernels.{n}") for n in ("attention", "linear_cross_entropy"))
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 NEEDS_GPU = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
@@ -43,13 +43,13 @@ NEEDS_GPU = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 @pytest.fixture
 def split_keys(monkeypatch):
-    """split_keys(True) sends all attention to decode.py, split_keys(False) none."""
+    """split_keys(True) makes all attention use decode.py, split_keys(False) none."""
     return lambda always: monkeypatch.setattr(decode, "is_better", lambda *_: always)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
-def test_no_element_is_left_unwritten(split, dtype, split_keys):
+def test_every_output_element_is_written(split, dtype, split_keys):
     split_keys(split)
     B, T, S, H, G, D = 1, 33, 520, 2, 1, 24
     inputs = attention_inputs(B, T, S, H, G, D, dtype)
@@ -58,8 +58,8 @@ def test_no_element_is_left_unwritten(split, dtype, split_keys):
 
 
 @pytest.mark.parametrize("kind", ["causal", "packed", "prefix", "window", "ragged"])
-def test_blocks_at_the_edges_and_inside(kind, split_keys):
-    """Long enough for inner blocks between two edges, forward and backward, and several query blocks a key block."""
+def test_inner_and_edge_blocks(kind, split_keys):
+    """Long enough for inner blocks in forward and backward, and several query blocks per key block."""
     split_keys(False)
     B, T, S = 1, 390, 420
     lo, hi = intervals(kind, B, T, S)
@@ -70,8 +70,8 @@ def test_blocks_at_the_edges_and_inside(kind, split_keys):
     check_attention(attention, attention_inputs(B, T, S, 1, 1, 16, torch.float32), lo, hi, kind, impl="triton")
 
 
-def test_heads_go_in_sections(monkeypatch):
-    """A last section of fewer heads, and sections of one."""
+def test_sections_of_heads(monkeypatch):
+    """Sections of one head, and a smaller last section."""
     monkeypatch.setattr(decode, "is_better", lambda *_: False)
     monkeypatch.setattr(attention_module, "tile", lambda *_: attention_module.Tile(32, 32, 4, 2))
     for section in (1, 4, 100):
@@ -89,7 +89,7 @@ def test_decode(shape, dtype, split_keys):
     B, T, S = shape[:3]
     cached = torch.linspace(min(40, S - T), S - T, B).int()[:, None]
     hi = cached + torch.arange(T) + 1
-    n_new = torch.linspace(T, 0, B).int()[:, None]  # the later queries of a row are padding
+    n_new = torch.linspace(T, 0, B).int()[:, None]  # the last queries of a row are padding
     padding = torch.arange(T) >= n_new
     lo, hi = torch.where(padding, cached + n_new, 0).int(), torch.where(padding, cached + n_new, hi).int()
     check_attention(attention, attention_inputs(*shape, dtype), lo.to(DEVICE), hi.to(DEVICE), impl="triton")
@@ -99,7 +99,7 @@ def test_decode(shape, dtype, split_keys):
 @properties
 @given(data=st.data(), T=st.integers(1, 5), S=st.integers(1, 80), r=st.integers(1, 3), splits=st.integers(1, 5))
 def test_decode_of_any_intervals(data, T, S, r, splits):
-    """Here they need not even be monotone."""
+    """Also intervals that are not monotone."""
     bounds = st.lists(st.integers(-3, S + 3), min_size=2 * T, max_size=2 * T)
     lo, hi = torch.tensor(data.draw(bounds), dtype=torch.int32, device=DEVICE).view(2, 1, T)
     q, k, v, _ = attention_inputs(1, T, S, r, 1, 8, torch.float32)
@@ -113,8 +113,8 @@ def test_decode_of_any_intervals(data, T, S, r, splits):
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_few_queries_are_split(monkeypatch):
-    """One query and many are cut alike, and training is not."""
+def test_keys_are_split_for_few_queries(monkeypatch):
+    """For any number of decode queries, but not in training."""
 
     def kernel(B, T, S, H, G, n_processors=132):
         names = Counter()
@@ -131,12 +131,12 @@ def test_few_queries_are_split(monkeypatch):
         for T in (1, 2, 16, 17, 51):
             for G in (12, 4, 3, 1):
                 assert kernel(B, T, 2048, 12, G) == ["split"], (B, T, G)
-    assert kernel(1, 100, 4096, 12, 12) == ["split"]  # a part of a prompt that would leave processors idle
+    assert kernel(1, 100, 4096, 12, 12) == ["split"]  # a prefill chunk too small to use all multiprocessors
     assert kernel(8, 1024, 1024, 12, 12) == kernel(1, 16, 16, 12, 12) == ["whole"]
 
 
 class Recorder:
-    """In the place of a kernel: counts its launches, and runs nothing."""
+    """Replaces a kernel: counts launches and computes nothing."""
 
     def __init__(self, name, names):
         self.name, self.names = name, names
@@ -145,7 +145,7 @@ class Recorder:
         return lambda *_, **__: self.names.update([self.name])
 
 
-def test_two_runs_give_the_same_bits():
+def test_results_are_deterministic():
     for kind in ("causal", "packed"):
         inputs = attention_inputs(1, 150, 150, 2, 1, 16, torch.bfloat16)
         first, second = (attention_results(attention, *inputs, *intervals(kind, 1, 150, 150), torch.bfloat16,
@@ -157,7 +157,7 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_strided_inputs():
-    """Views into one projection, a cache, a transposed weight, and an expanded gradient."""
+    """Views of one projection, a transposed input, strided weights and targets, and an expanded gradient."""
     qkv = torch.randn(2, 40, 4, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     q, k, v = qkv.split((2, 1, 1), dim=2)
     dout = torch.randn(2, 1, 2, 1).to(DEVICE).expand(2, 40, 2, 16)
@@ -200,7 +200,7 @@ def test_empty_inputs():
     assert not any(result.any() for result in results.values())
 
 
-def test_masked_rows_may_hold_anything():
+def test_masked_rows_may_contain_nan():
     x, weight, targets = loss_inputs(200, 16, 301, 120, torch.float32)
     clean = loss_results(linear_cross_entropy, x, weight, targets, torch.float32, impl="triton")
     targets[0] = -100
@@ -210,14 +210,14 @@ def test_masked_rows_may_hold_anything():
     assert all(result.isfinite().all() for result in (*clean.values(), *dirty.values()))
 
 
-def test_a_target_that_is_no_class_shows():
+def test_invalid_targets_give_a_non_finite_loss():
     x, weight, targets = loss_inputs(20, 16, 33, 20, torch.float32)
     for wrong in (33, -1):
         targets[3] = wrong
         assert not linear_cross_entropy(x, weight, targets, impl="triton").isfinite()
 
 
-def test_tiles_of_the_loss_fit_each_other():
+def test_tiles_of_the_loss_divide_each_other():
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         for C, dtype in ((768, torch.bfloat16), (40, torch.bfloat16), (768, torch.float32)):
             _, product, gradient = loss_module.tiles(arch, C, dtype)
@@ -229,13 +229,13 @@ def test_tiles_of_the_loss_fit_each_other():
     (lambda q, k, v: (q.double(), k.double(), v.double()), "float32, bfloat16 or float16, not torch.float64"),
     (lambda q, k, v: (q, k.bfloat16(), v), "one dtype, not torch.float32, torch.bfloat16 and torch.float32"),
 ])  # fmt: skip
-def test_what_attention_does_not_take(change, message):
+def test_unsupported_attention_inputs_are_refused(change, message):
     q, k, v, _ = attention_inputs(1, 3, 3, 1, 1, 8, torch.float32)
     with pytest.raises(ValueError, match=message):
         attention(*change(q, k, v), impl="triton")
 
 
-def test_what_the_loss_does_not_take():
+def test_unsupported_loss_inputs_are_refused():
     x, weight, targets = loss_inputs(3, 8, 9, 3, torch.float32)
     with pytest.raises(ValueError, match="float32, bfloat16 or float16, not torch.float64"):
         linear_cross_entropy(x.double(), weight.double(), targets, impl="triton")
@@ -252,14 +252,14 @@ def test_cpu_without_the_interpreter_is_refused():
                                  "Python starts\n")  # fmt: skip
 
 
-# What is executed
+# Work and memory
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """FLOPs of the products that the interpreter executed, by calling products()."""
+    """products() returns the FLOPs of the products that the interpreter has executed since the last call."""
     if DEVICE == "cuda":
-        pytest.skip("the interpreter counts")
+        pytest.skip("only the interpreter counts products")
     from triton.runtime.interpreter import InterpreterBuilder
 
     flops, create_dot = [0], InterpreterBuilder.create_dot
@@ -279,7 +279,7 @@ def products(monkeypatch):
 
 
 def test_masked_rows_are_not_multiplied(products):
-    """Counted in the interpreter: N/2 live rows of N take half of the products, and none take none."""
+    """N/2 unmasked rows of N take half of the products, no unmasked rows none."""
     N, C, V = 256, 64, 512
     executed = []
     for live in (N, N // 2, 0):
@@ -288,8 +288,8 @@ def test_masked_rows_are_not_multiplied(products):
     assert executed == [8 * N * C * V, 4 * N * C * V, 0]
 
 
-def test_keys_outside_the_intervals_are_not_read(products, split_keys):
-    """Documents of a block's length: the products grow with T, not T²."""
+def test_blocks_outside_the_intervals_are_skipped(products, split_keys):
+    """Documents of one block's length: the products grow with T, not T²."""
     split_keys(False)
     executed = []
     for T in (128, 512):
@@ -302,7 +302,7 @@ def test_keys_outside_the_intervals_are_not_read(products, split_keys):
 
 
 def test_memory_of_the_loss_in_triton(monkeypatch):
-    """GPT-2's head at N = 16,384 in bfloat16, the kernels left out: their launchers allocate all there is."""
+    """GPT-2's head at N = 16,384 in bfloat16, without running the kernels, as all memory is allocated by launchers."""
     for name in ("_log_sums", "_sum_tiles", "_dlogits", "_gradients"):
         monkeypatch.setattr(loss_module, name, Recorder(name, Counter()))
     torch.use_deterministic_algorithms(False)
@@ -318,8 +318,8 @@ def test_memory_of_the_loss_in_triton(monkeypatch):
 
 
 @NEEDS_GPU
-def test_no_synchronisation_and_a_graph():
-    """A captured CUDA graph serves other targets, with another number of live rows."""
+def test_kernels_can_be_captured_in_a_cuda_graph():
+    """They do not synchronise, and a captured graph is valid for other targets and numbers of unmasked rows."""
     x, weight, targets = loss_inputs(300, 64, 700, 200, torch.bfloat16)
     q, k, v, dout = attention_inputs(2, 150, 150, 2, 1, 64, torch.bfloat16)
     lo, hi = intervals("packed", 2, 150, 150)
@@ -347,9 +347,9 @@ def test_no_synchronisation_and_a_graph():
         assert torch.equal(captured[name], result), name
 
 
-# Mutants: a kernel's source with one mistake in it
+# Mutants: a kernel's source with one injected bug
 
-MUTANTS = {  # kernel: a line of its source, and the mistake
+MUTANTS = {  # kernel: pairs of correct and wrong source
     "_forward": [("b_sum = b_sum * b_rescale + tl.sum(b_p, 1)", "b_sum = b_sum + tl.sum(b_p, 1)"),
                  ("b_v, b_out * b_rescale[:, None]", "b_v, b_out"),
                  ("b_lo, b_hi = tl.zeros_like(o_t), S - T + 1 + o_t", "b_lo, b_hi = tl.zeros_like(o_t), S - T + o_t"),
@@ -392,7 +392,7 @@ MUTANTS = {  # kernel: a line of its source, and the mistake
 
 
 def mutant(tmp_path, file, old, new):
-    """The module kernels/<file>.py with a mistake, its operators under another name."""
+    """The module kernels/<file>.py with a bug, its operators registered under another name."""
     source = (Path(kernels.__file__).parent / f"{file}.py").read_text()
     assert old in source, old
     name = f"mutant_{abs(hash((old, new)))}"
@@ -420,7 +420,7 @@ def test_mutants_are_rejected(kernel, old, new, tmp_path, monkeypatch):
         function = mutant(tmp_path, "attention", old, new).attention
         heads = (4, 2) if "i_g" in old or "i_r" in old else (1, 1)
         inputs = attention_inputs(1, 300, 300, *heads, 16, dtype)
-        start = torch.arange(300, device=DEVICE)[None] // 10 * 5  # the later half of the past
+        start = torch.arange(300, device=DEVICE)[None] // 10 * 5  # the later half of the preceding keys
         with pytest.raises(AssertionError, match="off by|empty rows"):
             for lo, hi in ((start.int(), torch.arange(1, 301, device=DEVICE)[None].int()), (None, None)):
                 check_attention(lambda *a, **_: function(*a, 0.25), inputs, lo, hi)
@@ -428,7 +428,7 @@ def test_mutants_are_rejected(kernel, old, new, tmp_path, monkeypatch):
         module = mutant(tmp_path, "linear_cross_entropy", old, new)
         monkeypatch.setattr(module, "SLICE_BYTES", 0)
         inputs = loss_inputs(200, 48, 301, 150, dtype)
-        if kernel == "_sum_tiles" or "0.0 * b_dx" in new:  # seen where there are many tiles and slices
+        if kernel == "_sum_tiles" or "0.0 * b_dx" in new:  # detectable with many tiles and slices
             monkeypatch.setattr(module, "tiles", lambda *_: 3 * (module.Tile(16, 16, 16, 4, 2),))
             monkeypatch.setattr(module, "SLICES", 1000)
             inputs = loss_inputs(16, 16, 1000, 16, torch.bfloat16)
@@ -437,8 +437,8 @@ def test_mutants_are_rejected(kernel, old, new, tmp_path, monkeypatch):
                 module.linear_cross_entropy(x, weight, targets, -100) / (targets != -100).sum()), *inputs)  # fmt: skip
 
 
-def test_what_the_mutants_are_made_of_passes(tmp_path, monkeypatch):
-    """The copies without a mistake."""
+def test_unmodified_copies_pass(tmp_path, monkeypatch):
+    """The mutants' modules without a bug."""
     function = mutant(tmp_path, "attention", "LOG2_E", "LOG2_E").attention
     inputs = attention_inputs(1, 300, 300, 2, 1, 16, torch.float32)
     check_attention(lambda *a, **_: function(*a, 0.25), inputs, *intervals("window", 1, 300, 300))
@@ -451,7 +451,7 @@ def test_what_the_mutants_are_made_of_passes(tmp_path, monkeypatch):
 
 
 def test_every_gpu_has_tiles(monkeypatch):
-    """Also those that are not compiled for: an RTX 4090 is 8.9, a B300 10.3, an RTX 5090 12.0."""
+    """Also GPUs without tuned tiles: compute capability 8.9 (RTX 4090), 10.3 (B300), 12.0 (RTX 5090)."""
     for major, family in ((8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (11, "sm_80"), (12, "sm_80")):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, n=major: SimpleNamespace(major=n))
         assert launch.architecture.__wrapped__(torch.device("cuda")) == family
@@ -467,7 +467,7 @@ def test_matrix_precision_follows_torch():
     def chosen():
         return [launch.precision(*case) for case in product((torch.bfloat16, torch.float32), ("sm_90", "gfx942"))]
 
-    torch.set_float32_matmul_precision("highest")  # other tests of this process may have trained, at "high"
+    torch.set_float32_matmul_precision("highest")  # training in other tests sets "high"
     assert chosen() == ["ieee", "ieee", "tf32x3", "ieee"]
     try:
         torch.set_float32_matmul_precision("high")
