@@ -25,6 +25,13 @@ def test_the_table_of_match():
         assert f"| {arm['label']} | " in TEXT and shown(arm["accuracy"], 3) in TEXT
 
 
+def test_the_table_of_real_text():
+    arms = json.loads((ROOT / "experiments/results/real_text.json").read_text())["arms"]
+    for arm in arms:
+        assert f"| {arm['label']} | {shown(arm['bpb'], 4)} | " in TEXT
+        assert not arm["difference"] or shown(arm["difference"], 4, "+") in TEXT
+
+
 def test_every_claim_has_a_verdict():
     rows = [line.split(" | ") for line in TEXT.splitlines() if line.startswith("| ")]
     verdicts = [row[-1].removesuffix(" |") for row in rows if len(row) == 5]
