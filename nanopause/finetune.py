@@ -149,8 +149,10 @@ def load_pairs(
 def described(config: Config) -> str:
     """What an example of a run looks like."""
     about = f"prefix, target; {TASK[config.placement].__doc__}"
-    if config.placement != "sft":
-        about += f", pauses {config.pauses}, consecutive {config.consecutive}, pause_position {config.pause_position}"
+    if config.placement == "appd":
+        about += f": {config.pauses} (pause_position {config.pause_position})"
+    elif config.placement != "sft":
+        about += f": pauses {config.pauses}, consecutive {config.consecutive}"
     about += f", hints {config.hints}" * bool(config.hints)
     return f"{about}; attention {config.attention}, trainable {config.trainable}"
 

@@ -96,7 +96,7 @@ def test_hints_that_do_not_fit_are_one_sentence():
         (["--hints=next_token"], "with --pause_rate or --placement=between"),
         (["--task=parity_16", "--placement=dit", "--pauses=2", "--hints=count"], "use --placement=appd"),
         (["--placement=between"], "--pauses=1"),
-        (["--placement=between", "--pauses=1", "--task=parity_16"], "leave out --task"),
+        (["--placement=between", "--pauses=1", "--task=parity_16"], "placement=between is not a placement of a task"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence(arguments, text):

@@ -128,9 +128,9 @@ def losses_differ(a, b):
 SHORT = ("config/pause.py", "--max_steps=20", "--log_interval=1", "--eval_interval=10")
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_two_processes_or_micro_batches_give_the_losses_of_one(train, tmp_path, optimizer):
-    args = (*SHORT, f"--optimizer={optimizer}", "--learning_rate=0.01")
+def test_two_processes_or_micro_batches_give_the_losses_of_one(train, tmp_path):
+    """With Muon, and AdamW for what is not a matrix."""
+    args = (*SHORT, "--optimizer=muon", "--learning_rate=0.01")
     train(tmp_path / "one", *args)
     train(tmp_path / "two", *args, launcher=TORCHRUN)
     train(tmp_path / "parts", *args, "--micro_batch_size=3")
