@@ -13,7 +13,7 @@ from nanopause.cli import parse
 from nanopause.data import Insertion
 from nanopause.errors import UserError
 from nanopause.model import GPTConfig
-from nanopause.placement import get_placement
+from nanopause.placement import check_placement
 from nanopause.recipes import get_recipe
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
@@ -153,7 +153,7 @@ class Config(GPTConfig):
         if self.block_size == 0 and not (self.init_from or self.resume):
             raise UserError("block_size=0 is all that the model of init_from reads: name one with --init_from")
         self.placement = self.placement or ("appd" if self.task else "random")
-        get_placement(self.placement, of_task=bool(self.task))
+        check_placement(self.placement, of_task=bool(self.task))
         if self.pauses and not self.task and self.placement == "random":
             raise UserError(f"pauses={self.pauses} stand between the prefix and the target of a task: add "
                             f"--task=gsm8k, say, or use pause_rate for pretraining")  # fmt: skip

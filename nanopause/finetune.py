@@ -53,8 +53,8 @@ def with_pauses(
 
 
 def continuation(tokenizer: Tokenizer, prefix: str, text: str) -> list[int]:
-    """The tokens of a text after a prefix: those that the joined text has more, as in lm-evaluation-harness. Alone it
-    may have others, as some tokenizers begin every text with a space."""
+    """The tokens of a text after a prefix: the tokens of the joined text without those of the prefix, as in
+    lm-evaluation-harness. Encoded alone it may differ, as some tokenizers begin every text with a space."""
     return tokenizer.encode(prefix + text)[len(tokenizer.encode(prefix)) :]
 
 
@@ -129,7 +129,7 @@ def load_pairs(
     if config.hints and config.hints not in task.hints:
         choices = f"choose {', '.join(task.hints)}" if task.hints else "leave out --hints"
         raise UserError(f"hints={config.hints} is not a hint of {task.name}: {choices}")
-    examples, said = tasks.load(task, split, config.data_dir or None, config.limit if training else None)
+    examples, source = tasks.load(task, split, config.data_dir or None, config.limit if training else None)
     hints = task.hints.get(config.hints) if training else None
     settings = config.block_size, config.prefix_pauses, config.pause_position, config.cut, inside, hints
     pairs = [pair for example in examples if (pair := encode(example, tokenizer, *settings))]
@@ -140,10 +140,10 @@ def load_pairs(
         raise UserError(f"no target of {config.task}'s {split} split, {config.pauses} pauses and a prefix fit into "
                         f"block_size={config.block_size} tokens: raise --block_size or lower --pauses")  # fmt: skip
     if n_cut := sum(pair.n_cut > 0 for pair in pairs):
-        said += f"; {n_cut:,} prefixes are cut from the {config.cut} to fit {config.block_size} tokens"
+        source += f"; {n_cut:,} prefixes are cut from the {config.cut} to fit {config.block_size} tokens"
     if n_dropped := len(examples) - len(pairs):
-        said += f"; {n_dropped:,} examples are left out, whose target alone is too long"
-    return pairs, said
+        source += f"; {n_dropped:,} examples are left out, as their target alone is too long"
+    return pairs, source
 
 
 def described(config: Config) -> str:
@@ -208,8 +208,8 @@ class TargetPauses:
 
     @torch.no_grad()
     def least_likely(self, model: Callable, batch: Batch, micro_batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a packed batch's targets what the model, as it is, thinks of them: log-likelihoods in nats, float [1, T],
-        +inf where there is no target; and whether they are among the m lowest of their document, bool [1, T]."""
+        """Log-likelihoods of a packed batch's targets under the current model, nats, float [1, T], +inf where there is
+        no target; and whether they are among the m lowest of their document, bool [1, T]."""
         losses = [
             model(part.inputs, part.targets, reduction="none", **part.layout)[: part.ends[-1]]
             for part in batch.split(micro_batch_size)
@@ -218,20 +218,20 @@ class TargetPauses:
         return log_likelihoods, lowest_likelihood(log_likelihoods, self.m, batch.layout["lo"])
 
     def chosen_by(self, model: Callable, batch: Batch, micro_batch_size: int) -> Batch:
-        """A packed batch with dit's pauses, before the least likely targets. Their number is known before the model is
-        asked, so nobody waits for a device."""
+        """A packed batch with dit's pauses, before the least likely targets. Their number depends on lengths alone, so
+        there is no host-device synchronisation."""
         _, chosen = self.least_likely(model, batch, micro_batch_size)
         return self.insert(batch, chosen, np.minimum(self.m, batch.lives))
 
     def insert(self, batch: Batch, chosen: torch.Tensor, counts: Sequence[int]) -> Batch:
-        """A packed batch with pauses before the chosen targets, bool [1, T], of which every document has its count."""
+        """A packed batch with pauses before the chosen targets, bool [1, T]; counts: chosen targets per document."""
         inputs, targets, place, row = insert_before(
             batch.inputs[0], batch.targets[0], chosen[0], self.n, self.tokenizer.pause_id, int(sum(counts)), self.fill
         )
         here = torch.arange(len(row), device=row.device)
         lo, hi = (batch.layout[name][0, row] for name in ("lo", "hi"))
-        # An interval begins and ends with the same rows as before; a pause reads what the row before it does, and
-        # what is between them and itself.
+        # An interval begins and ends with the same tokens as before. A pause attends to what the token before it does,
+        # and to the pauses between them and itself.
         lo, hi = place[lo], torch.maximum(here, place[hi - 1]) + 1
         layout = {"positions": here - lo, "lo": lo.int(), "hi": hi.int()}
         n_new = self.n * np.asarray(counts)
@@ -243,8 +243,8 @@ class TargetPauses:
 
 
 class TaskBatches:
-    """`batches[step]` is this rank's share of a step's batch of batch_size pairs, chosen as Shuffled says, packed, with
-    pauses in their targets where `inside` puts them before the model has seen them."""
+    """`batches[step]` is this rank's share of a step's batch of batch_size pairs, selected by Shuffled and packed, with
+    the pauses of ran and aaw in their targets."""
 
     def __init__(
         self, pairs: Sequence[Pair], batch_size: int, pause_id: int, attention: str, seed: int, rank: int, n_ranks: int,

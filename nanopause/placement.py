@@ -5,7 +5,6 @@ the pause and keeps the order of the others: which positions have a loss then fo
 write it here and register it; its docstring is its description in logs and model cards.
 """
 
-from collections.abc import Callable
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -35,9 +34,6 @@ class Row(NamedTuple):
     def pause_before(self, places: np.ndarray, n: int) -> np.ndarray:
         """The row with n pauses before each of these places of the target, int64."""
         return insert_at(self.tokens, self.n_prefix + places, n, self.tokenizer.pause_id)
-
-
-Placement = Callable[[Row], np.ndarray]
 
 
 # Of a corpus. The longer row is cut to block_size.
@@ -86,11 +82,10 @@ CORPUS = {function.__name__: function for function in (random, between)}
 TASK = {function.__name__: function for function in (appd, sft, ran, aaw, dit)}
 
 
-def get_placement(name: str, of_task: bool) -> Placement:
-    """Raises UserError, with the names that there are, for another one."""
+def check_placement(name: str, of_task: bool) -> None:
+    """Raises UserError, with the known names, for another one."""
     placements = TASK if of_task else CORPUS
     if name not in placements:
         near = "".join(f" (near: {other})" for other in get_close_matches(name, placements, 1))
         raise UserError(f"placement={name}{near} is not a placement of {'a task' if of_task else 'a corpus'}: choose "
                         f"{', '.join(placements)}")  # fmt: skip
-    return placements[name]

@@ -256,7 +256,7 @@ def test_cut_and_excluded_examples_are_reported(tmp_path):
     n_cut = sum(pair.n_cut > 0 for pair in pairs)
     assert max(len(pair.tokens) for pair in pairs) == 128 and 5 <= n_cut <= 10
     assert f"; {n_cut} prefixes are cut from the left to fit 128 tokens; " in description
-    assert "examples are left out, whose target alone is too long" in description
+    assert "examples are left out, as their target alone is too long" in description
     with pytest.raises(UserError, match="fit into block_size=8 tokens: raise --block_size or lower --pauses"):
         load_pairs(replace(config, block_size=8), "train", BYTES)
 
