@@ -22,8 +22,7 @@ from typing import Literal
 
 import torch
 
-import kernels
-from nanopause import checkpoint, cli, errors, hub, sandbox
+from nanopause import checkpoint, cli, errors, hub, kernels, sandbox
 from nanopause.config import Config
 from nanopause.distributed import Processes
 from nanopause.engine import Engine

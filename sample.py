@@ -22,8 +22,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-import kernels
-from nanopause import cli, errors, hub
+from nanopause import cli, errors, hub, kernels
 from nanopause.config import Config
 from nanopause.distributed import Processes
 from nanopause.engine import Engine, Generation, Token

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from nanopause.scripts.data import DATA
+from nanopause.scripts.data.pydocs import prepare_pydocs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-import kernels
-from data.pydocs import prepare_pydocs
-from nanopause import checkpoint, errors, flops, hub, metrics
+from nanopause import checkpoint, errors, flops, hub, kernels, metrics
 from nanopause.config import Config, load_config
 from nanopause.data import Batch, Corpus, Insertion, TrainingBatches, prefetch, validation_batches
 from nanopause.distributed import Processes
@@ -45,7 +45,6 @@ from nanopause.pauses import IGNORE
 from nanopause.progress import Ticker
 from nanopause.tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
 
-DATA = Path(__file__).resolve().parent / "data"
 BAD_STEPS = 5  # non-finite steps in a row that end the run
 SAMPLE_TOKENS = 512  # most tokens of the sample at the end of a run
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import kernels
+from nanopause import kernels
 from nanopause.errors import UserError
 from nanopause.files import replace_file
 from nanopause.flops import peak_flops

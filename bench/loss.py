@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from bench.harness import OURS, Baseline, Bench, Shape, forward_and_backward
+from nanopause import kernels
 
 
 def shapes(device_type: str, quick: bool) -> Iterator[Shape]:

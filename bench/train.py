@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from nanopause.scripts.data import DATA
+from nanopause.scripts.data.pydocs import prepare_pydocs
+from nanopause.scripts.train import train_step
 from torch import Tensor, nn
 
 from bench.harness import OURS, ROOT, Baseline, Bench, Candidate, Shape, wall_clock
 from bench.models import compiled, nanogpt_model, transformers_model
-from data.pydocs import prepare_pydocs
 from nanopause.config import load_config
 from nanopause.data import Batch, Corpus, TrainingBatches, prefetch
 from nanopause.distributed import Processes
@@ -25,7 +27,6 @@ from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates
 from nanopause.pauses import IGNORE
 from nanopause.tokenizer import load_tokenizer
-from train import DATA, train_step
 
 GPT2 = [str(ROOT / "config" / "gpt2.py")]
 MODELS = {

@@ -6,10 +6,10 @@ python data/openwebtext.py --files='../corpus/*.txt.xz' --name=novels  # writes 
 
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
 import fsspec
 import tyro
+from nanopause.scripts.data import DATA
 
 from nanopause.errors import UserError, run
 from nanopause.prepare import prepare
@@ -27,7 +27,7 @@ def main(
     limit: int | None = None,
     val_fraction: float = 0.0005,
     workers: int | None = None,
-    data_dir: str = str(Path(__file__).resolve().parent),
+    data_dir: str = str(DATA),
 ) -> None:
     """Tokenize a corpus into data_dir/name/tokenizer/. An interrupted run resumes when started again.
 

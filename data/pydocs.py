@@ -17,6 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import tyro
+from nanopause.scripts.data import DATA
 
 from nanopause.errors import run
 from nanopause.prepare import prepare
@@ -114,7 +115,7 @@ def _from_extension(name: str) -> Iterator[Entry]:
     yield from members(module, "")
 
 
-def prepare_pydocs(tokenizer: str = "bytes", data_dir: str = str(Path(__file__).resolve().parent)) -> Path:
+def prepare_pydocs(tokenizer: str = "bytes", data_dir: str = str(DATA)) -> Path:
     """Write this Python's documentation to data_dir/pydocs/tokenizer/, and return that folder.
 
     Args:

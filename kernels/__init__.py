@@ -12,15 +12,14 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
+from nanopause.kernels import plain, reference
 from torch import Tensor
-
-from kernels import plain, reference
 
 IMPLEMENTATIONS = {"torch": plain, "reference": reference}
 if find_spec("triton"):  # not available for macOS and Windows
     # Import before the functions below shadow the names of these modules.
-    from kernels.attention import attention as _attention
-    from kernels.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
+    from nanopause.kernels.attention import attention as _attention
+    from nanopause.kernels.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 
     IMPLEMENTATIONS["triton"] = SimpleNamespace(attention=_attention, linear_cross_entropy=_linear_cross_entropy)
 _said = set()

@@ -3,6 +3,7 @@
 import runpy
 import sys
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from inspect import ismodule
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -223,10 +224,13 @@ class Config(GPTConfig):
 
 def _arguments(file: str) -> list[str]:
     """A config file's assignments as --key=value."""
-    if not Path(file).is_file():
+    path = Path(file)
+    if not path.is_file():  # outside a clone, config/ is where nanopause is installed
+        path = Path(find_spec("nanopause.scripts").origin).parent / file
+    if not path.is_file():
         raise UserError(f"config file {file} does not exist; settings are written --key=value")
     try:
-        values = runpy.run_path(file)
+        values = runpy.run_path(str(path))
     except Exception as error:
         raise UserError(f"config file {file} does not run: {type(error).__name__}: {error}") from error
     return [f"--{key}={value}" for key, value in values.items() if not (key.startswith("_") or ismodule(value))]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from nanopause import kernels
 from nanopause.errors import UserError
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-import kernels
 from bench import attention, finetune, generate, harness, loss, models, pause_cost, report, train
 from bench.__main__ import NAMES, TIMED, run_all
 from bench.harness import OURS, Baseline, Bench, Options, WrongOutput, check, forward_and_backward, time_interleaved
+from nanopause import kernels
 from nanopause.errors import UserError
 from nanopause.flops import training_flops
 from nanopause.model import GPT, GPTConfig

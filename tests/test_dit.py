@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
+from nanopause.scripts import train
+from nanopause.scripts.train import summed_loss
 from test_finetune import BYTES, SMALL, E, P, example, finetune, go_back, one_in_two_processes_and_in_parts, write
 from test_train import rows, sentence, weights
 
-import train
 from nanopause import finetune as finetuning
 from nanopause import pauses as pauses_module
 from nanopause.config import Config, load_config
@@ -21,7 +22,6 @@ from nanopause.errors import UserError
 from nanopause.finetune import TargetPauses, TaskBatches, encode, pack
 from nanopause.model import GPT, GPTConfig
 from nanopause.pauses import IGNORE, after_words, insert_before, lowest_likelihood
-from train import summed_loss
 
 X = IGNORE
 SHAPE = GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=128, zero_init=False)

@@ -13,8 +13,8 @@ import time
 
 import pytest
 import torch
+from nanopause.scripts import evaluate
 
-import evaluate
 from nanopause import checkpoint, evaluation
 from nanopause.config import load_config
 from nanopause.engine import Engine

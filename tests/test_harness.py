@@ -20,8 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import kernels
-from nanopause import scoring
+from nanopause import kernels, scoring
 from nanopause.engine import Engine
 from nanopause.errors import UserError
 from nanopause.harness import Harness

@@ -16,11 +16,10 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import TINY, tiny_documents
+from nanopause.scripts import sample, train
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, processors
 
-import sample
-import train
 from nanopause import checkpoint, hub
 from nanopause.config import Config
 from nanopause.engine import Engine

@@ -18,7 +18,7 @@ assert isinstance(model, GPT2LMHeadModel)
 ids = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
 assert ids.shape == (1, 7)
 
-import kernels
+from nanopause import kernels
 print(kernels.__file__)
 """
 LM_EVAL = """
@@ -26,7 +26,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from nanopause.harness import Harness
 
-import kernels
+from nanopause import kernels
 print(kernels.__file__)
 """
 

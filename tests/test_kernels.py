@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanopause.kernels import Attend, attention, linear_cross_entropy, plain
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 from bench.harness import peak_extra_bytes
-from kernels import Attend, attention, linear_cross_entropy, plain
+from nanopause import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = pytest.mark.parametrize("impl", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
@@ -288,7 +288,7 @@ def small_tiles():
         yield
         return
     attention_module, loss_module = (
-        importlib.import_module(f"kernels.{n}") for n in ("attention", "linear_cross_entropy")
+        importlib.import_module(f"nanopause.kernels.{n}") for n in ("attention", "linear_cross_entropy")
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_module, "tile", lambda *_: attention_module.Tile(16, 16, 4, 2))
@@ -490,7 +490,7 @@ def test_loss(impl, dtype, reduction, live, monkeypatch):
     N, C, V = 200, 48, 301
     monkeypatch.setattr(plain, "CHUNK_ELEMENTS", 4 * V)
     if impl == "triton":
-        monkeypatch.setattr(importlib.import_module("kernels.linear_cross_entropy"), "SLICE_BYTES", 0)
+        monkeypatch.setattr(importlib.import_module("nanopause.kernels.linear_cross_entropy"), "SLICE_BYTES", 0)
     check_loss(linear_cross_entropy, *loss_inputs(N, C, V, live, dtype), impl=impl, reduction=reduction)
 
 

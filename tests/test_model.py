@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import kernels
+from nanopause import kernels
 from nanopause.errors import UserError
 from nanopause.model import GPT, GPTConfig
 from nanopause.pauses import IGNORE

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from nanopause.scripts.data import openwebtext, pydocs
 from pyarrow import parquet
 
-from data import openwebtext, pydocs
 from nanopause.data import Corpus
 from nanopause.errors import UserError, run
 from nanopause.prepare import Shards, prepare, split_of
@@ -96,7 +96,7 @@ def start(corpus, data_dir, workers=1, before="pass"):
     """The same as `prepare_files` in a process of its own, the leader of a process group."""
     code = f"""
 import nanopause.prepare
-from data import openwebtext
+from nanopause.scripts.data import openwebtext
 from nanopause.errors import run
 nanopause.prepare.BATCH_CHARACTERS = 1 << 15
 if __name__ == "__main__":

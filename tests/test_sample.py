@@ -9,8 +9,8 @@ from itertools import count
 
 import pytest
 import torch
+from nanopause.scripts import sample
 
-import sample
 from nanopause import checkpoint
 from nanopause.config import load_config
 from nanopause.engine import Engine, Generation, Token

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nanopause.kernels import attention, linear_cross_entropy
 from test_kernels import (
     DEVICE,
     attention_inputs,
@@ -29,14 +30,15 @@ from test_kernels import (
     properties,
 )
 
-import kernels
-from kernels import attention, linear_cross_entropy
+from nanopause import kernels
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
-from kernels import decode, launch  # noqa: E402
+from nanopause.kernels import decode, launch  # noqa: E402
 
 # In the package, these names are the functions.
-attention_module, loss_module = (importlib.import_module(f"kernels.{n}") for n in ("attention", "linear_cross_entropy"))
+attention_module, loss_module = (
+    importlib.import_module(f"nanopause.kernels.{n}") for n in ("attention", "linear_cross_entropy")
+)
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 NEEDS_GPU = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
@@ -244,7 +246,7 @@ def test_unsupported_loss_inputs_are_refused():
 
 
 def test_cpu_without_the_interpreter_is_refused():
-    program = ("import torch; from kernels import attention; q = torch.zeros(1, 2, 1, 8); "
+    program = ("import torch; from nanopause.kernels import attention; q = torch.zeros(1, 2, 1, 8); "
                "attention(q, q, q, impl='triton')")  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

@@ -17,9 +17,9 @@ class Token(NamedTuple):
     top_without: list[tuple[int, float]]  # the same before the pauses
 
 
-@dataclass
+@dataclass(repr=False)
 class Generation:
-    """All tokens of one prompt. text: decoded, without the end of text."""
+    """All tokens of one prompt. text: decoded, without the end of text; printing shows it."""
 
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
@@ -32,6 +32,17 @@ class Generation:
     @property
     def pauses(self) -> int:
         return sum(token.pauses for token in self.tokens)
+
+    @property
+    def logprobs(self) -> list[float]:
+        """In nats, of each of the tokens."""
+        return [token.logprob for token in self.tokens]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Generation({self.text!r}, {len(self.tokens)} tokens, {self.pauses} pauses, end={self.end!r})"
 
     @property
     def end(self) -> str:
