@@ -24,7 +24,7 @@ import tyro
 
 from nanopause import cli, errors, hub, kernels
 from nanopause.config import Config
-from nanopause.distributed import Processes
+from nanopause.distributed import choose_device
 from nanopause.engine import Engine, Generation, Token
 from nanopause.errors import UserError
 from nanopause.policy import PauseOptions, Policy, StopWhenUseless
@@ -224,7 +224,7 @@ def main() -> None:
     errors.check("batch_size", settings.batch_size, 1, 2**20)
     errors.check("n_filler", settings.n_filler, 0, 2**20)
     errors.check("max_new_tokens", settings.max_new_tokens, 0, 2**31)
-    device = Processes(settings.device).device
+    device = choose_device(settings.device)
     model, tokenizer, state = hub.load(settings.out_dir, device)
     trained = Config(**state["config"]) if state else Config()
     n_pauses = trained.prefix_pauses if settings.pauses is None else settings.pauses

@@ -8,6 +8,25 @@ import torch.distributed as dist
 from nanopause.errors import UserError
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of a --device setting: "auto" is a GPU where there is one; "cuda" is this process's GPU.
+
+    Raises UserError if the device cannot be used."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither a CPU nor a CUDA or ROCm GPU")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name!r} cannot be used ({str(error).splitlines()[0]}): use --device=cpu or "
+                        f"another GPU") from None  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 class Processes:
     """rank: index of this process, 0 … count − 1. device: the device of this process.
 
@@ -18,20 +37,7 @@ class Processes:
     def __init__(self, device: str):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            self.device = torch.device(device)
-            if self.device.type not in ("cpu", "cuda"):
-                raise RuntimeError("it is neither a CPU nor a CUDA or ROCm GPU")
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device={device!r} cannot be used ({str(error).splitlines()[0]}): use --device=cpu or "
-                            f"another GPU") from None  # fmt: skip
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.device = choose_device(device)
         if self.count > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
 
