@@ -8,7 +8,9 @@ choice once.
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -23,6 +25,15 @@ if find_spec("triton"):  # not available for macOS and Windows
 
     IMPLEMENTATIONS["triton"] = SimpleNamespace(attention=_attention, linear_cross_entropy=_linear_cross_entropy)
 _said = set()
+
+if __name__ == "kernels":
+    # In the root of a clone `import kernels` finds this folder, but other libraries mean Hugging Face's package.
+    _root = Path(__file__).resolve().parent.parent
+    _spec = PathFinder.find_spec("kernels", [path for path in sys.path if Path(path).resolve() != _root])
+    if _spec is None:
+        raise ModuleNotFoundError("No module named 'kernels'; this project's are nanopause.kernels", name="kernels")
+    sys.modules["kernels"] = module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["kernels"])
 
 
 def choose(impl: str | None, device: torch.device) -> str:
