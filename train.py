@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from nanopause.scripts.data import DATA
-from nanopause.scripts.data.pydocs import prepare_pydocs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -43,6 +41,8 @@ from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
 from nanopause.progress import Ticker
+from nanopause.scripts.data import DATA
+from nanopause.scripts.data.pydocs import prepare_pydocs
 from nanopause.tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
 
 BAD_STEPS = 5  # non-finite steps in a row that end the run

@@ -13,13 +13,13 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nanopause.scripts.data.pydocs import documents
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.harness import OURS, Baseline, Bench, Shape, forward_and_backward
 from nanopause import kernels
+from nanopause.scripts.data.pydocs import documents
 from nanopause.tokenizer import load_tokenizer
 
 

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from nanopause.scripts.data import DATA
-from nanopause.scripts.data.pydocs import prepare_pydocs
-from nanopause.scripts.train import train_step
 from torch import Tensor, nn
 
 from bench.harness import OURS, ROOT, Baseline, Bench, Candidate, Shape, wall_clock
@@ -26,6 +23,9 @@ from nanopause.flops import training_flops
 from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates
 from nanopause.pauses import IGNORE
+from nanopause.scripts.data import DATA
+from nanopause.scripts.data.pydocs import prepare_pydocs
+from nanopause.scripts.train import train_step
 from nanopause.tokenizer import load_tokenizer
 
 GPT2 = [str(ROOT / "config" / "gpt2.py")]

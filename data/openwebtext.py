@@ -9,10 +9,10 @@ from itertools import groupby
 
 import fsspec
 import tyro
-from nanopause.scripts.data import DATA
 
 from nanopause.errors import UserError, run
 from nanopause.prepare import prepare
+from nanopause.scripts.data import DATA
 
 # The branch in which the hub keeps every dataset as Parquet, whatever the format of its main branch.
 OPENWEBTEXT = "hf://datasets/Skylion007/openwebtext@refs%2Fconvert%2Fparquet/**/*.parquet"

@@ -17,10 +17,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import tyro
-from nanopause.scripts.data import DATA
 
 from nanopause.errors import run
 from nanopause.prepare import prepare
+from nanopause.scripts.data import DATA
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 # Not documentation, or modules with side effects on import: antigravity opens a browser, readline writes to stdout.

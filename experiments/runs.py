@@ -27,8 +27,6 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nanopause.scripts.train import train  # noqa: E402
-
 from nanopause import checkpoint, metrics  # noqa: E402
 from nanopause.compare import NEUTRAL  # noqa: E402
 from nanopause.config import Config, load_config  # noqa: E402
@@ -40,6 +38,7 @@ from nanopause.finetune import load_pairs  # noqa: E402
 from nanopause.intervals import t_interval  # noqa: E402
 from nanopause.model import GPT  # noqa: E402
 from nanopause.progress import Ticker  # noqa: E402
+from nanopause.scripts.train import train  # noqa: E402
 from nanopause.tokenizer import Tokenizer  # noqa: E402
 
 SECONDS_BETWEEN_LINES = 20.0  # of progress, without a terminal

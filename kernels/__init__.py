@@ -5,6 +5,7 @@ PyTorch) and `reference` (dense and simple, the oracle of all tests). `impl=None
 choice once.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from nanopause.kernels import plain, reference
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from nanopause.kernels import plain, reference
 
 IMPLEMENTATIONS = {"torch": plain, "reference": reference}
 if find_spec("triton"):  # not available for macOS and Windows
@@ -85,15 +88,16 @@ class Attend:
 
     def _prepare(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-        lo, hi, scale = self.lo, self.hi, D**-0.5 if self.scale is None else self.scale
-        if k.shape != (B, S, G, D) or v.shape != k.shape or H % G:
+        if k.shape != (B, S, G, D) or v.shape != k.shape or not (G and D) or H % G:
             raise ValueError(f"attention takes q [B,T,H,D], k and v [B,S,G,D], with H a multiple of G, "
-                             f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")  # fmt: skip
-        if any(bound is not None and bound.shape != (B, T) for bound in (lo, hi)):
-            shapes = [None if bound is None else list(bound.shape) for bound in (lo, hi)]
-            raise ValueError(f"attention takes lo and hi [B,T] = {[B, T]}, not {shapes[0]} and {shapes[1]}")
-        if scale <= 0:
-            raise ValueError(f"attention takes a positive scale, not {scale}")
+                             f"and G and D above 0, not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")  # fmt: skip
+        lo, hi, scale = self.lo, self.hi, D**-0.5 if self.scale is None else self.scale
+        for bound in (lo, hi):
+            if bound is not None and (bound.shape != (B, T) or bound.dtype != torch.int32):
+                raise ValueError(f"attention takes lo and hi int32 [B,T] = {[B, T]}, "
+                                 f"not {bound.dtype} {list(bound.shape)}")  # fmt: skip
+        if not 0 < scale < math.inf:
+            raise ValueError(f"attention takes a positive and finite scale, not {scale}")
         impl = choose(self.impl, q.device)
         if impl == "torch":
             return partial(plain.attention, parts=plain.parts_of(q, k, lo, hi), scale=scale)
@@ -118,8 +122,9 @@ def attention(
     q: [B, T, H, D]; k, v: [B, S, G, D]; query head h attends to key head h // (H // G).
     lo, hi: int32 [B, T], both non-decreasing along t. None: lo = 0, and hi = S - T + t + 1, causal with the last query
     attending to all keys. scale: positive; default 1/√D. impl: see `choose`.
-    Returns [B, T, H, D]. The output of a query with an empty interval is zero, and so are its gradients.
-    Raises ValueError for shapes that do not fit together or a scale that is not positive.
+    Returns [B, T, H, D]. The output of a query with an empty interval is zero, and so are its gradients. All keys and
+    values must be finite, also those that no query attends to: a NaN times a probability of 0 is NaN.
+    Raises ValueError for shapes or dtypes that do not fit together, or a scale that is not positive and finite.
     """
     return Attend(lo, hi, scale=scale, impl=impl)(q, k, v)
 
@@ -138,15 +143,20 @@ def linear_cross_entropy(
     x: [N, C]; weight: [V, C]; targets: int64 [N], `ignore_index` at masked positions. impl: see `choose`.
     reduction: "mean" over the unmasked positions, "sum", or "none" for the loss of every position, [N], 0 if masked.
     Returns float32 or wider, in nats. If all positions are masked, the loss and all gradients are 0.
+    It can be differentiated once, in reverse mode; impl="reference" again and in forward mode.
     Raises ValueError for shapes, dtypes or reductions other than these.
     """
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
-        raise ValueError(f"linear_cross_entropy takes x [N,C], weight [V,C] and targets [N], "
+    fits = x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[1] and targets.shape == x.shape[:1]
+    if not (fits and weight.numel()):
+        raise ValueError(f"linear_cross_entropy takes x [N,C], weight [V,C] and targets [N] with V and C above 0, "
                          f"not {list(x.shape)}, {list(weight.shape)}, {list(targets.shape)}")  # fmt: skip
     if targets.dtype != torch.int64:
         raise ValueError(f"linear_cross_entropy takes targets in int64, not {targets.dtype}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is none of 'mean', 'sum' and 'none'")
     impl, by_rows = choose(impl, x.device), reduction == "none"
+    if impl != "reference" and not torch.compiler.is_compiling():
+        if any(forward_ad.unpack_dual(each).tangent is not None for each in (x, weight)):
+            raise NotImplementedError(f"impl={impl!r} has no forward-mode derivative: use impl='reference'")
     loss = IMPLEMENTATIONS[impl].linear_cross_entropy(*_autocast(x, weight), targets, ignore_index, by_rows)
     return loss / (targets != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss

@@ -39,6 +39,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
 from nanopause.kernels import decode
 from nanopause.kernels.launch import (
     all_registers,
@@ -53,8 +56,6 @@ from nanopause.kernels.launch import (
     precision,
     unit_stride,
 )
-from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(1 / LOG2_E)  # removes log₂e from the kernels' scale

@@ -14,8 +14,9 @@ reading the keys and values from memory once, so the work is split along the key
 import torch
 import triton
 import triton.language as tl
-from nanopause.kernels.launch import architecture, batch_strides, cast, dot, load_rows, multiprocessors, precision
 from torch import Tensor
+
+from nanopause.kernels.launch import architecture, batch_strides, cast, dot, load_rows, multiprocessors, precision
 
 MAX_ROWS = 64  # maximum rows (query, head) of a tile
 MIN_KEYS = 256  # minimum keys per program

@@ -29,9 +29,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from nanopause.kernels.launch import architecture, cast, check_input, dot, load_rows, precision, unit_stride
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from nanopause.kernels.launch import architecture, cast, check_input, dot, load_rows, precision, unit_stride
 
 SLICES = 31  # of the vocabulary in the backward pass: 1/31 of the logits plus GPT-2's dx is below 5 % of the logits
 SLICE_BYTES = 32 << 20  # minimum size of a slice: with few positions a smaller one would not occupy a GPU

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
@@ -124,7 +125,8 @@ def _sum_and_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the unmasked losses, dx and dweight (empty without with_grad). The gradients are computed together with
-    the loss from each chunk's logits: three products per chunk, without recomputation."""
+    the loss from each chunk's logits: three products per chunk, without recomputation. dweight is float32 or wider, as
+    the sum over all positions can be out of float16's range where the mean is not."""
     live = (targets != ignore_index).nonzero()[:, 0]
     loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     # dweight accumulates over chunks in float32 or wider: every addition in bfloat16 would be rounded.
@@ -140,13 +142,13 @@ def _sum_and_gradients(
         if with_grad:
             dlogits = logits.div_(total).scatter_add_(1, target, torch.full_like(total, -1)).to(x.dtype)
             dx[rows] = dlogits @ weight
-            if dweight.dtype == x.dtype:
-                torch.addmm(dweight, dlogits.T, x_rows, out=dweight)
-            else:
+            if x.dtype == torch.bfloat16:
                 dweight += dlogits.T @ x_rows
+            else:  # a sum over a chunk can be out of float16's range too
+                torch.addmm(dweight, dlogits.T.to(dweight.dtype), x_rows.to(dweight.dtype), out=dweight)
             del dlogits
         del logits  # free the memory before the next chunk
-    return loss, dx, dweight.to(weight.dtype)
+    return loss, dx, dweight
 
 
 # A custom operator, as the number of unmasked positions depends on data, which torch.compile cannot trace.
@@ -159,16 +161,18 @@ _library.impl("chunked_cross_entropy", _sum_and_gradients, "CompositeExplicitAut
 @torch.library.register_fake("nanopause::chunked_cross_entropy", lib=_library)
 def _(x, weight, targets, ignore_index, with_grad):
     loss = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-    return loss, x.new_empty(x.shape if with_grad else 0), weight.new_empty(weight.shape if with_grad else 0)
+    return loss, x.new_empty(x.shape if with_grad else 0), loss.new_empty(weight.shape if with_grad else 0)
 
 
 def _save(ctx, inputs, output):
+    ctx.weight_dtype = inputs[1].dtype
     ctx.save_for_backward(*output[1:])
 
 
+@once_differentiable  # a second derivative would silently be 0
 def _scaled(ctx, dloss, *_):
     dx, dweight = ctx.saved_tensors
-    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(dweight.dtype), None, None, None
+    return (dx * dloss).to(dx.dtype), (dweight * dloss).to(ctx.weight_dtype), None, None, None
 
 
 torch.library.register_autograd("nanopause::chunked_cross_entropy", _scaled, setup_context=_save, lib=_library)
@@ -179,18 +183,23 @@ def _(x, weight, targets, ignore_index, with_grad, **_):
     return (6 if with_grad else 2) * int((targets != ignore_index).sum()) * weight.numel()
 
 
-def _losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = x @ weight.T
-    return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets, reduction="none")
+def _losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, by_rows: bool) -> Tensor:
     """The sum of the unmasked losses, or with by_rows the loss of every position; see kernels.linear_cross_entropy.
     Finding the unmasked positions synchronises with a GPU."""
     if by_rows:  # the factors of the gradients are unknown in the forward pass, so the logits are recomputed
-        live = (targets != ignore_index).nonzero()[:, 0]
+        if torch.compiler.is_compiling() or targets.is_meta:  # the number of unmasked positions is unknown
+            live = torch.arange(len(targets), device=targets.device)
+        else:
+            live = (targets != ignore_index).nonzero()[:, 0]
         chunks = live.split(max(1, CHUNK_ELEMENTS // weight.shape[0]))
-        losses = [checkpoint(_losses, x[rows], weight, targets[rows], use_reentrant=False) for rows in chunks]
+        losses = [
+            checkpoint(_losses, x[rows], weight, targets[rows], ignore_index, use_reentrant=False) for rows in chunks
+        ]
         losses = torch.cat(losses)
         return losses.new_zeros(len(x)).index_put((live,), losses)
     with_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

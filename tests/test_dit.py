@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
-from nanopause.scripts import train
-from nanopause.scripts.train import summed_loss
 from test_finetune import BYTES, SMALL, E, P, example, finetune, go_back, one_in_two_processes_and_in_parts, write
 from test_train import rows, sentence, weights
 
@@ -22,6 +20,8 @@ from nanopause.errors import UserError
 from nanopause.finetune import TargetPauses, TaskBatches, encode, pack
 from nanopause.model import GPT, GPTConfig
 from nanopause.pauses import IGNORE, after_words, insert_before, lowest_likelihood
+from nanopause.scripts import train
+from nanopause.scripts.train import summed_loss
 
 X = IGNORE
 SHAPE = GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=128, zero_init=False)

@@ -13,7 +13,6 @@ import time
 
 import pytest
 import torch
-from nanopause.scripts import evaluate
 
 from nanopause import checkpoint, evaluation
 from nanopause.config import load_config
@@ -33,6 +32,7 @@ from nanopause.finetune import encode, pack
 from nanopause.intervals import mcnemar, wilson
 from nanopause.model import GPT, GPTConfig
 from nanopause.policy import BelowConfidence
+from nanopause.scripts import evaluate
 from nanopause.tasks import TASKS, Example, load
 from nanopause.tokenizer import load_tokenizer
 from tests.conftest import ROOT

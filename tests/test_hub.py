@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import TINY, tiny_documents
-from nanopause.scripts import sample, train
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, processors
 
@@ -28,6 +27,7 @@ from nanopause.hub import export, load_pretrained
 from nanopause.model import GPT, GPTConfig
 from nanopause.optimizer import make_optimizers
 from nanopause.prepare import prepare
+from nanopause.scripts import sample, train
 from nanopause.tokenizer import PAUSE, PretrainedTokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

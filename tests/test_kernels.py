@@ -7,6 +7,7 @@ Every comparison also rejects mutants: the operation with an injected bug.
 import importlib
 import math
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -16,11 +17,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanopause.kernels import Attend, attention, linear_cross_entropy, plain
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import peak_extra_bytes
 from nanopause import kernels
+from nanopause.kernels import Attend, attention, linear_cross_entropy, plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = pytest.mark.parametrize("impl", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
@@ -421,12 +422,13 @@ def test_attention_mutants_are_rejected(dtype, mutant):
 @IMPLS
 def test_attention_shapes_are_checked(impl):
     q, k, v, _ = attention_inputs(2, 5, 7, 4, 2, 8, torch.float32)
-    for wrong in ((q[..., :4], k, v), (q[:1], k, v), (q[:, :, :3], k, v), (q, k[:, :6], v), (q, k, v[..., :4])):
+    for wrong in ((q[..., :4], k, v), (q[:1], k, v), (q[:, :, :3], k, v), (q, k[:, :6], v), (q, k, v[..., :4]),
+                  (q[:, :, :0], k[:, :, :0], v[:, :, :0]), (q[..., :0], k[..., :0], v[..., :0])):  # fmt: skip
         with pytest.raises(ValueError, match="attention takes"):
             attention(*wrong, impl=impl)
     lo = torch.zeros(2, 5, dtype=torch.int32, device=DEVICE)
-    for bounds in ((lo[0], None), (None, lo[:, :4]), (lo[:1], lo)):
-        with pytest.raises(ValueError, match=r"attention takes lo and hi \[B,T\] = \[2, 5\]"):
+    for bounds in ((lo[0], None), (None, lo[:, :4]), (lo[:1], lo), (lo, lo.long() + 2**31)):
+        with pytest.raises(ValueError, match=r"attention takes lo and hi int32 \[B,T\] = \[2, 5\]"):
             attention(q, k, v, *bounds, impl=impl)
 
 
@@ -625,7 +627,7 @@ def test_loss_mutants_are_rejected(dtype, mutant):
 @IMPLS
 def test_loss_shapes_are_checked(impl):
     x, weight, targets = loss_inputs(6, 8, 9, 6, torch.float32)
-    for wrong in ((x[:5], weight), (x, weight[:, :7]), (x[None], weight), (x, weight[0])):
+    for wrong in ((x[:5], weight), (x, weight[:, :7]), (x[None], weight), (x, weight[0]), (x, weight[:0])):
         with pytest.raises(ValueError, match="linear_cross_entropy takes"):
             linear_cross_entropy(*wrong, targets, impl=impl)
     with pytest.raises(ValueError, match="targets in int64, not torch.int32"):
@@ -644,9 +646,39 @@ def test_loss_compiled(impl, live):
     check_loss(compiled, x, weight, targets, "compiled")
 
 
-def test_losses_of_rows_compiled():
+@IMPLS
+def test_losses_of_rows_compiled(impl):
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
-    check_loss(compiled, *loss_inputs(70, 48, 301, 40, torch.float32), impl="triton", reduction="none")
+    check_loss(compiled, *loss_inputs(70, 48, 301, 40, torch.float32), impl=impl, reduction="none")
+
+
+@pytest.mark.parametrize("reduction, shape", [("none", (6,)), ("mean", ())])
+def test_plain_loss_on_the_meta_device(reduction, shape):
+    x, weight, targets = (each.to("meta") for each in loss_inputs(6, 8, 9, 6, torch.float32))
+    assert linear_cross_entropy(x, weight, targets, reduction=reduction, impl="torch").shape == shape
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_other_derivatives_of_the_loss_are_refused(impl):
+    """Rather than 0."""
+    x, weight, targets = (each.to(DEVICE) for each in loss_inputs(6, 8, 9, 6, torch.float32))
+    loss = partial(linear_cross_entropy, weight=weight, targets=targets)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x, impl=impl), x, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        gradient.square().sum().backward()
+    with pytest.raises(NotImplementedError, match="use impl='reference'"):
+        torch.func.jvp(partial(loss, impl=impl), (x.detach(),), (torch.ones_like(x),))
+    assert torch.func.jvp(partial(loss, impl="reference"), (x.detach(),), (torch.ones_like(x),))[1] != 0
+
+
+def test_plain_mean_loss_in_float16_where_the_sum_is_out_of_range():
+    x, weight = (
+        torch.full((20_000, 16), 8.0, dtype=torch.half),
+        torch.zeros(8, 16, dtype=torch.half, requires_grad=True),
+    )
+    linear_cross_entropy(x, weight, torch.zeros(20_000, dtype=torch.int64), impl="torch").backward()
+    torch.testing.assert_close(weight.grad[0], torch.full((16,), -7.0, dtype=torch.half))
 
 
 @IMPLS
@@ -713,6 +745,6 @@ def test_unknown_implementation_is_refused():
     q, k, v, _ = attention_inputs(1, 3, 3, 1, 1, 8, torch.float32)
     with pytest.raises(ValueError, match="impl='fast' is none of torch, reference, triton"):
         attention(q, k, v, impl="fast")
-    for scale in (0.0, -1.0):
-        with pytest.raises(ValueError, match=f"positive scale, not {scale}"):
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"positive and finite scale, not {scale}"):
             attention(q, k, v, scale=scale)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from nanopause.kernels import linear_cross_entropy
 
+from nanopause.kernels import linear_cross_entropy
 from nanopause.model import GPT, GPTConfig
 from nanopause.pauses import IGNORE, append, insert_between, insert_random, next_tokens, targets_of
 

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from nanopause.scripts.data import openwebtext, pydocs
 from pyarrow import parquet
 
 from nanopause.data import Corpus
 from nanopause.errors import UserError, run
 from nanopause.prepare import Shards, prepare, split_of
+from nanopause.scripts.data import openwebtext, pydocs
 from nanopause.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,6 @@ from itertools import count
 
 import pytest
 import torch
-from nanopause.scripts import sample
 
 from nanopause import checkpoint
 from nanopause.config import load_config
@@ -18,6 +17,7 @@ from nanopause.errors import UserError
 from nanopause.generation.runner import Runner
 from nanopause.model import GPT
 from nanopause.policy import BelowConfidence
+from nanopause.scripts import sample
 from nanopause.tokenizer import load_tokenizer
 from nanopause.trace import page
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nanopause.kernels import attention, linear_cross_entropy
 from test_kernels import (
     DEVICE,
     attention_inputs,
@@ -31,6 +30,7 @@ from test_kernels import (
 )
 
 from nanopause import kernels
+from nanopause.kernels import attention, linear_cross_entropy
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
 from nanopause.kernels import decode, launch  # noqa: E402
