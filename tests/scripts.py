@@ -20,30 +20,35 @@ forked.set_forkserver_preload(
 )  # fmt: skip
 
 
-def _main(script: str, args: list[str], stdout: Connection, stderr: Connection) -> None:
-    os.chdir(ROOT)
+def _main(args: list[str], folder: Path, stdout: Connection, stderr: Connection) -> None:
+    os.chdir(folder)
     os.dup2(stdout.fileno(), 1)
     os.dup2(stderr.fileno(), 2)
     stdout.close(), stderr.close()
-    sys.argv, sys.path[0] = [script, *args], str(ROOT)
-    runpy.run_path(script, run_name="__main__")
+    sys.path[0] = str(ROOT)
+    if args[0] == "-m":
+        sys.argv = args[1:]
+        runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = args
+        runpy.run_path(str(ROOT / args[0]), run_name="__main__")
 
 
-def start(script: str, *args: str) -> ForkServerProcess:
-    """A started process with `stdout` and `stderr` to read."""
+def start(*args: str, folder: Path = ROOT) -> ForkServerProcess:
+    """A started process with `stdout` and `stderr` to read. args: as after `python`."""
     (stdout, child_stdout), (stderr, child_stderr) = (forked.Pipe(duplex=False) for _ in range(2))
-    process = forked.Process(target=_main, args=(script, list(args), child_stdout, child_stderr))
+    process = forked.Process(target=_main, args=(list(args), folder, child_stdout, child_stderr))
     process.start()
     child_stdout.close(), child_stderr.close()
     process.stdout, process.stderr = (open(os.dup(end.fileno())) for end in (stdout, stderr))
     return process
 
 
-def run(script: str, *args: str) -> subprocess.CompletedProcess:
-    """What subprocess.run(["python", script, *args], cwd=ROOT, capture_output=True, text=True) returns."""
-    process = start(script, *args)
+def run(*args: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """What subprocess.run(["python", *args], cwd=folder, capture_output=True, text=True) returns."""
+    process = start(*args, folder=folder)
     with process.stdout, process.stderr, ThreadPoolExecutor(1) as pool:
         errors = pool.submit(process.stderr.read)
         output = process.stdout.read()
     process.join()
-    return subprocess.CompletedProcess([script, *args], process.exitcode, output, errors.result())
+    return subprocess.CompletedProcess(list(args), process.exitcode, output, errors.result())
