@@ -57,6 +57,11 @@ class Tokenizer:
         """Ids of a text. The strings `<|pause|>` and `<|endoftext|>` are encoded as ordinary text."""
         return self._encoding.encode_ordinary(text)
 
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of messages, {"role": "user", "content": text}, in the chat template, up to where the answer begins.
+        Raises UserError if there is no template, or it does not allow these messages."""
+        raise UserError(f"the tokenizer {self.name} has no chat template: leave out --chat")
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids. Invalid UTF-8 becomes U+FFFD, a pause `<|pause|>`."""
         return self._encoding.decode(ids)
@@ -140,6 +145,14 @@ class PretrainedTokenizer(Tokenizer):
         # split_special_tokens: the name of a special token in a text is ordinary text.
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self._tokenizer.chat_template:
+            return super().encode_chat(messages)
+        try:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # of Jinja, or raised by the template
+            raise UserError(f"the chat template of {self.source} fails: {first_line(error)}") from None
+
     def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -196,13 +209,21 @@ def pretrained_tokenizer(source: str, vocab_size: int = 0, folder: Path | None =
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent if gguf else folder or source, **gguf)
         tokenizer.backend_tokenizer  # noqa: B018 slow tokenizers do not have it
+        if not tokenizer("a").input_ids:  # without files transformers makes an empty tokenizer
+            raise ValueError("no vocabulary")
     except Exception as error:  # transformers raises many types for this one cause
-        raise UserError(f"no tokenizer of transformers in {source!r}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"no tokenizer of transformers in {source!r} ({first_line(error)}): add the model's "
+                        f"tokenizer files") from None  # fmt: skip
     generation = _read_json(path / "generation_config.json")
     saved = _read_json(path / "nanopause.json")
     made = PretrainedTokenizer(source, tokenizer, vocab_size or saved.get("vocab_size", 0), generation)
     made.name = saved.get("name", made.name)
     return made
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_json(file: Path) -> dict:
