@@ -39,7 +39,11 @@ __all__ = ["Engine", "Generation", "Token"]
 
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
-    included. chunk: prompt tokens per step. It serves one list of prompts at a time."""
+    included. chunk: prompt tokens per step.
+
+    An engine has one cache, so it serves one list of prompts at a time. `submit`, `stream` and `generate` replace a
+    list that is not finished: its stream raises UserError at its next token, and the new one is not affected. A call
+    that is refused replaces nothing. For two streams at once use two engines."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
@@ -79,7 +83,8 @@ class Engine:
         rolled back are then not placed after the prompt. until: generation ends with the first of these texts, which is
         included. trace: keep the likeliest tokens.
 
-        Raises UserError where a number is out of its range or a prompt and its pauses exceed max_length."""
+        Raises UserError if an option is of the wrong kind or out of its range, or if a prompt and its pauses exceed
+        max_length. Nothing has changed then."""
         policy = pauses if isinstance(pauses, Policy) else AfterPrompt(pauses)
         check_whole("max_new_tokens", max_new_tokens, 0, 2**31)
         check("temperature", temperature, 0, 1e6)
@@ -88,13 +93,17 @@ class Engine:
         if attention not in ("causal", "prefix"):
             raise UserError(f"attention={attention!r} is neither 'causal' nor 'prefix'")
         policy.check_attention(attention)
-        if isinstance(prompts, str):
-            raise UserError("generation takes a list of prompts, not one")
-        if isinstance(until, str):
-            raise UserError("until takes a list of texts, not one")
-        seeds = seed if isinstance(seed, SequenceOf) else [seed + i for i in range(len(prompts))]
-        for each in seeds if isinstance(seed, SequenceOf) else [seed]:
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+            raise UserError(f"generation takes a list of prompts, and it is {short(prompts)}")
+        if isinstance(until, str) or not isinstance(until, SequenceOf):
+            raise UserError(f"until takes a list of texts, and it is {short(until)}")
+        if not all(isinstance(text, str) and text for text in until):
+            raise UserError(f"until={short(until)} must be texts of at least one character: leave the others out")
+        if not isinstance(trace, bool):
+            raise UserError(f"trace={short(trace)} must be True or False")
+        for each in seed if isinstance(seed, SequenceOf) else [seed]:
             check_whole("seed", each, 0, 2**62)
+        seeds = seed if isinstance(seed, SequenceOf) else [seed + i for i in range(len(prompts))]
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one per prompt")
         n_certain = policy.at_prompt if policy.certain else 0
@@ -137,8 +146,9 @@ class Engine:
 
     def generate(self, prompts: SequenceOf[str | list[int]], pauses: int | Policy = 0, **options) -> list[Generation]:
         """The Generation of each prompt, in their order. Arguments and errors as in `submit`."""
+        stream = self.stream(prompts, pauses, **options)
         generations = [Generation() for _ in prompts]
-        for token in self.stream(prompts, pauses, **options):
+        for token in stream:
             generations[token.sequence].tokens.append(token)
         for generation in generations:
             generation.text = self.tokenizer.decode(generation.ids)

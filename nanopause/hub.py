@@ -425,7 +425,7 @@ def _load_pretrained(
     config = config_of(theirs, source)
     vocab_size = config.vocab_size
     tokenizer = pretrained_tokenizer(source, vocab_size, folder)
-    config.vocab_size = tokenizer.vocab_size
+    config.vocab_size, tokenizer.pad_id = tokenizer.vocab_size, theirs.get("pad_token_id")
     model = _empty_model(config, device, dtype or weights.dtype)
     with torch.no_grad():
         _copy_weights(model, weights, vocab_size, source)
@@ -520,11 +520,14 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
 def _export_configs(model: GPT, tokenizer: Tokenizer) -> tuple[dict, dict]:
     """config.json and generation_config.json."""
     ends = tokenizer.end_ids
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0],
-           "pad_token_id": tokenizer.eot_id}  # fmt: skip
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     dtype = str(model.head.weight.dtype).removeprefix("torch.")
-    config = transformers_config(model.config) | ids | {"pause_token_id": tokenizer.pause_id, "dtype": dtype}
+    # transformers gives the row of config.json's pad no gradient, so there is none unless the source has one.
+    config = transformers_config(model.config) | ids | {"pad_token_id": tokenizer.pad_id}
+    config |= {"pause_token_id": tokenizer.pause_id, "dtype": dtype}
     generation = {key: value for key, value in tokenizer.generation.items() if value is not None}
+    if not generation and tokenizer.pad_id is not None:  # transformers then takes it from config.json
+        generation = {"pad_token_id": tokenizer.pad_id}
     no_text = {*(generation.get("suppress_tokens", [])), *range(tokenizer.pause_id, model.config.vocab_size)}
     generation = ids | generation | {"eos_token_id": ids["eos_token_id"], "suppress_tokens": sorted(no_text)}
     generation.pop("_from_model_config", None)

@@ -125,6 +125,8 @@ class StopWhenUseless(Policy):
     z: float = 3.0
 
     def __post_init__(self):
+        if not isinstance(self.policy, Policy):
+            raise UserError(f"policy={self.policy!r} must be a policy, such as AfterPrompt(10)")
         check("min_change", self.min_change, 0, 1e6)
         check_whole("min_count", self.min_count, 2, 2**31)
         self.at_prompt, self.per_token = self.policy.at_prompt, self.policy.per_token

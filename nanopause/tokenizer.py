@@ -35,10 +35,11 @@ class Tokenizer:
     bos_id: the id that begins every text, or None. begin_id: the id that the first token of a text without bos_id is
     predicted from: eot_id, or the tokenizer's own bos id if it has one that it does not insert. end_ids: the ids that
     end a text, eot_id included. source: the argument of load_tokenizer. sha256: hash of everything that determines the
-    ids of a text. generation: contents of generation_config.json, or {}.
+    ids of a text. generation: contents of generation_config.json, or {}. pad_id: pad_token_id of config.json, or None.
     """
 
     bos_id: int | None = None
+    pad_id: int | None = None
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], vocab_size: int | None = None):
         self.name = self.source = name
@@ -171,7 +172,8 @@ class PretrainedTokenizer(Tokenizer):
         """Write the files from which load_tokenizer restores this tokenizer."""
         self._tokenizer.save_pretrained(folder)
         (folder / "generation_config.json").write_text(json.dumps(self.generation))
-        (folder / "nanopause.json").write_text(json.dumps({"name": self.name, "vocab_size": self.vocab_size}))
+        saved = {"name": self.name, "vocab_size": self.vocab_size, "pad_id": self.pad_id}
+        (folder / "nanopause.json").write_text(json.dumps(saved))
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -217,7 +219,7 @@ def pretrained_tokenizer(source: str, vocab_size: int = 0, folder: Path | None =
     generation = _read_json(path / "generation_config.json")
     saved = _read_json(path / "nanopause.json")
     made = PretrainedTokenizer(source, tokenizer, vocab_size or saved.get("vocab_size", 0), generation)
-    made.name = saved.get("name", made.name)
+    made.name, made.pad_id = saved.get("name", made.name), saved.get("pad_id")
     return made
 
 
