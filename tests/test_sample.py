@@ -250,11 +250,12 @@ def test_bad_input_is_one_sentence(run, arguments, text, tmp_path, monkeypatch):
 
 
 class Reader(html.parser.HTMLParser):
-    """The tokens of a page, their shades, the pauses, and the rows of the tables."""
+    """The tokens of a page, their classes and shades, the pauses, and the rows of the tables of each token and of each
+    text."""
 
     def __init__(self, text):
         super().__init__()
-        self.tokens, self.shades, self.pauses, self.rows, self.open = [], [], [], [], []
+        self.tokens, self.classes, self.shades, self.pauses, self.rows, self.changes, self.open = ([] for _ in range(7))
         self.feed(text)
         assert not self.open
 
@@ -262,11 +263,15 @@ class Reader(html.parser.HTMLParser):
         attributes = dict(attributes)
         if tag not in ("meta", "p", "html"):
             self.open.append((tag, attributes.get("class")))
-        if attributes.get("class") == "token":
+        kind, *others = (attributes.get("class") or "-").split()
+        if kind == "token":
             self.tokens.append("")
-            self.shades.append(float(attributes["style"].removeprefix("--d:")))
+            self.classes.append(others)
+            self.shades.append(float(attributes["style"].partition(";")[0].removeprefix("--d:")))
+        if kind == "pause" and ("div", "text") in self.open:
+            self.pauses.append(attributes["title"])
         if tag == "tr":
-            self.rows.append("")
+            (self.rows if ("span", "tip") in self.open else self.changes).append("")
 
     def handle_endtag(self, tag):
         if tag not in ("p", "html"):
@@ -276,10 +281,10 @@ class Reader(html.parser.HTMLParser):
         names = [name for _, name in self.open]
         if "tip" in names:
             self.rows[-1] += data + " "
-        elif "token" in names:
+        elif "changes" in names:
+            self.changes[-1] += data + " "
+        elif any((name or "").startswith("token") for name in names):
             self.tokens[-1] += data
-        elif "pause" in names and "text" in names:
-            self.pauses.append(data)
 
 
 def test_the_page_says_what_the_tokens_say(run, tmp_path):
@@ -304,8 +309,13 @@ def test_the_page_says_what_the_tokens_say(run, tmp_path):
         Token(0, 0xA4, 0, -9.0, -9.0, None, top, top),
         Token(0, BYTES.eot_id, 0, 0.0, 0.0, "eot", top, top),
     ]
-    read = Reader(page("title", ["prompt"], [Generation(tokens)], BYTES))
+    read = Reader(text := page("title", ["prompt"], [Generation(tokens)], BYTES))
     assert read.tokens == ["<", "↵\n", "·", "ä", "end"]
-    assert read.pauses == ["❚❚ 3"]
+    assert read.pauses == ["3 pauses"] and "❚❚ 3" in text
+    assert read.classes == [["up", "changed"], [], [], [], []] and "--c:5.0px" in text
+    assert "Pauses at 1 places changed the likeliest token at 1, and the log-probability of the sampled" in text
+    assert "by +2.90 nats on average (+2.90 to +2.90)" in text
+    assert read.changes == ["All 1 changes: text likeliest before after the pauses sampled nats ",
+                            "prompt ↵ 10.0% < 90.0% < +2.90 "]  # fmt: skip
     assert read.shades == [0.02, 0.42, 0.02, 0.85, 0.0]
     assert read.rows[:6] == ["before the pauses ", "↵ 10.0% ", "< 90.0% ", "after the pauses ", "< 90.0% ", "↵ 10.0% "]
