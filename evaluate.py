@@ -228,8 +228,8 @@ def main() -> None:
                         f"task and GPU")  # fmt: skip
     device = processes.device
     model, tokenizer, state = hub.load(settings.out_dir, device)
-    trained = Config(**state["config"]) if state else Config()
-    counts = numbers("pauses", settings.pauses) or [trained.prefix_pauses]
+    trained = Config(**state.get("config", {}))
+    counts = numbers("pauses", settings.pauses) or [state["pauses"]]
     attention = settings.attention or trained.attention
     pause_position, cut = settings.pause_position or trained.pause_position, trained.cut
     weights = fingerprint(model)
@@ -298,7 +298,7 @@ def main() -> None:
         ticker.say(note)
     files = "examples.jsonl, results.json"
     if len({row["pauses"] for row in results}) > 1:
-        step = f", step {state['step']:,}" if state else ""
+        step = f", step {state['step']:,}" if "step" in state else ""
         place = f"at a place, {settings.pause_when}" if settings.uses_policy else "in the prompt"
         plot(results, folder / "pauses.png", f"{Path(settings.out_dir).name}{step}", place)
         files += ", pauses.png"

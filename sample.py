@@ -5,12 +5,14 @@ One prompt, or several; a file of prompts, one per line; or a conversation at th
     python sample.py --prompt="Return a" --prompt="Raises" --trace=out.html
     python sample.py --prompt_file=prompts.txt --json
     python sample.py --prompt_file=-
+    python sample.py --out_dir=HuggingFaceTB/SmolLM2-135M-Instruct --chat
 Pauses where the model is unsure, turned off once they no longer change its log-probabilities:
     python sample.py --prompt="Return a" --pauses=5 --pause_when=below_confidence --threshold=0.3 --stop_when_useless
 """
 
 import codecs
 import json
+import re
 import statistics
 import sys
 import time
@@ -22,9 +24,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from nanopause import cli, errors, hub, kernels
-from nanopause.config import Config
-from nanopause.distributed import choose_device
+from nanopause import cli, errors, kernels
+from nanopause.api import LanguageModel, load
 from nanopause.engine import Engine, Generation, Token
 from nanopause.errors import UserError
 from nanopause.policy import PauseOptions, Policy, StopWhenUseless
@@ -38,6 +39,7 @@ Answer in this order. First, the background: what is known about this problem. T
 Last, the best of them, and why.
 """
 CONVERSATION = 4096  # tokens: the longest prompt of a conversation
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that a terminal obeys, except tab and newline
 
 
 @dataclass
@@ -54,8 +56,10 @@ class Settings(PauseOptions):
     """Text that is repeated n_filler times after the prompt: a baseline of pauses that needs no training."""
     n_filler: int = 0
     """Number of fillers after the prompt. The tokenizer may merge them; the number of tokens is reported."""
+    chat: bool = False
+    """Prompts are messages, in the tokenizer's chat template. At a terminal, without a prompt: a conversation."""
     pauses: int | None = None
-    """Pauses at each place. None: after the prompt, as many as in finetuning."""
+    """Pauses at each place. None: as many as finetuning had after the prompt, which is reported."""
     attention: Literal["causal", "prefix"] | None = None
     """prefix: prompt and pauses attend to each other in both directions. None: as in finetuning, else causal."""
     max_new_tokens: int = 200
@@ -113,6 +117,11 @@ def read_prompts(settings: Settings) -> Iterator[list[str]]:
         yield [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
+def message(role: str, text: str) -> dict[str, str]:
+    """A message of a chat, as chat templates have it. role: "user" or "assistant"."""
+    return {"role": role, "content": text}
+
+
 def styled(prompts: list[str], settings: Settings, tokenizer: Tokenizer) -> list[str]:
     """The prompts in their prompt_style and with their fillers."""
     if settings.prompt_style == "stepwise":
@@ -129,11 +138,17 @@ def styled(prompts: list[str], settings: Settings, tokenizer: Tokenizer) -> list
 # Output
 
 
-class Printer:
-    """Prints the texts in the order of their prompts, as they are generated; as JSON once they are finished."""
+def visible(text: str) -> str:
+    """The text; at a terminal its control characters are escaped, so that a model cannot control the terminal."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text) if sys.stdout.isatty() else text
 
-    def __init__(self, prompts: list[str], tokenizer: Tokenizer, settings: Settings):
-        self.prompts, self.tokenizer, self.settings = prompts, tokenizer, settings
+
+class Printer:
+    """Prints the texts in the order of their prompts, as they are generated; as JSON once they are finished.
+    max_length: of the engine, in tokens."""
+
+    def __init__(self, prompts: list[str], tokenizer: Tokenizer, settings: Settings, max_length: int):
+        self.prompts, self.tokenizer, self.settings, self.max_length = prompts, tokenizer, settings, max_length
         self.generations = [Generation() for _ in prompts]
         self.current = 0  # the text that is being printed
         self.begin()
@@ -141,14 +156,21 @@ class Printer:
     def begin(self) -> None:
         self.n_printed = 0  # tokens of the current text
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
-        if self.current < len(self.prompts) and not self.settings.json:
-            print(self.prompts[self.current], end="", flush=True)
+        if self.current == len(self.prompts) or self.settings.json:
+            return
+        if len(self.prompts) > 1:
+            print(f"--- {self.current + 1} of {len(self.prompts)}")
+        if not (self.settings.chat and self.settings.is_conversation):  # the message is on the screen already
+            print(visible(self.prompts[self.current]), end="\n" if self.settings.chat else "", flush=True)
 
     def end(self) -> None:
         if self.settings.json:
             print(as_json(self.prompts[self.current], self.generations[self.current], self.tokenizer), flush=True)
         else:
             print(flush=True)
+            if self.generations[self.current].end == "context":
+                print(f"text {self.current + 1} ends because it fills the context of {self.max_length} tokens",
+                      file=sys.stderr)  # fmt: skip
         self.current += 1
         self.begin()
 
@@ -166,7 +188,7 @@ class Printer:
         if self.settings.show_pauses and token.pauses:
             print("<|pause|>" + f"×{token.pauses}" * (token.pauses > 1), end="")
         text = b"" if token.end == "eot" else self.tokenizer.decode_bytes([token.id])
-        print(self.decoder.decode(text, final=token.end is not None), end="", flush=True)
+        print(visible(self.decoder.decode(text, final=token.end is not None)), end="", flush=True)
 
     def close(self) -> None:
         """End the texts without a single token."""
@@ -219,47 +241,65 @@ def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> 
 # The script
 
 
+def choose_policy(settings: Settings, model: LanguageModel) -> Policy:
+    """The policy of the settings. Prints the number of pauses if it is the model's default, and the warning of
+    LanguageModel.warn_of_pauses."""
+    n_pauses = model.pauses if settings.pauses is None else settings.pauses
+    if not n_pauses and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
+        raise UserError("--pause_when and --stop_when_useless need a number of pauses: add --pauses=5, say")
+    policy = settings.policy(n_pauses)
+    model.warn_of_pauses(policy)
+    if settings.pauses is None and model.knows_pauses:
+        text = "none, as training had no fixed number of them after a prompt; --pauses=10 adds 10"
+        text = f"{n_pauses}, as in finetuning; --pauses=0 generates without" if n_pauses else text
+        print(f"pauses: {text}", file=sys.stderr)
+    return policy
+
+
 def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python sample.py", __doc__)
     errors.check("batch_size", settings.batch_size, 1, 2**20)
     errors.check("n_filler", settings.n_filler, 0, 2**20)
     errors.check("max_new_tokens", settings.max_new_tokens, 0, 2**31)
-    device = choose_device(settings.device)
-    model, tokenizer, state = hub.load(settings.out_dir, device)
-    trained = Config(**state["config"]) if state else Config()
-    n_pauses = trained.prefix_pauses if settings.pauses is None else settings.pauses
-    if not n_pauses and (settings.pause_when != "after_prompt" or settings.stop_when_useless):
-        raise UserError("--pause_when and --stop_when_useless need a number of pauses: add --pauses=5, say")
-    policy = settings.policy(n_pauses)
-    if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
-        model = model.bfloat16()
+    if settings.chat and not settings.prompt and not settings.prompt_file:
+        settings.prompt_file = "-"
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    model = load(settings.out_dir, settings.device, dtype)
+    tokenizer, policy = model.tokenizer, choose_policy(settings, model)
+    if settings.chat:
+        tokenizer.encode_chat([message("user", "")])  # raises without a chat template
     sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot show become question marks
 
-    engine, prompts, generations, seconds = None, [], [], 0.0
+    engine, prompts, lengths, generations, history, seconds = None, [], [], [], [], 0.0
     try:
         for group in read_prompts(settings):
             group = styled(group, settings, tokenizer)
-            if engine is None:
-                n_longest = max((len(tokenizer.encode(prompt)) for prompt in group), default=0)
-                n_longest = CONVERSATION if settings.is_conversation else n_longest
-                length = min(model.config.block_size, n_longest + 1 + settings.max_new_tokens + policy.budget)
-                engine = Engine(model, tokenizer, max(1, min(settings.batch_size, len(group))), length)
+            inputs = group
+            if settings.chat:
+                inputs = [tokenizer.encode_chat([*history, message("user", prompt)]) for prompt in group]
+            engine = engine or model.engine(
+                inputs, policy, settings.max_new_tokens, settings.batch_size, CONVERSATION * settings.is_conversation
+            )
             try:
                 tokens = engine.stream(
-                    group, policy, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                    inputs, policy, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
                     top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed + len(prompts),
-                    attention=settings.attention or trained.attention, trace=bool(settings.trace),
+                    attention=settings.attention or model.config.attention, trace=bool(settings.trace),
                 )  # fmt: skip
             except UserError as error:
                 if not settings.is_conversation:
                     raise
                 print(f"error: {error}", file=sys.stderr)  # the conversation goes on
+                if history:
+                    print("the conversation is too long, so it begins again: repeat your message", file=sys.stderr)
+                    history = []
                 continue
             if settings.trace:
                 Path(settings.trace).touch()  # fails before generation rather than after it
-            kernels.choose(None, device)  # reports which, before the text
-            printer = Printer(group, tokenizer, settings)
+            kernels.choose(None, model.gpt.head.weight.device)  # reports which, before the text
+            printer = Printer(group, tokenizer, settings, engine.max_length)
             prompts += group
+            lengths += [max(1, model.n_tokens(prompt)) for prompt in inputs]
             generations += printer.generations
             start = time.perf_counter()
             try:
@@ -268,6 +308,9 @@ def main() -> None:
                 printer.close()
             finally:
                 seconds += time.perf_counter() - start
+            if settings.chat and settings.is_conversation:
+                answer = tokenizer.decode(printer.generations[0].ids)
+                history += [message("user", group[0]), message("assistant", answer)]
     except KeyboardInterrupt:
         print(file=sys.stderr)
 
@@ -281,7 +324,7 @@ def main() -> None:
     n_paused = sum(generation.pauses for generation in generations)
     text = f"{n_tokens} tokens, {n_tokens / max(seconds, 1e-9):.0f} tokens/s, {n_paused} pauses"
     if engine.n_paused_prompts or engine.n_paused_decodes:
-        added = added_seconds(engine, policy, [max(1, len(tokenizer.encode(prompt))) for prompt in prompts])
+        added = added_seconds(engine, policy, lengths)
         text += f", which added about {1000 * added:.1f} of {1000 * seconds:.0f} ms"
     print(text, file=sys.stderr)
     if isinstance(policy, StopWhenUseless):

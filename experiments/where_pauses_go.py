@@ -269,7 +269,7 @@ def main() -> None:
     device, out_dir, found = Processes(settings.device).device, Path(settings.out_dir), {}
     for name, source in sources.items():
         model, tokenizer, state = hub.load(source, device)
-        attention = state["config"]["attention"] if state else "causal"
+        attention = state.get("config", {}).get("attention", "causal")
         found[name] = readings(model, tokenizer, examples, settings.pauses, attention)
         if left_out := {*drawn} - {*found[name]}:
             raise UserError(f"the target of example {min(left_out)} leaves no room for a prefix in the "

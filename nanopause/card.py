@@ -43,7 +43,7 @@ NO_VLLM = "vLLM does not support this model: its MLPs are gated by ReLU, and vLL
 
 
 def card(source: str, folder: Path, model: GPT, tokenizer: Tokenizer, state: dict) -> str:
-    """The text of the card. folder: of the export. state: checkpoint.json of the run `source`, or {} if it is none."""
+    """The text of the card. folder: of the export. state: of hub.load."""
     config = state.get("config", {})
     out_dir, _ = checkpoint.run_of(Path(source)) or (Path(source), None)
     rows = {"architecture": f"{model.config.n_layer} layers, {model.config.n_embd} wide, "

@@ -30,7 +30,8 @@ def generate(
 ):  # fmt: skip
     """`generate` with `pauses` pauses after the prompts [Goyal et al. 2023, Algorithm 3]. The pauses are prefilled with
     the prompts in one forward pass and removed from the returned and the streamed ids. Prompts of unequal length must
-    be padded on the left. Raises ValueError for inputs after which pauses cannot be inserted."""
+    be padded on the left. A missing attention_mask is inferred as in transformers: pads are masked unless the pad is an
+    end of text. Raises ValueError for inputs after which pauses cannot be inserted."""
     prompts = args[0] if args else inputs if input_ids is None else input_ids
     if prompts is None:
         raise ValueError("generation with pauses needs input_ids: pass the prompts as token ids")
@@ -42,8 +43,6 @@ def generate(
         if options.get(key) is not None:
             raise ValueError(f"generation with pauses takes no {key}: give whole prompts as input_ids")
     pause_id = model.config.pause_token_id
-    if attention_mask is None:
-        attention_mask = torch.ones_like(prompts)
     suffix = prompts.new_full((len(prompts), pauses), pause_id)
     settings = copy.deepcopy(generation_config or model.generation_config)
     default = GenerationConfig()
@@ -55,6 +54,13 @@ def generate(
         if length is not None:
             setattr(settings, key, length + pauses)
     options = settings.update(**options)  # returns those that are inputs of the model
+    if attention_mask is None:
+        pad, eos = (
+            getattr(model.generation_config if getattr(settings, key) is None else settings, key)
+            for key in ("pad_token_id", "eos_token_id")
+        )
+        can_infer = pad is not None and pad not in (eos if isinstance(eos, list) else [eos])
+        attention_mask = prompts.ne(pad).to(prompts.dtype) if can_infer else torch.ones_like(prompts)
     n = prompts.shape[1]
     output = GenerationMixin.generate(
         model, input_ids=torch.cat((prompts, suffix), 1),

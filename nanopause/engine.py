@@ -4,15 +4,16 @@ Life of a request:
     waiting    a prompt in the Scheduler's queue, until one of max_batch slots of the cache is free
     prefill    its tokens enter the cache, up to `chunk` per step; the last part together with the pauses after the
                prompt, in one forward pass [Goyal et al. 2023, Algorithm 3], which gives the first token
-    decode     each step appends the last token, fused with the pauses that the policy may want after it. From the
-               logits before the pauses the policy decides: pauses are committed, and the next token is sampled after
-               them, or rolled back, and their places in the cache are overwritten
+    decode     each step appends the last token, fused with the pauses that the policy may want after it. The policy
+               decides from the logits before the pauses. Committed pauses add to the sequence's length, and the next
+               token is sampled after them. Otherwise they are rolled back: the length does not include them, so no
+               query attends to them, and later tokens overwrite them
     finished   by an end of text, a text of `until`, max_new_tokens or max_length; its slot is free
 
 So M pauses are never M steps: a step appends any number of tokens to every sequence, at the price of about one as long
 as reading the weights dominates. The Scheduler decides on the host what a step contains (generation/scheduler.py), the
-Runner computes it (generation/runner.py). On a GPU the host schedules two steps ahead of the tokens it has received:
-everything that a step depends on stays on the device.
+Runner computes it (generation/runner.py). On a GPU the host schedules steps while at most two outputs are on their way
+to it: lengths, last tokens and pauses that a step depends on stay on the device.
 """
 
 import math
@@ -39,7 +40,11 @@ __all__ = ["Engine", "Generation", "Token"]
 
 class Engine:
     """Generates from one model for up to max_batch sequences at a time, of up to max_length tokens each, pauses
-    included. chunk: prompt tokens per step. It serves one list of prompts at a time."""
+    included. chunk: prompt tokens per step.
+
+    An engine has one cache, so it serves one list of prompts at a time. `submit`, `stream` and `generate` replace a
+    list that is not finished: its stream raises UserError at its next token, and the new one is not affected. A call
+    that is refused replaces nothing. For two streams at once use two engines."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, max_batch: int = 8, max_length: int | None = None, chunk: int = 2048
@@ -52,9 +57,9 @@ class Engine:
         self.max_batch, self.max_length, self.chunk = max_batch, max_length, chunk
         self.runner = Runner(model, tokenizer, max_batch, max_length)
         self.scheduler = None
-        self.in_flight = deque()  # outputs of steps that the host has not received, and their sequences
-        self.n_ahead = 2 if self.runner.device.type == "cuda" else 0  # most steps in flight
-        self.n_paused_prompts = self.n_paused_decodes = 0  # prompts and steps
+        self.in_flight = deque()  # outputs that the host has not received; arguments of _receive
+        self.n_ahead = 2 if self.runner.device.type == "cuda" else 0  # most outputs in flight
+        self.n_paused_prompts = self.n_paused_decodes = 0  # prompts and steps so far for which pauses were computed
 
     def submit(
         self,
@@ -79,7 +84,8 @@ class Engine:
         rolled back are then not placed after the prompt. until: generation ends with the first of these texts, which is
         included. trace: keep the likeliest tokens.
 
-        Raises UserError where a number is out of its range or a prompt and its pauses exceed max_length."""
+        Raises UserError if an option is of the wrong kind or out of its range, or if a prompt and its pauses exceed
+        max_length. Nothing has changed then."""
         policy = pauses if isinstance(pauses, Policy) else AfterPrompt(pauses)
         check_whole("max_new_tokens", max_new_tokens, 0, 2**31)
         check("temperature", temperature, 0, 1e6)
@@ -88,13 +94,17 @@ class Engine:
         if attention not in ("causal", "prefix"):
             raise UserError(f"attention={attention!r} is neither 'causal' nor 'prefix'")
         policy.check_attention(attention)
-        if isinstance(prompts, str):
-            raise UserError("generation takes a list of prompts, not one")
-        if isinstance(until, str):
-            raise UserError("until takes a list of texts, not one")
-        seeds = seed if isinstance(seed, SequenceOf) else [seed + i for i in range(len(prompts))]
-        for each in seeds if isinstance(seed, SequenceOf) else [seed]:
+        if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+            raise UserError(f"generation takes a list of prompts, and it is {short(prompts)}")
+        if isinstance(until, str) or not isinstance(until, SequenceOf):
+            raise UserError(f"until takes a list of texts, and it is {short(until)}")
+        if not all(isinstance(text, str) and text for text in until):
+            raise UserError(f"until={short(until)} must be texts of at least one character: leave the others out")
+        if not isinstance(trace, bool):
+            raise UserError(f"trace={short(trace)} must be True or False")
+        for each in seed if isinstance(seed, SequenceOf) else [seed]:
             check_whole("seed", each, 0, 2**62)
+        seeds = seed if isinstance(seed, SequenceOf) else [seed + i for i in range(len(prompts))]
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one per prompt")
         n_certain = policy.at_prompt if policy.certain else 0
@@ -106,9 +116,7 @@ class Engine:
         self.scheduler = Scheduler(
             sequences if max_new_tokens else [], policy, max_batch=self.max_batch, max_length=self.max_length,
             chunk=self.chunk, max_new_tokens=max_new_tokens, is_prefix_lm=attention == "prefix",
-            rounded=self.runner.rounded,
         )  # fmt: skip
-        self.scheduler.is_pausing = not policy.is_off()
         self.until = [text.encode() for text in until]
 
     @torch.inference_mode()
@@ -116,10 +124,8 @@ class Engine:
         """Run the next step, and return the tokens that have arrived; none when all sequences are finished."""
         step = self.scheduler.schedule()
         if step.prefill:
-            output = self.runner.prefill(
-                step.prefill, step.n_prompt_pauses, self.scheduler.max_new_tokens, self.scheduler.is_prefix_lm
-            )
-            self._send(output, list(enumerate(chunk.sequence for chunk in step.prefill if chunk.is_last)))
+            output = self.runner.prefill(step.prefill, self.scheduler.max_new_tokens, self.scheduler.is_prefix_lm)
+            self._send(output, list(enumerate(chunk.sequence for chunk in step.prefill if chunk.ends_prompt)))
             self.n_paused_prompts += sum(chunk.n_pauses > 0 for chunk in step.prefill)
         if step.decode:
             output = self.runner.decode(step.n_slots, step.n_pauses)
@@ -137,8 +143,9 @@ class Engine:
 
     def generate(self, prompts: SequenceOf[str | list[int]], pauses: int | Policy = 0, **options) -> list[Generation]:
         """The Generation of each prompt, in their order. Arguments and errors as in `submit`."""
+        stream = self.stream(prompts, pauses, **options)
         generations = [Generation() for _ in prompts]
-        for token in self.stream(prompts, pauses, **options):
+        for token in stream:
             generations[token.sequence].tokens.append(token)
         for generation in generations:
             generation.text = self.tokenizer.decode(generation.ids)
@@ -174,13 +181,13 @@ class Engine:
             raise UserError(f"prompt {i} has a token id that is not 0 to {self.model.config.vocab_size - 1}")
         return ids
 
-    def _send(self, output: Output, sequences: list[tuple[int, Sequence]]) -> None:
-        """Start the copy of a step's output to the host. sequences: and their rows."""
+    def _send(self, output: Output | None, sequences: list[tuple[int, Sequence]]) -> None:
+        """Start the copy of an output to the host. sequences: (row of the output, its sequence)."""
         if not sequences:
             return
         event = None
         if self.runner.device.type == "cuda":
-            output = Output(*(x if x is None else x.to("cpu", non_blocking=True) for x in output))  # pinned
+            output = Output(*(x if x is None else x.to("cpu", non_blocking=True) for x in output))  # to pinned memory
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.runner.device))
         self.in_flight.append((output, event, sequences))
@@ -193,13 +200,13 @@ class Engine:
             event.synchronize()
         columns = Output(*(None if x is None else x.tolist() for x in output))
         scheduler, tokens = self.scheduler, []
+        scheduler.is_pausing = not columns.is_off
         for row, sequence in sequences:
-            if sequence.state == "finished":  # before this step, which was scheduled ahead
+            if sequence.state == "finished":  # by an earlier output, when this one was already scheduled
                 continue
             id, n_pauses, logprob_without = columns.token[row], columns.n_pauses[row], columns.logprob_without[row]
             sequence.n_received += 1
             sequence.n_pauses += n_pauses
-            scheduler.is_pausing &= not columns.is_off[row]
             top, top_without = (
                 [] if ids is None else list(zip(ids[row], logprobs[row]))
                 for ids, logprobs in ((columns.top, columns.top_logprob),

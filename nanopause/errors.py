@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from types import ModuleType
 
 
@@ -13,7 +13,9 @@ class UserError(Exception):
 
 
 def check(name: str, value: float, low: float, high: float) -> None:
-    """Raises UserError unless low ≤ value ≤ high."""
+    """Raises UserError unless value is a number and low ≤ value ≤ high."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"{name}={value!r} must be a number")
     if not low <= value <= high:
         raise UserError(f"{name}={value} must be {low} to {high}")
 

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from nanopause import checkpoint, cli, errors
 from nanopause.card import card
+from nanopause.config import Config
 from nanopause.errors import UserError, needs
 from nanopause.model import GPT, GPTConfig, rope_tables
-from nanopause.tokenizer import PAUSE, Tokenizer, pretrained_tokenizer
+from nanopause.tokenizer import PAUSE, Tokenizer, first_line, pretrained_tokenizer
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
 CHUNK_ELEMENTS = 1 << 20  # of a tensor copied at a time
@@ -331,10 +332,6 @@ def begin_rows(model: GPT, rows: list[int], n_text: int) -> None:
             table[rows] = (total / n_text).to(table.dtype)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _download(source: str) -> Path:
     """Download a hub id, except weights in other formats than safetensors, and return the folder."""
     try:
@@ -344,7 +341,7 @@ def _download(source: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # many types: unknown id, no network, no permission
-        raise UserError(f"{source!r} is not a folder and cannot be downloaded from the hub ({_first_line(error)}): "
+        raise UserError(f"{source!r} is not a folder and cannot be downloaded from the hub ({first_line(error)}): "
                         f"check the name and the network") from None  # fmt: skip
 
 
@@ -354,10 +351,12 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[dict, Weights]:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     needs("gguf", "hub")
+    print(f"{path}: transformers reads GGUF slowly, in about a minute; `python -m nanopause.hub --checkpoint={path} "
+          f"--folder=FOLDER` converts it once", file=sys.stderr)  # fmt: skip
     try:
         original = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     except Exception as error:  # many types, depending on the file's content
-        raise UserError(f"transformers cannot read {path}: {_first_line(error)}") from None
+        raise UserError(f"transformers cannot read {path}: {first_line(error)}") from None
     config = original.config.to_dict()
     config.pop("quantization_config", None)  # of the file; the weights are dequantised
     weights = original.state_dict()
@@ -379,7 +378,7 @@ def _read_config(folder: Path, source: str) -> dict:
     try:
         return transformers.AutoConfig.from_pretrained(folder).to_dict()
     except Exception as error:
-        raise UserError(f"transformers cannot read {folder}/config.json: {_first_line(error)}") from None
+        raise UserError(f"transformers cannot read {folder}/config.json: {first_line(error)}") from None
 
 
 def _empty_model(config: GPTConfig, device: str | torch.device, dtype: torch.dtype) -> GPT:
@@ -407,6 +406,13 @@ def load_pretrained(
 
     Raises UserError for unsupported architectures and settings, and for missing or damaged files.
     """
+    return _load_pretrained(name_or_path, device, dtype)[:2]
+
+
+def _load_pretrained(
+    name_or_path: str | Path, device: str | torch.device, dtype: torch.dtype | None
+) -> tuple[GPT, Tokenizer, dict]:
+    """Model and tokenizer of load_pretrained, and what config.json holds about training with pauses."""
     source, path = str(name_or_path), Path(name_or_path)
     needs("transformers", "hub")
     if path.suffix == ".gguf":
@@ -419,24 +425,30 @@ def load_pretrained(
     config = config_of(theirs, source)
     vocab_size = config.vocab_size
     tokenizer = pretrained_tokenizer(source, vocab_size, folder)
-    config.vocab_size = tokenizer.vocab_size
+    config.vocab_size, tokenizer.pad_id = tokenizer.vocab_size, theirs.get("pad_token_id")
     model = _empty_model(config, device, dtype or weights.dtype)
     with torch.no_grad():
         _copy_weights(model, weights, vocab_size, source)
     new = [*range(vocab_size, config.vocab_size), *([tokenizer.pause_id] if tokenizer.pause_is_new else [])]
     begin_rows(model, new, min(tokenizer.pause_id, vocab_size))
-    return model, tokenizer
+    # If `export` did not write knows_pauses, a model that had no row for the pause was not trained with pauses.
+    knows_pauses = theirs.get("knows_pauses", tokenizer.pause_id not in new)
+    return model, tokenizer, {"knows_pauses": knows_pauses, "pauses": theirs.get("pauses", 0)}
 
 
 def load(
     source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[GPT, Tokenizer, dict]:
-    """Model, tokenizer and checkpoint.json of a run or of one of its checkpoints (`out_dir/best`,
-    `out_dir/step_00000500`), in float32. For other sources, model and tokenizer of load_pretrained, and {}."""
+    """Model, tokenizer and training of a run, of one of its checkpoints (`out_dir/best`, `out_dir/step_00000500`), or
+    of any source of load_pretrained. A run is loaded in float32.
+
+    The dictionary has knows_pauses, whether the model was trained with pauses, and pauses, the number after every
+    prompt in finetuning; for a run, checkpoint.json too. Errors: as load_pretrained."""
     is_hub_id = re.fullmatch(r"(?!out/)[\w-]+/[\w.-]+", str(source))
     if checkpoint.run_of(Path(source)) or not (Path(source).exists() or is_hub_id):
-        return checkpoint.load(Path(source), torch.device(device))
-    return *load_pretrained(source, device=device, dtype=dtype), {}
+        model, tokenizer, state = checkpoint.load(Path(source), torch.device(device))
+        return model, tokenizer, state | {"pauses": Config(**state["config"]).prefix_pauses}
+    return _load_pretrained(source, device, dtype)
 
 
 # Export
@@ -478,10 +490,11 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         raise UserError(f"{folder} is not empty: choose another folder")
     hub = needs("huggingface_hub", "hub")
     model, tokenizer, state = load(checkpoint, dtype=None)
-    if state and state["config"]["attention"] == "prefix":
+    if "config" in state and state["config"]["attention"] == "prefix":
         print(f"warning: {checkpoint} was finetuned with attention=prefix, which transformers does not have, so its "
               f"export has causal prompts: finetune with --attention=causal to export", file=sys.stderr)  # fmt: skip
     config, generation = _export_configs(model, tokenizer)
+    config |= {key: state[key] for key in ("knows_pauses", "pauses")}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
         temporary = Path(parent, folder.name)
@@ -507,11 +520,14 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
 def _export_configs(model: GPT, tokenizer: Tokenizer) -> tuple[dict, dict]:
     """config.json and generation_config.json."""
     ends = tokenizer.end_ids
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0],
-           "pad_token_id": tokenizer.eot_id}  # fmt: skip
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     dtype = str(model.head.weight.dtype).removeprefix("torch.")
-    config = transformers_config(model.config) | ids | {"pause_token_id": tokenizer.pause_id, "dtype": dtype}
+    # transformers gives the row of config.json's pad no gradient, so there is none unless the source has one.
+    config = transformers_config(model.config) | ids | {"pad_token_id": tokenizer.pad_id}
+    config |= {"pause_token_id": tokenizer.pause_id, "dtype": dtype}
     generation = {key: value for key, value in tokenizer.generation.items() if value is not None}
+    if not generation and tokenizer.pad_id is not None:  # transformers then takes it from config.json
+        generation = {"pad_token_id": tokenizer.pad_id}
     no_text = {*(generation.get("suppress_tokens", [])), *range(tokenizer.pause_id, model.config.vocab_size)}
     generation = ids | generation | {"eos_token_id": ids["eos_token_id"], "suppress_tokens": sorted(no_text)}
     generation.pop("_from_model_config", None)

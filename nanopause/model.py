@@ -1,6 +1,6 @@
 """The transformer: one block, configurable from GPT-2's decoder to Llama's.
 
-Shapes: B sequences, T tokens, C width, H query heads, G key-value heads, D head width, S cache slots, V vocabulary.
+Shapes: B sequences, T tokens, C width, H query heads, G key-value heads, D head width, S cache length, V vocabulary.
 """
 
 import math
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_head * D, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None for _ in "qk")
 
-    def forward(self, x, rope, attend, cache, slots):
+    def forward(self, x, rope, attend, cache, write_at):
         qkv = self.qkv(x).unflatten(2, (self.n_head + 2 * self.n_kv_head, -1))
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         if self.q_norm is not None:
@@ -130,7 +130,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             keys, values = cache
-            k, v = keys.index_put_(slots, k.to(keys.dtype)), values.index_put_(slots, v.to(values.dtype))
+            k, v = keys.index_put_(write_at, k.to(keys.dtype)), values.index_put_(write_at, v.to(values.dtype))
         return self.out(attend(q, k, v).flatten(2))
 
 
@@ -160,8 +160,8 @@ class Block(nn.Module):
         self.attention_norm, self.attention = norm(config, config.n_embd), Attention(config)
         self.mlp_norm, self.mlp = norm(config, config.n_embd), MLP(config)
 
-    def forward(self, x, rope, attend, cache, slots):
-        x = x + self.attention(self.attention_norm(x), rope, attend, cache, slots)
+    def forward(self, x, rope, attend, cache, write_at):
+        x = x + self.attention(self.attention_norm(x), rope, attend, cache, write_at)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -195,26 +195,26 @@ class GPT(nn.Module):
         if module is self and self.config.zero_init and not self.config.tied:
             nn.init.zeros_(self.head.weight)
 
-    def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None, slots=None) -> Tensor:
+    def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None, write_at=None) -> Tensor:
         """Hidden states after the final norm, [B, T, C], of tokens [B, T].
 
         positions: int [B, T]; default 0, 1, 2, … In packed documents each document starts at 0.
         lo, hi: int32 [B, T], the interval of keys that each query attends to (kernels.attention); default causal.
-        cache: from new_cache. The tokens' keys and values are written to its `slots`, int [B, T]; default: positions,
-        which are then required. hi defaults to slots + 1.
+        cache: from new_cache. write_at: int [B, T], where the tokens' keys and values are written in it; default:
+        positions, which are then required. hi defaults to write_at + 1.
         Raises UserError for more than block_size tokens without positions.
         """
-        if slots is None:
-            slots = positions
+        if write_at is None:
+            write_at = positions
         if cache is not None and hi is None:
-            hi = (slots + 1).int()
+            hi = (write_at + 1).int()
         if positions is None:
             if tokens.shape[1] > self.config.block_size:
                 raise UserError(f"{tokens.shape[1]} tokens are more than block_size={self.config.block_size}: shorten "
                                 f"the text")  # fmt: skip
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if cache is not None:
-            slots = torch.arange(len(tokens), device=tokens.device)[:, None], slots
+            write_at = torch.arange(len(tokens), device=tokens.device)[:, None], write_at
         x, rope, attend = self.token_embedding(tokens), None, kernels.Attend(lo, hi)
         if self.config.position == "learned":
             x = x + self.position_embedding(positions)
@@ -222,21 +222,21 @@ class GPT(nn.Module):
             rope = self.rope_cos[positions][:, :, None], self.rope_sin[positions][:, :, None]
         layers = [None] * len(self.blocks) if cache is None else zip(*cache.unbind(1))
         for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, rope, attend, layer, slots)
+            x = block(x, rope, attend, layer, write_at)
         return self.norm(x)
 
     def forward(
-        self, tokens, targets=None, *, reduction="mean", positions=None, lo=None, hi=None, cache=None, slots=None
+        self, tokens, targets=None, *, reduction="mean", positions=None, lo=None, hi=None, cache=None, write_at=None
     ) -> Tensor:
         """Logits [B, T, V] of tokens [B, T]. With targets, int64 [B, T], IGNORE at masked positions: their
         cross-entropy in nats, a scalar, computed without storing the logits. Other arguments as in `hidden`."""
-        x = self.hidden(tokens, positions=positions, lo=lo, hi=hi, cache=cache, slots=slots)
+        x = self.hidden(tokens, positions=positions, lo=lo, hi=hi, cache=cache, write_at=write_at)
         if targets is None:
             return self.head(x)
         return kernels.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), reduction=reduction)
 
     def new_cache(self, batch_size: int, length: int) -> Tensor:
-        """KV cache of `length` slots for `batch_size` sequences, zeros [n_layer, 2, B, S, G, D].
+        """KV cache of `length` positions for `batch_size` sequences, zeros [n_layer, 2, B, S, G, D].
 
         The memory layout is [n_layer, 2, G, B, S, D]: the keys of one head, which a query reads in order, are
         contiguous."""

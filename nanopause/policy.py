@@ -16,7 +16,8 @@ from nanopause.errors import UserError, check, check_whole
 
 
 class Policy:
-    """Interface between the engine and a policy. All counts are pauses per sequence."""
+    """Interface between the engine and a policy. All counts are pauses per sequence. repr(policy) must show every
+    setting: a CUDA graph is used again for equal ones."""
 
     at_prompt = 0  # offered after the prompt
     per_token = 0  # offered after every generated token
@@ -24,11 +25,11 @@ class Policy:
     certain = False  # the pauses are always committed
     asks = False  # the model can request pauses by sampling <|pause|>
 
-    def wants(self, logprobs: Tensor, asks: Tensor | None) -> Tensor:
+    def wants(self, logprobs: Tensor, requests: Tensor | None) -> Tensor:
         """Mask of the sequences that pause before their next token, bool [n].
 
-        logprobs: float32 [n, V], of the next text token, without pauses. asks: bool [n], sequences that sampled
-        <|pause|>; None unless `self.asks`."""
+        logprobs: float32 [n, V], of the next text token, without pauses. requests: bool [n], sequences that
+        sampled <|pause|>; None unless `self.asks`."""
         return torch.ones_like(logprobs[:, 0], dtype=torch.bool)
 
     def observe(self, gain: Tensor, paused: Tensor) -> None:
@@ -47,7 +48,8 @@ class Policy:
         """Move the measurements to a device."""
 
     def check_attention(self, attention: str) -> None:
-        """Raises UserError if a prompt would attend to pauses that may be rolled back."""
+        """Raises UserError if no pauses would remain: a prompt of a prefix-LM cannot attend to pauses that may be
+        rolled back, so only pauses after generated tokens are left."""
         if attention == "prefix" and self.at_prompt and not (self.certain or self.per_token):
             raise UserError("pauses after the prompt cannot be rolled back where the prompt attends to them: "
                             "use attention=causal or a policy that always commits them")  # fmt: skip
@@ -85,7 +87,7 @@ class BelowConfidence(Policy):
         check_whole("budget", self.budget, 0, 2**31)
         self.at_prompt = self.per_token = self.pauses
 
-    def wants(self, logprobs, asks):
+    def wants(self, logprobs, requests):
         return logprobs.amax(-1).exp() < self.threshold
 
 
@@ -105,8 +107,8 @@ class OnRequest(Policy):
         check_whole("budget", self.budget, 0, 2**31)
         self.at_prompt = self.per_token = self.pauses
 
-    def wants(self, logprobs, asks):
-        return asks
+    def wants(self, logprobs, requests):
+        return requests
 
 
 @dataclass(eq=False)  # instances hold measurements, so equal settings do not make them equal
@@ -116,7 +118,9 @@ class StopWhenUseless(Policy):
     Each use of pauses is measured by |log p(token | pauses) − log p(token | no pauses)|, where token is the one sampled
     after them. The policy is turned off when, after at least `min_count` measurements, mean + z · standard deviation /
     √count < `min_change` nats. The test is repeated at every step, hence the high z. It measures the size of the
-    change, not whether it is an improvement. Pauses after the prompt that do not fit are left out.
+    change, not whether it is an improvement. On a GPU it also measures the steps that were scheduled before a text of
+    `until` was seen. It is never `certain`, as it may turn pauses off: prompts cannot attend to them in a prefix-LM,
+    and pauses after a prompt that do not fit into the context are left out.
     """
 
     policy: Policy
@@ -125,6 +129,8 @@ class StopWhenUseless(Policy):
     z: float = 3.0
 
     def __post_init__(self):
+        if not isinstance(self.policy, Policy):
+            raise UserError(f"policy={self.policy!r} must be a policy, such as AfterPrompt(10)")
         check("min_change", self.min_change, 0, 1e6)
         check_whole("min_count", self.min_count, 2, 2**31)
         self.at_prompt, self.per_token = self.policy.at_prompt, self.policy.per_token
@@ -149,13 +155,12 @@ class StopWhenUseless(Policy):
         mean, bound = self._mean_and_bound()
         return self.policy.is_off() | (self.sums[0] >= self.min_count) & (mean + bound < self.min_change)
 
-    def wants(self, logprobs, asks):
-        return self.policy.wants(logprobs, asks) & ~self.is_off()
+    def wants(self, logprobs, requests):
+        return self.policy.wants(logprobs, requests) & ~self.is_off()
 
     def observe(self, gain, paused):
-        measured = paused & ~self.is_off()  # once off, the measurements that turned it off are kept
-        change = torch.where(measured, gain.abs(), 0).double()
-        self.sums += torch.stack((measured.sum(), change.sum(), (change**2).sum()))
+        change = torch.where(paused, gain.abs(), 0).double()
+        self.sums += torch.stack((paused.sum(), change.sum(), (change**2).sum()))
         self.policy.observe(gain, paused)
 
     def report(self) -> str:

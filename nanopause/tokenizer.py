@@ -35,10 +35,11 @@ class Tokenizer:
     bos_id: the id that begins every text, or None. begin_id: the id that the first token of a text without bos_id is
     predicted from: eot_id, or the tokenizer's own bos id if it has one that it does not insert. end_ids: the ids that
     end a text, eot_id included. source: the argument of load_tokenizer. sha256: hash of everything that determines the
-    ids of a text. generation: contents of generation_config.json, or {}.
+    ids of a text. generation: contents of generation_config.json, or {}. pad_id: pad_token_id of config.json, or None.
     """
 
     bos_id: int | None = None
+    pad_id: int | None = None
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], vocab_size: int | None = None):
         self.name = self.source = name
@@ -56,6 +57,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text. The strings `<|pause|>` and `<|endoftext|>` are encoded as ordinary text."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of messages, {"role": "user", "content": text}, in the chat template, up to where the answer begins.
+        Raises UserError if there is no template, or it does not allow these messages."""
+        raise UserError(f"the tokenizer {self.name} has no chat template: leave out --chat")
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids. Invalid UTF-8 becomes U+FFFD, a pause `<|pause|>`."""
@@ -140,6 +146,14 @@ class PretrainedTokenizer(Tokenizer):
         # split_special_tokens: the name of a special token in a text is ordinary text.
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self._tokenizer.chat_template:
+            return super().encode_chat(messages)
+        try:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # of Jinja, or raised by the template
+            raise UserError(f"the chat template of {self.source} fails: {first_line(error)}") from None
+
     def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
 
@@ -158,7 +172,8 @@ class PretrainedTokenizer(Tokenizer):
         """Write the files from which load_tokenizer restores this tokenizer."""
         self._tokenizer.save_pretrained(folder)
         (folder / "generation_config.json").write_text(json.dumps(self.generation))
-        (folder / "nanopause.json").write_text(json.dumps({"name": self.name, "vocab_size": self.vocab_size}))
+        saved = {"name": self.name, "vocab_size": self.vocab_size, "pad_id": self.pad_id}
+        (folder / "nanopause.json").write_text(json.dumps(saved))
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -196,13 +211,21 @@ def pretrained_tokenizer(source: str, vocab_size: int = 0, folder: Path | None =
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent if gguf else folder or source, **gguf)
         tokenizer.backend_tokenizer  # noqa: B018 slow tokenizers do not have it
+        if not tokenizer("a").input_ids:  # without files transformers makes an empty tokenizer
+            raise ValueError("no vocabulary")
     except Exception as error:  # transformers raises many types for this one cause
-        raise UserError(f"no tokenizer of transformers in {source!r}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"no tokenizer of transformers in {source!r} ({first_line(error)}): add the model's "
+                        f"tokenizer files") from None  # fmt: skip
     generation = _read_json(path / "generation_config.json")
     saved = _read_json(path / "nanopause.json")
     made = PretrainedTokenizer(source, tokenizer, vocab_size or saved.get("vocab_size", 0), generation)
-    made.name = saved.get("name", made.name)
+    made.name, made.pad_id = saved.get("name", made.name), saved.get("pad_id")
     return made
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_json(file: Path) -> dict:

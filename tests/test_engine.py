@@ -1,6 +1,7 @@
 """Generation with the cache equals full forward passes, in any batch and under any schedule."""
 
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -441,9 +442,12 @@ def test_generation_ends_at_the_first_stop_text(policy, ahead):
 
 @pytest.mark.parametrize("key, value", [("pauses", -1), ("max_new_tokens", -1), ("temperature", -1.0), ("top_p", 2.0),
                                         ("temperature", float("nan")), ("top_k", -1), ("seed", 10**20), ("pauses", 2.5),
-                                        ("max_new_tokens", 3.0), ("seed", 0.5), ("pauses", True)])  # fmt: skip
+                                        ("max_new_tokens", 3.0), ("seed", 0.5), ("pauses", True), ("seed", "1"),
+                                        ("temperature", "hot"), ("temperature", None), ("top_p", [1]), ("top_k", "5"),
+                                        ("pauses", "3"), ("max_new_tokens", None), ("until", ["", "zzz"]),
+                                        ("until", [b"x"]), ("trace", "yes"), ("attention", ["causal"])])  # fmt: skip
 def test_options_are_checked_before_the_first_token(key, value):
-    with pytest.raises(UserError, match=f"{key}={value}".replace("+", "[+]")):
+    with pytest.raises(UserError, match=re.escape(f"{key}={value!r}")):
         engine_of(model_of()).stream(["x"], **{key: value})
 
 
@@ -456,6 +460,10 @@ def test_options_are_checked_before_the_first_token(key, value):
     (lambda: engine_of(model_of()).stream([None]), "prompt 0 is neither a text nor a list of token ids: None"),
     (lambda: engine_of(model_of()).stream(["x", "y"], seed=[1]), "1 seeds for 2 prompts: give one, or one per prompt"),
     (lambda: StopWhenUseless(Never(), min_count=1), "min_count=1 must be 2 to"),
+    (lambda: StopWhenUseless(3), "policy=3 must be a policy"),
+    (lambda: BelowConfidence("0.5", 1), "threshold='0.5' must be a number"),
+    (lambda: engine_of(model_of()).generate(None), "generation takes a list of prompts, and it is None"),
+    (lambda: engine_of(model_of()).stream(["x"], until=5), "until takes a list of texts, and it is 5"),
     (lambda: Engine(model_of(), BYTES, max_length=65), "max_length=65 must be 1 to 64"),
     (lambda: engine_of(model_of()).runner.append(torch.zeros(4, 1).long(), torch.ones(4).long()),
      "sequences=4 must be 1 to"),
@@ -467,13 +475,27 @@ def test_invalid_input_is_one_sentence(make, text):
         make()
 
 
-def test_new_stream_replaces_the_old_one():
-    engine = engine_of(model_of())
-    first = engine.stream(["a prompt"], 5, temperature=0, max_new_tokens=5)
-    assert next(first).pauses == 5
-    assert next(engine.stream(["a prompt"], 0, temperature=0, max_new_tokens=5)).pauses == 0
+@pytest.mark.parametrize("ahead", [False, True])
+def test_new_stream_replaces_the_old_one(ahead):
+    """The old one raises, and the new one is what it is alone. A refused one changes nothing."""
+    engine, model = engine_of(model_of(), ahead), model_of()
+    options = dict(temperature=0, max_new_tokens=5)
+    first_alone, *second_alone = (
+        [token.id for token in engine_of(model).generate([prompt], pauses, **options)[0].tokens]
+        for prompt, pauses in (("a prompt", 5), ("b", BelowConfidence(1.0, 2)), ("cde", BelowConfidence(1.0, 2)))
+    )
+    first = engine.stream(["a prompt"], 5, **options)
+    made = [next(first).id]
+    for refused in (dict(until=[""]), dict(top_p=2), dict(prompts=["x" * 65]), dict(prompts=["x", 5])):
+        with pytest.raises(UserError):
+            engine.stream(**dict(prompts=["x"]) | refused)
+    assert [*made, next(first).id] == first_alone[:2]
+    second = engine.stream(["b", "cde"], BelowConfidence(1.0, 2), **options)
+    tokens = [next(second)]
     with pytest.raises(UserError, match="one at a time"):
-        list(first)
+        next(first)
+    tokens += second
+    assert [[token.id for token in tokens if token.sequence == i] for i in range(2)] == second_alone
     with pytest.raises(UserError, match="a list of prompts"):
         engine.generate("hello")
     with pytest.raises(UserError, match="prompt 1 has a token id that is not 0 to 257"):

@@ -325,6 +325,42 @@ def test_length_limits_exclude_pauses(exported):
         assert "generation_config" not in options or options["generation_config"].max_length in (None, 15)
 
 
+def test_mask_of_left_padded_prompts_is_inferred(exported):
+    """As transformers does: pads are masked if they are not an end of text. The unpadded prompt is the truth."""
+    folder, model, prompt = exported
+    pausing = dict(custom_generate=folder, trust_remote_code=True, pauses=3, max_new_tokens=6, do_sample=False)
+    alone = model.generate(prompt, **pausing)[0, 8:]
+    padded = torch.nn.functional.pad(prompt, (4, 0), value=7)
+    for options in (dict(pad_token_id=7), dict(generation_config=transformers.GenerationConfig(pad_token_id=7))):
+        assert torch.equal(model.generate(padded, **options, **pausing)[0, 12:], alone)
+    ends = torch.nn.functional.pad(prompt, (4, 0), value=256)
+    mask = torch.ones_like(ends)
+    for pad in (None, 256):
+        expected = model.generate(ends, pad_token_id=pad, attention_mask=mask, **pausing)
+        assert torch.equal(model.generate(ends, pad_token_id=pad, **pausing), expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_end_of_text_is_trained_after_an_export(kind, tmp_path):
+    """transformers gives the embedding of pad_token_id no gradient. Only a pad that the source has is exported."""
+    original(kind).save_pretrained(tmp_path / "a")
+    byte_tokenizer().save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").unlink()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export(tmp_path / "a", tmp_path / "b"))
+    assert theirs.config.pad_token_id is None and theirs.generation_config.pad_token_id is None
+    tokens = torch.tensor([[97, 256, 98, 256]])
+    embedding = theirs.get_input_embeddings()
+    embedding(tokens).square().sum().backward()  # the head may be tied to it, and would hide the fault
+    assert embedding.weight.grad[256].norm() > 0
+    edit(tmp_path / "a", pad_token_id=9)
+    export(tmp_path / "a", tmp_path / "c")
+    for name in ("config", "generation_config"):
+        assert json.loads((tmp_path / "c" / f"{name}.json").read_text())["pad_token_id"] == 9
+    tokenizer = load_pretrained(tmp_path / "a")[1]
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_id == 9, "a run remembers it"
+
+
 def test_streamed_text_has_no_pauses(exported):
     folder, model, prompt = exported
     streamer = transformers.TextIteratorStreamer(load_tokenizer(folder).of_transformers())
@@ -644,6 +680,10 @@ def test_folder_without_a_model_is_refused(folder, monkeypatch):
     (folder / "config.json").unlink()
     refused(folder, "has no config.json")
     refused(folder / "model.gguf", "does not exist")
+    original("gpt2").save_pretrained(folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    refused(folder, r"no tokenizer of transformers in .* \(no vocabulary\): add the model's tokenizer files")
     (folder / "model.gguf").write_text("no model")
     refused(folder / "model.gguf", "transformers cannot read")
     with pytest.raises(UserError, match="out/nothing holds no checkpoint: train one"):

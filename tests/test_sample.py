@@ -9,6 +9,7 @@ from itertools import count
 
 import pytest
 import torch
+import transformers
 
 from nanopause import checkpoint
 from nanopause.config import load_config
@@ -18,23 +19,28 @@ from nanopause.generation.runner import Runner
 from nanopause.model import GPT
 from nanopause.policy import BelowConfidence
 from nanopause.scripts import sample
-from nanopause.tokenizer import load_tokenizer
+from nanopause.tokenizer import PretrainedTokenizer, load_tokenizer
 from nanopause.trace import page
 
 BYTES = load_tokenizer("bytes")
 
 
-@pytest.fixture(scope="module")
-def out_dir(tmp_path_factory):
-    """A checkpoint of an untrained model that says letters."""
-    folder = tmp_path_factory.mktemp("run")
-    config = load_config(["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--zero_init=False"])
+def save_run(folder, *settings):
+    """A checkpoint of an untrained model that generates letters."""
+    config = load_config(["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--zero_init=False",
+                          *settings])  # fmt: skip
     torch.manual_seed(0)
     model = GPT(config.gpt(BYTES.vocab_size))
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.weight[ord("a") : ord("z")].normal_(std=1.5)
     checkpoint.save(folder, 1, model, [], config)
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_run(folder)
     return folder
 
 
@@ -54,7 +60,9 @@ def test_several_prompts_are_printed_in_their_order(run):
         "--prompt=First", "--prompt=Second", "--prompt=Third", "--batch_size=2", "--pauses=3", "--show_pauses"
     )
     assert re.fullmatch(
-        r"First<\|pause\|>×3[a-z]{6}\nSecond<\|pause\|>×3[a-z]{6}\nThird<\|pause\|>×3[a-z]{6}\n", printed.out
+        r"--- 1 of 3\nFirst<\|pause\|>×3[a-z]{6}\n--- 2 of 3\nSecond<\|pause\|>×3[a-z]{6}\n"
+        r"--- 3 of 3\nThird<\|pause\|>×3[a-z]{6}\n",
+        printed.out,
     )
     assert re.search(r"18 tokens, \d+ tokens/s, 9 pauses, which added about -?[\d.]+ of \d+ ms", printed.err)
 
@@ -124,10 +132,70 @@ def test_a_conversation_at_a_terminal(run, monkeypatch):
     assert "error: prompt 0 and its pauses are 65 + 0 tokens" in printed.err and "12 tokens" in printed.err
 
 
+def test_number_of_pauses_is_reported(run, tmp_path):
+    assert "warning" not in (err := run("--prompt=a").err) and "pauses:" not in err
+    assert f"warning: {sys.argv[1][10:]} was never trained with pauses" in run("--prompt=a", "--pauses=2").err
+    for arguments, n, text in (
+        (["--task=parity_4", "--pauses=3"], 3, "pauses: 3, as in finetuning; --pauses=0 generates without\n"),
+        (["--pause_rate=0.1"], 0, "pauses: none, as training had no fixed number of them after a prompt; --pauses=10"),
+    ):
+        save_run(tmp_path / str(n), *arguments)
+        printed = run(f"--out_dir={tmp_path / str(n)}", "--prompt=a")
+        assert text in printed.err and f" {n} pauses" in printed.err and "warning" not in printed.err
+        assert "pauses:" not in run(f"--out_dir={tmp_path / str(n)}", "--prompt=a", "--pauses=0").err
+
+
+def test_a_text_that_fills_the_context_is_reported(run):
+    printed = run("--prompt=a", f"--prompt={'x' * 61}")
+    assert re.findall("text .*", printed.err) == ["text 2 ends because it fills the context of 64 tokens"]
+
+
+def test_control_characters_are_escaped_at_a_terminal_only(run, monkeypatch):
+    assert run("--prompt=a\x1b[2J\tb\x9b\r\x7fä").out.startswith("a\x1b[2J\tb\x9b\r\x7fä")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("--prompt=a\x1b[2J\tb\x9b\r\x7fä").out.startswith("a\\x1b[2J\tb\\x9b\\r\\x7fä")
+    monkeypatch.setattr(BYTES, "decode_bytes", lambda ids: b"\x07")
+    assert run("--prompt=a").out == "a" + 6 * "\\x07" + "\n"
+
+
+TEMPLATE = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}<assistant>"
+
+
+def test_chat(run, tmp_path, monkeypatch):
+    """A conversation keeps its history until it no longer fits; other prompts are one message each."""
+    transformers.set_seed(0)
+    config = transformers.LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                      num_attention_heads=2, max_position_embeddings=64)  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer = BYTES.of_transformers()
+    with pytest.raises(UserError, match="the tokenizer bytes has no chat template: leave out --chat"):
+        run("--prompt=a", "--chat")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    prompts, stream = [], Engine.stream
+
+    def recorded(engine, inputs, *arguments, **options):
+        prompts.extend(map(BYTES.decode, inputs))
+        return stream(engine, inputs, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "stream", recorded)
+    terminal = io.StringIO("One\nTwo\nThree\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(PretrainedTokenizer, "decode", lambda tokenizer, ids: "answer")
+    printed = run(f"--out_dir={tmp_path}", "--chat")
+    assert prompts[:2] == ["<user>One<assistant>", "<user>One<assistant>answer<user>Two<assistant>"]
+    assert len(prompts) == 3 and "the conversation is too long, so it begins again: repeat" in printed.err
+    assert "One" not in printed.out
+    printed = run(f"--out_dir={tmp_path}", "--chat", "--prompt=Hello", "--prompt=You")
+    assert printed.out.startswith("--- 1 of 2\nHello\n")
+    assert prompts[3:] == ["<user>Hello<assistant>", "<user>You<assistant>"]
+
+
 def test_no_prompts_and_no_tokens(run, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     assert run(f"--prompt_file={tmp_path / 'empty.txt'}", "--json").out == ""
-    assert run("--prompt=a", "--prompt=b", "--max_new_tokens=0").out == "a\nb\n"
+    assert run("--prompt=a", "--prompt=b", "--max_new_tokens=0").out == "--- 1 of 2\na\n--- 2 of 2\nb\n"
     rows = run("--prompt=a", "--prompt=b", "--max_new_tokens=0", "--json").out.splitlines()
     assert [json.loads(row)["text"] for row in rows] == ["", ""]
 
@@ -182,11 +250,12 @@ def test_bad_input_is_one_sentence(run, arguments, text, tmp_path, monkeypatch):
 
 
 class Reader(html.parser.HTMLParser):
-    """The tokens of a page, their shades, the pauses, and the rows of the tables."""
+    """The tokens of a page, their classes and shades, the pauses, and the rows of the tables of each token and of each
+    text."""
 
     def __init__(self, text):
         super().__init__()
-        self.tokens, self.shades, self.pauses, self.rows, self.open = [], [], [], [], []
+        self.tokens, self.classes, self.shades, self.pauses, self.rows, self.changes, self.open = ([] for _ in range(7))
         self.feed(text)
         assert not self.open
 
@@ -194,11 +263,15 @@ class Reader(html.parser.HTMLParser):
         attributes = dict(attributes)
         if tag not in ("meta", "p", "html"):
             self.open.append((tag, attributes.get("class")))
-        if attributes.get("class") == "token":
+        kind, *others = (attributes.get("class") or "-").split()
+        if kind == "token":
             self.tokens.append("")
-            self.shades.append(float(attributes["style"].removeprefix("--d:")))
+            self.classes.append(others)
+            self.shades.append(float(attributes["style"].partition(";")[0].removeprefix("--d:")))
+        if kind == "pause" and ("div", "text") in self.open:
+            self.pauses.append(attributes["title"])
         if tag == "tr":
-            self.rows.append("")
+            (self.rows if ("span", "tip") in self.open else self.changes).append("")
 
     def handle_endtag(self, tag):
         if tag not in ("p", "html"):
@@ -208,10 +281,10 @@ class Reader(html.parser.HTMLParser):
         names = [name for _, name in self.open]
         if "tip" in names:
             self.rows[-1] += data + " "
-        elif "token" in names:
+        elif "changes" in names:
+            self.changes[-1] += data + " "
+        elif any((name or "").startswith("token") for name in names):
             self.tokens[-1] += data
-        elif "pause" in names and "text" in names:
-            self.pauses.append(data)
 
 
 def test_the_page_says_what_the_tokens_say(run, tmp_path):
@@ -236,8 +309,13 @@ def test_the_page_says_what_the_tokens_say(run, tmp_path):
         Token(0, 0xA4, 0, -9.0, -9.0, None, top, top),
         Token(0, BYTES.eot_id, 0, 0.0, 0.0, "eot", top, top),
     ]
-    read = Reader(page("title", ["prompt"], [Generation(tokens)], BYTES))
+    read = Reader(text := page("title", ["prompt"], [Generation(tokens)], BYTES))
     assert read.tokens == ["<", "↵\n", "·", "ä", "end"]
-    assert read.pauses == ["❚❚ 3"]
+    assert read.pauses == ["3 pauses"] and "❚❚ 3" in text
+    assert read.classes == [["up", "changed"], [], [], [], []] and "--c:5.0px" in text
+    assert "Pauses at 1 places changed the likeliest token at 1, and the log-probability of the sampled" in text
+    assert "by +2.90 nats on average (+2.90 to +2.90)" in text
+    assert read.changes == ["All 1 changes: text likeliest before after the pauses sampled nats ",
+                            "prompt ↵ 10.0% < 90.0% < +2.90 "]  # fmt: skip
     assert read.shades == [0.02, 0.42, 0.02, 0.85, 0.0]
     assert read.rows[:6] == ["before the pauses ", "↵ 10.0% ", "< 90.0% ", "after the pauses ", "< 90.0% ", "↵ 10.0% "]

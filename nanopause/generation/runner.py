@@ -1,7 +1,7 @@
 """Steps of generation as tensors: the cache, the state of every slot, and the forward passes.
 
-Keys and values are in a static cache, [n_layer, 2, max_batch, max_length + 1, G, D], one slot of the batch per
-sequence; its last position takes what padding writes. Every step is an interval mask over it (nanopause.kernels):
+Keys and values are in a static cache, [n_layer, 2, max_batch, max_length + 1, G, D], one slot per sequence;
+the last position takes what padding writes. Every step is an interval mask over it (nanopause.kernels):
 
     decode     queries [n, 1 + M], one row per slot, attend to keys [0, length + j + 1) of their slot
     prefill    queries [1, N], prompts one after the other. The cache is viewed as one long row of S = max_length + 1
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanopause.errors import check_whole
-from nanopause.generation.sampling import Sampling, sample, text_logprobs
+from nanopause.generation.sampling import Sampling, logprobs_among, sample
 from nanopause.generation.scheduler import Chunk
 from nanopause.model import GPT
-from nanopause.policy import Policy
+from nanopause.policy import Never, Policy
 from nanopause.tokenizer import Tokenizer
 
 N_TOP = 5  # likeliest tokens that a trace keeps
@@ -32,26 +32,26 @@ N_TOP = 5  # likeliest tokens that a trace keeps
 class Slots:
     """State of every slot, int64 [max_batch + 1]; the last entry belongs to padding."""
 
-    length: Tensor  # tokens in the cache
+    length: Tensor  # tokens in the cache; later positions hold nothing that a query attends to
     token: Tensor  # the last one generated, which is not in the cache yet
-    place: Tensor  # tokens generated
+    n_generated: Tensor
     left: Tensor  # tokens still to generate; 0 once the sequence has ended
     budget: Tensor  # pauses that may still be committed
     seed: Tensor
 
 
 class Tokens(NamedTuple):
-    """The tokens of a prefill, int64 [N]. slot: of the cache as one row."""
+    """The tokens of a prefill, int64 [N]. write_at, lo, hi: in the cache as one row."""
 
     id: Tensor
     position: Tensor
-    slot: Tensor
+    write_at: Tensor
     lo: Tensor
     hi: Tensor
 
 
 class Starts(NamedTuple):
-    """The sequences whose prompts end in a prefill, int64 [n]. last, last_pause: rows of Tokens."""
+    """The sequences whose prompts end in a prefill, int64 [n]. last, last_pause: indices in Tokens."""
 
     slot: Tensor
     last: Tensor
@@ -71,7 +71,7 @@ class Output(NamedTuple):
     logprob_without: Tensor  # float32 [n], before the pauses
     n_pauses: Tensor  # int64 [n], committed
     is_last: Tensor  # bool [n], by end of text or length
-    is_off: Tensor  # bool [n], of the policy
+    is_off: Tensor  # bool [], of the policy
     top: Tensor | None  # with trace: ids [n, N_TOP]
     top_logprob: Tensor | None
     top_without: Tensor | None
@@ -92,7 +92,7 @@ class Runner:
             self.end_ids = torch.tensor(tokenizer.end_ids, device=self.device)
         self.graphs = {}
         self.settings = None
-        self.configure(Policy(), Sampling(), trace=False)
+        self.configure(Never(), Sampling(), trace=False)  # append may be called before any list of prompts
 
     def configure(self, policy: Policy, sampling: Sampling, trace: bool) -> None:
         """Set what all sequences have in common, and forget those that are not finished."""
@@ -108,7 +108,8 @@ class Runner:
 
     @torch.no_grad()
     def append(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Append the first counts[b] of tokens[b] to the sequence in slot b < n.
+        """Append the first counts[b] of tokens[b] to the sequence in slot b < n, without generating: for one's own
+        loops and for benches. A sequence starts with slots.length[b] = 0.
 
         tokens: int64 [n, Q]; counts: int64 [n], 0 to Q. slots.length[b] + counts[b] must not exceed max_length.
         Returns the hidden states after the last norm, [n, Q, C], valid until the next call; rows from counts[b] on are
@@ -127,7 +128,8 @@ class Runner:
 
     def decode(self, n_slots: int, n_pauses: int) -> Output:
         """One token more for the first n_slots slots, each fused with n_pauses pauses after the last token, where the
-        sequence has room and budget for them."""
+        sequence has room and budget for them. The result is valid until the next call."""
+        n_slots = min(self.rounded(n_slots), self.max_batch)
 
         def run() -> Output:
             first, slots = slice(0, n_slots), self.slots
@@ -141,24 +143,30 @@ class Runner:
 
         return self._run(("decode", n_slots, n_pauses), run)
 
-    def prefill(self, chunks: list[Chunk], n_pauses: int, max_new_tokens: int, is_prefix_lm: bool) -> Output:
-        """Prefill parts of prompts, in order of their slots, and generate the first token after each that ends here.
-        n_pauses: the most pauses that a chunk has. Rows of Output after those of the prompts that end are padding."""
+    def prefill(self, chunks: list[Chunk], max_new_tokens: int, is_prefix_lm: bool) -> Output | None:
+        """Prefill parts of prompts, in order of their slots, and generate the first token after each that ends here;
+        None if no prompt ends. Rows of Output after those of the prompts that end are padding. The result is valid
+        until the next call."""
         tokens, starts = self._layout(chunks, max_new_tokens, is_prefix_lm)
+        has_ends, has_pauses = any(c.ends_prompt for c in chunks), any(c.n_pauses for c in chunks)
 
-        def run(tokens: Tensor, starts: Tensor) -> Output:
+        def run(tokens: Tensor, starts: Tensor) -> Output | None:
             tokens, starts, slots = Tokens(*tokens.unbind()), Starts(*starts.unbind()), self.slots
             x = self.model.hidden(
-                tokens.id[None], positions=tokens.position[None], slots=tokens.slot[None],
+                tokens.id[None], positions=tokens.position[None], write_at=tokens.write_at[None],
                 lo=tokens.lo[None].int(), hi=tokens.hi[None].int(),
                 cache=self.cache.flatten(2, 3).unsqueeze(2),  # a view
             )[0]  # fmt: skip
+            if not has_ends:
+                return None
             for name in ("length", "left", "budget", "seed"):
                 getattr(slots, name)[starts.slot] = getattr(starts, name)
-            slots.place[starts.slot] = 0
-            return self._emit(starts.slot, x[starts.last], x[starts.last_pause], starts.n_pauses if n_pauses else None)
+            slots.n_generated[starts.slot] = 0
+            n_offered = starts.n_pauses if has_pauses else None
+            return self._emit(starts.slot, x[starts.last], x[starts.last_pause], n_offered)
 
-        return self._run(("prefill", tokens.shape[1], n_pauses), run, self._to_device(tokens), self._to_device(starts))
+        key = "prefill", tokens.shape[1], has_ends, has_pauses
+        return self._run(key, run, self._to_device(tokens), self._to_device(starts))
 
     def end(self, slot: int) -> None:
         """The sequence in this slot generates no more."""
@@ -171,7 +179,7 @@ class Runner:
     # Their parts
 
     def _hidden(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Forward pass of append: hidden states [n, Q, C]. Lengths stay."""
+        """Forward pass of append and decode: hidden states [n, Q, C]. Lengths stay."""
         n, Q = tokens.shape
         length = self.slots.length[:n, None]
         position = length + torch.arange(Q, device=self.device)
@@ -179,7 +187,7 @@ class Runner:
         is_new = position < end
         hi = torch.minimum(position + 1, end) * (counts[:, None] > 0)  # an idle slot attends to nothing
         return self.model.hidden(
-            tokens, positions=torch.where(is_new, position, 0), slots=torch.where(is_new, position, self.max_length),
+            tokens, positions=torch.where(is_new, position, 0), write_at=torch.where(is_new, position, self.max_length),
             hi=hi.int(), cache=self.cache[:, :, :n],
         )  # fmt: skip
 
@@ -188,32 +196,35 @@ class Runner:
 
         x, x_paused: hidden states [n, C] after the last token and after the pauses. n_offered: pauses in the cache
         after it, int64 [n]; None if there are none."""
-        slots, policy, n_text = self.slots, self.policy, self.tokenizer.pause_id
-        seed, place = slots.seed[which], slots.place[which]
+        slots, policy, n_text = self.slots, self.policy, self.tokenizer.pause_id  # text ids are those below the pause
+        seed, n_generated = slots.seed[which], slots.n_generated[which]
         logits = self.model.head(x)
-        logprobs = logprobs_without = text_logprobs(logits, n_text)
-        n_pauses = torch.zeros_like(place)
+        logprobs = logprobs_without = logprobs_among(n_text, logits)
+        n_pauses = torch.zeros_like(n_generated)
         if n_offered is not None:
             requests = None
             if policy.asks:  # ~seed: the token after the pauses must not depend on the noise that requested them
-                requests = sample(text_logprobs(logits, n_text + 1), self.sampling, ~seed, place) == n_text
+                requests = sample(logprobs_among(n_text + 1, logits), self.sampling, ~seed, n_generated) == n_text
+            # Where this is 0 the pauses are rolled back: the length stays, so that later tokens overwrite them.
             n_pauses = n_offered * policy.wants(logprobs_without, requests)
             slots.length[which] += n_pauses
             slots.budget[which] -= n_pauses
-            logprobs_paused = text_logprobs(self.model.head(x_paused), n_text)
+            logprobs_paused = logprobs_among(n_text, self.model.head(x_paused))
             logprobs = torch.where(n_pauses[:, None] > 0, logprobs_paused, logprobs_without)
-        token = sample(logprobs, self.sampling, seed, place)
+        token = sample(logprobs, self.sampling, seed, n_generated)
         logprob, logprob_without = (each.gather(1, token[:, None])[:, 0] for each in (logprobs, logprobs_without))
         if n_offered is not None:
             policy.observe(logprob - logprob_without, n_pauses > 0)
-        is_last = (token[:, None] == self.end_ids).any(1) | (slots.length[which] >= self.max_length)
-        left = (slots.left[which] - 1).masked_fill(is_last, 0)
-        slots.token[which], slots.place[which], slots.left[which] = token, place + 1, left
-        is_off = torch.zeros_like(is_last) | policy.is_off()
+        must_end = (token[:, None] == self.end_ids).any(1) | (slots.length[which] >= self.max_length)
+        left = (slots.left[which] - 1).clamp(min=0).masked_fill(must_end, 0)
+        slots.token[which] = token
+        slots.n_generated[which] = n_generated + 1
+        slots.left[which] = left
+        is_off = torch.zeros((), dtype=torch.bool, device=self.device) | policy.is_off()
         top = (None,) * 4
         if self.trace:
             top = [each for values in (logprobs, logprobs_without) for each in values.topk(N_TOP)[::-1]]
-        return Output(token, logprob, logprob_without, n_pauses, left <= 0, is_off, *top)
+        return Output(token, logprob, logprob_without, n_pauses, left == 0, is_off, *top)
 
     def _layout(self, chunks: list[Chunk], max_new_tokens: int, is_prefix_lm: bool) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and Starts of a prefill, int64 [5, N] and [8, n]."""
@@ -222,12 +233,12 @@ class Runner:
             sequence = chunk.sequence
             ids = sequence.prompt[chunk.start : chunk.stop] + [pause_id] * chunk.n_pauses
             position = chunk.start + np.arange(len(ids))
-            slot = sequence.slot * S + position
-            lo = np.full_like(slot, sequence.slot * S)
-            hi = np.full_like(slot, slot[-1] + 1) if is_prefix_lm else slot + 1
-            columns.append(np.stack(Tokens(ids, position, slot, lo, hi)))
+            write_at = sequence.slot * S + position
+            lo = np.full_like(write_at, sequence.slot * S)
+            hi = np.full_like(write_at, write_at[-1] + 1) if is_prefix_lm else write_at + 1
+            columns.append(np.stack(Tokens(ids, position, write_at, lo, hi)))
             n_tokens += len(ids)
-            if chunk.is_last:
+            if chunk.ends_prompt:
                 starts.append(Starts(
                     sequence.slot, n_tokens - 1 - chunk.n_pauses, n_tokens - 1, chunk.n_pauses, chunk.stop,
                     max_new_tokens, self.policy.budget, sequence.seed,
@@ -259,7 +270,7 @@ class Runner:
         return result
 
     def _capture(self, function: Callable, inputs: tuple[Tensor, ...]) -> tuple:
-        """The graph, its inputs and its result. The state is left as it was."""
+        """The graph, its inputs and its result. The state of slots and policy is left as it was."""
         with torch.inference_mode(False):
             static = [x.clone() for x in inputs]
         state = [*vars(self.slots).values(), *self.policy.tensors()]

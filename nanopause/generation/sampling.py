@@ -15,14 +15,14 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
 
-def text_logprobs(logits: Tensor, n_ids: int) -> Tensor:
+def logprobs_among(n_ids: int, logits: Tensor) -> Tensor:
     """Log-probabilities among the first n_ids of V ids, float32 [B, n_ids], of logits [B, V]."""
     return logits[:, :n_ids].float().log_softmax(-1)
 
 
 def gumbel(seed: Tensor, place: Tensor, n: int) -> Tensor:
-    """Gumbel noise, float32 [B, n]. It depends only on seed and place, int64 [B], and on the column: a sequence gets
-    the same noise in any batch. The bits are mixed as in SplitMix64 [Steele et al. 2014]."""
+    """Gumbel noise, float32 [B, n]. It depends only on seed and place (tokens generated before), int64 [B], and on the
+    column: a sequence gets the same noise in any batch. The bits are mixed as in SplitMix64 [Steele et al. 2014]."""
 
     def mix(x: Tensor) -> Tensor:
         for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
@@ -32,7 +32,7 @@ def gumbel(seed: Tensor, place: Tensor, n: int) -> Tensor:
     golden = -7046029254386353131
     row = mix(mix(seed * golden) + place * golden)
     column = torch.arange(1, n + 1, device=seed.device)
-    # 23.5 bits are exact in float32 and never 0 or 1, where the noise would be infinite.
+    # 23 bits and a half: exact in float32's 24, and never 0 or 1, where the noise would be infinite.
     bits = mix(row[:, None] + column * golden) & (1 << 23) - 1
     return -(-((bits.float() + 0.5) * 2**-23).log()).log()
 

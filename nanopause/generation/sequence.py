@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 class Token(NamedTuple):
     """A generated token. Log-probabilities are in nats, at temperature 1, over text tokens (pauses excluded)."""
 
-    sequence: int  # index of its prompt
+    sequence: int  # index of the prompt
     id: int
     pauses: int  # committed before it
     logprob: float
@@ -35,7 +35,7 @@ class Generation:
 
     @property
     def logprobs(self) -> list[float]:
-        """In nats, of each of the tokens."""
+        """In nats, of each of `tokens`, an end of text included."""
         return [token.logprob for token in self.tokens]
 
     def __str__(self) -> str:
