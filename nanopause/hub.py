@@ -35,6 +35,17 @@ CHUNK_ELEMENTS = 1 << 20  # of a tensor copied at a time
 PROBE = "It's 12345, and\n\n  WE'LL see: ”naïve”…"  # tokenizers split it in different ways
 COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # in some files, but computed from the config
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # first bytes of torch.save files
+SHARED = {"vocab_size": "vocab_size", "tied": "tie_word_embeddings"}
+GPT2_NAMES = SHARED | {
+    "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_mlp": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
+}  # of a GPTConfig's settings in transformers  # fmt: skip
+LLAMA_NAMES = SHARED | {
+    "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_mlp": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}  # also of Qwen  # fmt: skip
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -105,12 +116,8 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
         refuse("scale_attn_weights", True)
         refuse("scale_attn_by_inverse_layer_idx", False)
         refuse("add_cross_attention", False)
-        return GPTConfig(
-            vocab_size=theirs["vocab_size"], block_size=theirs["n_positions"], n_layer=theirs["n_layer"],
-            n_head=theirs["n_head"], n_embd=theirs["n_embd"], n_mlp=theirs["n_inner"], norm="layer",
-            norm_eps=theirs["layer_norm_epsilon"], qk_norm=False, position="learned", mlp="gelu",
-            tied=theirs["tie_word_embeddings"], bias=True,
-        )  # fmt: skip
+        shape = {ours: theirs[name] for ours, name in GPT2_NAMES.items()}
+        return GPTConfig(**shape, norm="layer", qk_norm=False, position="learned", mlp="gelu", bias=True)
     refuse("hidden_act", "silu", "relu")
     if kind != "qwen2":
         refuse("attention_bias", False)
@@ -122,8 +129,7 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
     if rope_type == "linear":
         scaling = [rope["factor"]]
     elif rope_type == "llama3":
-        scaling = [rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor",
-                                         "original_max_position_embeddings")]  # fmt: skip
+        scaling = [rope[key] for key in LLAMA3_SCALING]
     elif rope_type != "default":
         raise UserError(f"{source} has rotary scaling of type {rope_type!r}, which is not supported: 'linear' and "
                         f"'llama3' are")  # fmt: skip
@@ -131,12 +137,9 @@ def config_of(theirs: dict, source: str) -> GPTConfig:
     if head_dim and head_dim * theirs["num_attention_heads"] == theirs["hidden_size"]:
         head_dim = None
     return GPTConfig(
-        vocab_size=theirs["vocab_size"], block_size=theirs["max_position_embeddings"],
-        n_layer=theirs["num_hidden_layers"], n_head=theirs["num_attention_heads"],
-        n_kv_head=theirs["num_key_value_heads"], n_embd=theirs["hidden_size"], head_dim=head_dim,
-        n_mlp=theirs["intermediate_size"], norm="rms", norm_eps=theirs["rms_norm_eps"], qk_norm=kind == "qwen3",
-        position="rope", rope_theta=rope.get("rope_theta", theirs.get("rope_theta")), rope_scaling=scaling,
-        mlp="swiglu" if theirs["hidden_act"] == "silu" else "relu2", tied=theirs["tie_word_embeddings"], bias=False,
+        **{ours: theirs[name] for ours, name in LLAMA_NAMES.items()}, head_dim=head_dim, norm="rms",
+        qk_norm=kind == "qwen3", position="rope", rope_theta=rope.get("rope_theta", theirs.get("rope_theta")),
+        rope_scaling=scaling, mlp="swiglu" if theirs["hidden_act"] == "silu" else "relu2", bias=False,
         qkv_bias=kind == "qwen2",
     )  # fmt: skip
 
@@ -174,12 +177,9 @@ def _transformers_config(config: GPTConfig) -> dict:
         if ours != (False, "learned", "gelu", config.n_head, config.n_embd):
             raise UserError("with norm=layer transformers has GPT-2 only: train with qk_norm=False, position=learned, "
                             "mlp=gelu, n_kv_head=n_head and head_dim=n_embd/n_head")  # fmt: skip
-        return {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size,
-            "n_positions": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer,
-            "n_head": config.n_head, "n_inner": config.n_mlp, "activation_function": "gelu_new",
-            "layer_norm_epsilon": config.norm_eps, "tie_word_embeddings": config.tied, "attn_pdrop": 0.0,
-            "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+        return {name: getattr(config, ours) for ours, name in GPT2_NAMES.items()} | {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+            "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
         }  # fmt: skip
     if config.position != "rope" or config.mlp == "gelu" or config.bias or (config.qkv_bias and config.qk_norm):
         raise UserError("with norm=rms transformers has Llama, Qwen2 and Qwen3: train with position=rope, mlp=swiglu "
@@ -190,16 +190,12 @@ def _transformers_config(config: GPTConfig) -> dict:
                         f"n_head={config.n_head}: train with qk_norm=True, which is Qwen3")  # fmt: skip
     scaling = None
     if config.rope_scaling:
-        factor, *rest = config.rope_scaling
-        scaling = {"rope_type": "llama3" if rest else "linear", "factor": factor}
-        scaling |= zip(("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), rest)
-    return {
-        "model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"], "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.block_size, "hidden_size": config.n_embd,
-        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head, "head_dim": config.head_width, "intermediate_size": config.n_mlp,
-        "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta, "rope_scaling": scaling,
-        "hidden_act": "silu" if config.mlp == "swiglu" else "relu", "tie_word_embeddings": config.tied,
+        scaling = {"rope_type": "linear" if len(config.rope_scaling) == 1 else "llama3"}
+        scaling |= zip(LLAMA3_SCALING, config.rope_scaling)
+    return {name: getattr(config, ours) for ours, name in LLAMA_NAMES.items()} | {
+        "model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"], "head_dim": config.head_width,
+        "rope_theta": config.rope_theta, "rope_scaling": scaling,
+        "hidden_act": "silu" if config.mlp == "swiglu" else "relu",
         "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
     }  # fmt: skip
 

@@ -150,9 +150,10 @@ def page(title: str, prompts: list[str], generations: list[Generation], tokenize
 <p class=summary>{_summary(every).capitalize()}.</p>
 <p class=legend>Shade: how unlikely the token was, from certain <span class=scale></span> to {math.exp(-DARKEST):.1%} or
 less. <span class=pause>❚❚ n</span>: n pauses after the prompt;
-&nbsp;<span class="pause thin"></span>&nbsp;: pauses before a later token. They made the sampled token <span class=up style="--c:3px">likelier</span> or
-<span class=down style="--c:3px">less likely</span>: the thicker, the more, up to {THICKEST:g} nats.
-<span class=changed>Framed</span>: they changed the likeliest token. Hover over a token to see the likeliest ones.</p>
+&nbsp;<span class="pause thin"></span>&nbsp;: pauses before a later token. They made the sampled token
+<span class=up style="--c:3px">likelier</span> or <span class=down style="--c:3px">less likely</span>: the thicker, the
+more, up to {THICKEST:g} nats. <span class=changed>Framed</span>: they changed the likeliest token. Hover over a token
+to see the likeliest ones.</p>
 {"".join(parts)}
 </html>
 """
