@@ -54,8 +54,11 @@ def with_pauses(
 
 def continuation(tokenizer: Tokenizer, prefix: str, text: str) -> list[int]:
     """The tokens of a text after a prefix: the tokens of the joined text without those of the prefix, as in
-    lm-evaluation-harness. Encoded alone it may differ, as some tokenizers begin every text with a space."""
-    return tokenizer.encode(prefix + text)[len(tokenizer.encode(prefix)) :]
+    lm-evaluation-harness, because some tokenizers begin every text with a space. Where a token of the joined text spans
+    the end of the prefix, this would lose a part of the text, and the text is encoded alone."""
+    before, joined = tokenizer.encode(prefix), tokenizer.encode(prefix + text)
+    is_split = tokenizer.decode_bytes(joined[: len(before)]) == tokenizer.decode_bytes(before)
+    return joined[len(before) :] if is_split else tokenizer.encode(text)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,21 @@ from nanopause.config import Config, load_config
 from nanopause.data import evenly
 from nanopause.engine import Engine
 from nanopause.errors import UserError
-from nanopause.finetune import Pair, TaskBatches, encode, load_pairs, n_generated, pack, task_validation_batches
+from nanopause.finetune import (
+    Pair,
+    TaskBatches,
+    continuation,
+    encode,
+    load_pairs,
+    n_generated,
+    pack,
+    task_validation_batches,
+)
 from nanopause.model import GPT, GPTConfig
 from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
 from nanopause.tasks import Example, get_task
-from nanopause.tokenizer import PretrainedTokenizer, load_tokenizer
+from nanopause.tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
 
 REAL = Path(os.environ.get("NANOPAUSE_DATA", ROOT.parent / "shared/data")) / "tasks"
 BYTES = load_tokenizer("bytes")
@@ -206,6 +215,17 @@ def test_targets_are_tokenized_with_their_prefix():
     assert tokenizer.encode(" ab") == [words["▁"], words["▁a"], words["b"]]
     pair = encode(example("q:", " ab"), tokenizer, 64)
     assert pair.tokens.tolist() == [words[word] for word in ("▁q", ":", "▁a", "b", "</s>")]
+
+
+def test_a_token_across_the_end_of_the_prefix_takes_nothing_of_the_target():
+    longer = [b"ye", b"yes", b": ", b": yes", b"]\n"]
+    ranks = {bytes([i]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(longer)}
+    tokenizer = Tokenizer("merges", r"[\s\S]+", ranks)
+    for prefix, target in (("A:", " yes"), ("[BEGIN]", "\ndef f"), ("A:", "yes")):
+        assert tokenizer.decode(continuation(tokenizer, prefix, target)) == target
+        pair = encode(example(prefix, target), tokenizer, 64)
+        assert tokenizer.decode(pair.tokens[:-1].tolist()) == prefix + target
+        assert tokenizer.decode(pair.prompt) == prefix
 
 
 # Batches

