@@ -275,8 +275,10 @@ def test_cut_and_excluded_examples_are_reported(tmp_path):
     pairs, description = load_pairs(config, "train", BYTES)
     n_cut = sum(pair.n_cut > 0 for pair in pairs)
     assert max(len(pair.tokens) for pair in pairs) == 128 and 5 <= n_cut <= 10
-    assert f"; {n_cut} prefixes are cut from the left to fit 128 tokens; " in description
-    assert "examples are left out, as their target alone is too long" in description
+    assert f"; {n_cut} prefixes are cut from the left to fit into 128 tokens; " in description
+    assert "examples are left out because the target alone is too long" in description
+    assert f"WARNING: only {len(pairs) - n_cut} of 95 examples are whole: raise --block_size" in description
+    assert "WARNING" not in load_pairs(replace(config, block_size=1024), "train", BYTES)[1]
     with pytest.raises(UserError, match="fit into block_size=8 tokens: raise --block_size or lower --pauses"):
         load_pairs(replace(config, block_size=8), "train", BYTES)
 
@@ -350,6 +352,20 @@ def test_inconsistent_settings_are_refused(args, text):
         load_config(args)
 
 
+def test_only_rope_is_extended_and_only_on_request():
+    config = load_config(["--init_from=x", "--block_size=512"])
+    assert config.shaped(GPTConfig(), BYTES).block_size == 512
+    with pytest.raises(UserError, match="block_size=512 is more than the 256 tokens that x reads"):
+        config.shaped(GPTConfig(position="learned"), BYTES)
+    config.given = frozenset()  # by a config file
+    with pytest.raises(UserError, match="block_size=512 is more than the 256 tokens that x reads"):
+        config.shaped(GPTConfig(), BYTES)
+    model, tokens = GPT(SMALL_GPT), torch.arange(100)[None]
+    expected = model(tokens[:, :64])
+    model.extend(100)
+    assert torch.equal(model(tokens)[:, :64], expected)
+
+
 # train.py
 
 
@@ -404,6 +420,10 @@ def test_resume_is_bitwise_and_keeps_the_best(train, data_dir, tmp_path):
         assert (tmp_path / run / "best").read_text() == f"step_{lowest['step']:08d}"
         assert hub.load(tmp_path / run / "best")[2]["step"] == lowest["step"]
     sentence(finetune(train, out, *args, "--pauses=3", "--resume", check=False), "was made with pauses=2, not 3")
+    args = (f"--data_dir={write(tmp_path / 'other', 39)}", *args[1:])
+    sentence(
+        finetune(train, out, *args, "--max_steps=20", "--resume", check=False), "another version of the data of gsm8k"
+    )
 
 
 def test_new_pause_embedding_is_the_mean(train, data_dir, tmp_path):
