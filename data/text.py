@@ -91,7 +91,7 @@ def _is_parquet(source: str) -> bool:
 
 def _read_parquet(source: str) -> Iterator[str]:
     parquet, is_dictionary = needs("pyarrow.parquet", "data"), needs("pyarrow", "data").types.is_dictionary
-    with fsspec.open(source) as file, parquet.ParquetFile(file, pre_buffer=True) as table:
+    with fsspec.open(source) as file, parquet.ParquetFile(file) as table:
         if not table.metadata.num_rows:  # an empty table can lack types
             return
         types = {field.name: field.type for field in table.schema_arrow}

@@ -36,6 +36,7 @@ from nanopause.tokenizer import Tokenizer, load_tokenizer
 SPLITS = ("train", "val")
 COUNTS = ("tokens", "documents", "bytes")
 BATCH_CHARACTERS = 1 << 18
+COMMIT_SECONDS = 10.0  # between fsyncs
 SHORT = 100 * 256  # tokens, 100 blocks of the default size; a shorter split is reported
 
 Read = Callable[[str], Iterable[str]]
@@ -53,7 +54,6 @@ def prepare(
     limit: int | None = None,
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
-    commit_seconds: float = 10.0,
 ) -> Path:
     """Tokenize a corpus into the folder data_dir/corpus/tokenizer, and return that folder.
 
@@ -61,9 +61,8 @@ def prepare(
     val_fraction: fraction of documents for validation; depends on each document's text only (see `split_of`). If a
     split gets no document in this way, the last val_fraction of all tokens are the validation split.
     limit: number of documents to read, blank ones included, the same number from each source; None: all.
-    shard_tokens: maximum tokens per file.
-    workers: tokenizer processes; None: one per core; 1: none, tokenize in this process. commit_seconds: interval
-    between fsyncs. Neither changes the result.
+    shard_tokens: maximum tokens per file. workers: tokenizer processes, which do not change the result; None: one per
+    core; 1: none, tokenize in this process.
 
     Raises UserError if the folder exists, an unfinished folder has other settings, the disk is full (run again to
     resume), or all documents are blank.
@@ -99,7 +98,7 @@ def prepare(
         if not folder.exists():
             shards = Shards(unfinished, settings)
             if "next" in shards.meta:
-                _write_documents(shards, ids, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
+                _write_documents(shards, ids, read, workers or len(os.sched_getaffinity(0)))
                 shards.finish(ids.token_bytes)
             os.rename(unfinished, folder)
             sync(folder.parent)
@@ -233,7 +232,7 @@ class Shards:
         self.commit()
 
 
-def _write_documents(shards: Shards, tokenizer: Tokenizer, read: Read, workers: int, commit_seconds: float) -> None:
+def _write_documents(shards: Shards, tokenizer: Tokenizer, read: Read, workers: int) -> None:
     """Tokenize the documents from `next` on and append them to the shards, with a progress bar in a terminal."""
     meta = shards.meta
     is_terminal = sys.stdout.isatty()
@@ -250,7 +249,7 @@ def _write_documents(shards: Shards, tokenizer: Tokenizer, read: Read, workers: 
             speed = (shards.total("bytes") - bytes_before) / 1e6 / (time.monotonic() - begin)
             line = f"{shards.total('documents'):,} documents, {shards.total('tokens'):,} tokens, {speed:.1f} MB/s"
             bar.update(task, completed=position[0], description=line)
-            if time.monotonic() - committed >= commit_seconds:
+            if time.monotonic() - committed >= COMMIT_SECONDS:
                 shards.commit()
                 committed = time.monotonic()
                 if not is_terminal:
@@ -262,23 +261,19 @@ def _batches(shards: Shards, read: Read) -> Iterator[tuple[Position, list[str]]]
     """Batches of documents from `next` on, each with the position after its last document."""
 
     sources, limit = shards.meta["sources"], shards.meta["limit"]
-
-    def documents() -> Iterator[tuple[Position, str]]:
-        first, skip = shards.meta["next"]
-        for i, source in enumerate(sources[first:], first):
-            stop = limit and limit * (i + 1) // len(sources) - limit * i // len(sources)
-            for j, text in enumerate(islice(read(source), skip, stop), skip):
-                if text.strip():
-                    yield (i, j + 1), text
-            skip = 0
-
+    first, skip = shards.meta["next"]
     texts, size = [], 0
-    for position, text in documents():
-        texts.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield position, texts
-            texts, size = [], 0
+    for i, source in enumerate(sources[first:], first):
+        stop = limit and limit * (i + 1) // len(sources) - limit * i // len(sources)
+        for j, text in enumerate(islice(read(source), skip, stop), skip):
+            if text.strip():
+                texts.append(text)
+                size += len(text)
+                position = i, j + 1
+            if size >= BATCH_CHARACTERS:
+                yield position, texts
+                texts, size = [], 0
+        skip = 0
     if texts:
         yield position, texts
 

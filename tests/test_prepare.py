@@ -49,7 +49,7 @@ WORDS = [
     "42",
 ]
 WORDS += ["<|pause|>", "<|endoftext|>"]
-SETTINGS = {"val_fraction": 0.1, "shard_tokens": 100_000, "commit_seconds": 0.0}
+SETTINGS = {"val_fraction": 0.1, "shard_tokens": 100_000}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,6 +57,7 @@ def small_batches():
     """Many commits in little text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanopause.prepare.BATCH_CHARACTERS", 1 << 15)
+        patch.setattr("nanopause.prepare.COMMIT_SECONDS", 0.0)
         yield
 
 
@@ -102,7 +103,7 @@ def start(corpus, data_dir, workers=1, before="pass"):
 import nanopause.prepare
 from nanopause.scripts.data import text
 from nanopause.errors import run
-nanopause.prepare.BATCH_CHARACTERS = 1 << 15
+nanopause.prepare.BATCH_CHARACTERS, nanopause.prepare.COMMIT_SECONDS = 1 << 15, 0.0
 if __name__ == "__main__":
     {before}
     sources = text.find({corpus[0]!r})
@@ -408,18 +409,19 @@ def test_unfinished_folder_is_protected(corpus, tmp_path):
 def test_command_line(corpus, reference, tmp_path):
     """As a person runs it: a prepared folder is left alone, and a hub out of reach is told, with no traceback."""
 
-    def python(script, *arguments):
+    def python(*arguments):
         return subprocess.run(
-            [sys.executable, ROOT / "data" / script, f"--data_dir={tmp_path}", *arguments],
+            [sys.executable, *arguments, f"--data_dir={tmp_path}"],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_ENDPOINT": "http://127.0.0.1:9"},
             capture_output=True,
             text=True,
         )
 
     arguments = f"--files={corpus[0]}", "--name=mix", "--val_fraction=0.1", "--tokenizer=bytes", "--workers=1"
-    assert python("text.py", *arguments).returncode == 0
+    assert python(ROOT / "data/text.py", *arguments).returncode == 0
     before = contents(tmp_path / "mix/bytes")
-    again, offline, typo = python("text.py", *arguments), python("openwebtext.py"), python("text.py", "--limits=3")
+    again, typo = (python("-m", "nanopause", "prepare", *more) for more in (arguments, ["--limits=3"]))
+    offline = python(ROOT / "data/openwebtext.py")
     assert contents(tmp_path / "mix/bytes") == before
     assert "is already prepared" in again.stderr and "cannot reach hf://datasets/Skylion007" in offline.stderr
     assert "limit" in typo.stderr
