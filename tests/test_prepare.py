@@ -370,8 +370,9 @@ def test_bad_files_end_in_a_sentence(capsys, tmp_path):
         "field.jsonl": "field.jsonl, line 3 is not a JSON object with text in the field `text`",
         "table.csv": "table.csv is none of .txt, .jsonl",
     }.items():
-        assert re.search(said, command(capsys, data_dir=tmp_path, files=str(tmp_path / file), tokenizer="bytes")), file
-    assert not (tmp_path / "x/bytes").exists()
+        keys = {"name": f"from {file}", "files": str(tmp_path / file), "tokenizer": "bytes"}
+        assert re.search(said, command(capsys, data_dir=tmp_path, **keys)), file
+    assert not list(tmp_path.glob("from*/bytes"))
 
 
 def test_bad_settings_end_in_a_sentence(capsys, tmp_path, monkeypatch):
