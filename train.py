@@ -36,7 +36,15 @@ from nanopause.data import Batch, Corpus, Insertion, TrainingBatches, prefetch, 
 from nanopause.distributed import Processes
 from nanopause.engine import Engine
 from nanopause.errors import UserError
-from nanopause.finetune import TargetPauses, TaskBatches, described, load_pairs, n_generated, task_validation_batches
+from nanopause.finetune import (
+    TargetPauses,
+    TaskBatches,
+    described,
+    load_pairs,
+    n_generated,
+    sha256_of,
+    task_validation_batches,
+)
 from nanopause.model import GPT
 from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
@@ -175,17 +183,24 @@ def load_start(config: Config, device: torch.device, ticker: Ticker) -> Start:
                         f"add --init_from")  # fmt: skip
     else:
         return Start(config, None, load_tokenizer(config.tokenizer), {}, found)
-    return Start(config.shaped(model.config, tokenizer), model, tokenizer, state, found)
+    config = config.shaped(model.config, tokenizer)
+    if config.block_size > model.config.block_size:
+        ticker.say(f"block_size={config.block_size} is longer than the {model.config.block_size} tokens that "
+                   f"{config.init_from} was trained with: RoPE is extended, so it needs training")  # fmt: skip
+        model.extend(config.block_size)
+    return Start(config, model, tokenizer, state, found)
 
 
 class Data(NamedTuple):
     """batches[step]: this process's share. validation(n, insertion): batches of n blocks or examples. validation_set:
-    all of them. about: for the log. target_pauses: pauses that are placed among the tokens of targets."""
+    all of them. about: for the log. sha256: of training and validation data. target_pauses: pauses that are placed
+    among the tokens of targets."""
 
     batches: TrainingBatches | TaskBatches
     validation: Callable[[int, Insertion], Iterable[Batch]]
     validation_set: Corpus | list
     about: str
+    sha256: str
     target_pauses: TargetPauses | None = None
 
 
@@ -203,7 +218,7 @@ def open_data(config: Config, tokenizer: Tokenizer, processes: Processes) -> Dat
 
         batches = TaskBatches(training, config.batch_size, *layout, config.seed, *share, target_pauses)
         about += f"\nvalidation: {about_validation}\nan example: {described(config)}"
-        return Data(batches, validation, held_out, about, target_pauses)
+        return Data(batches, validation, held_out, about, sha256_of(training + held_out), target_pauses)
 
     folder = DATA / config.dataset / tokenizer.name
     if config.dataset == "pydocs" and not folder.exists() and processes.is_main:
@@ -217,7 +232,7 @@ def open_data(config: Config, tokenizer: Tokenizer, processes: Processes) -> Dat
     batches = TrainingBatches(training, config.batch_size, config.insertion, config.seed, *share)
     shown = folder.relative_to(DATA.parent) if folder.is_relative_to(DATA) else folder
     about = f"{shown}, {len(training):,} training blocks, {len(held_out):,} validation blocks; {config.insertion}"
-    return Data(batches, validation, held_out, about)
+    return Data(batches, validation, held_out, about, training.sha256)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +271,7 @@ def _train(config: Config, processes: Processes, out_dir: Path, stop: list, tick
     start, total = 0, Counts()
     if config.resume:
         if found:
-            state = checkpoint.restore(found, model, optimizers, config, warn=ticker.say)
+            state = checkpoint.restore(found, model, optimizers, config, ticker.say, data.sha256)
             start, total = state["step"], Counts(tokens=state["tokens"], flops=state["flops"])
         ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
 
@@ -284,7 +299,7 @@ def _train(config: Config, processes: Processes, out_dir: Path, stop: list, tick
 
     def save(step: int, is_best: bool = False) -> None:
         checkpoint.save(out_dir, step, model, optimizers, config, tokens=int(total.tokens), flops=total.flops,
-                        knows_pauses=config.pausing or knew_pauses, best=is_best)  # fmt: skip
+                        knows_pauses=config.pausing or knew_pauses, best=is_best, data_sha256=data.sha256)  # fmt: skip
 
     # ---- the loop
     step, n_bad_steps = start, 0

@@ -90,13 +90,14 @@ def readings(
 ) -> dict[int, Reading]:
     """What a model thinks of every example's target, and where training would put m pauses. An example whose target
     does not fit into what the model reads is left out."""
-    inside = TargetPauses(Config(task="gsm8k", placement="dit", pauses=m), tokenizer)
-    encoded = {i: encode(example, tokenizer, model.config.block_size, inside=inside) for i, example in examples.items()}
+    dit = TargetPauses(Config(task="gsm8k", placement="dit", pauses=m), tokenizer)
+    length = model.config.block_size
+    encoded = {i: encode(example, tokenizer, length, target_pauses=dit) for i, example in examples.items()}
     fitting, made = [(i, pair) for i, pair in encoded.items() if pair], {}
     for start in range(0, len(fitting), BATCH):
         indices, pairs = zip(*fitting[start : start + BATCH])
         batch = pack(pairs, tokenizer.pause_id, attention).to(model.head.weight.device)
-        log_likelihoods, chosen = (x[0].cpu().numpy() for x in inside.least_likely(model, batch, BATCH))
+        log_likelihoods, chosen = (x[0].cpu().numpy() for x in dit.least_likely(model, batch, BATCH))
         for i, pair, end, live in zip(indices, pairs, batch.ends, batch.lives):
             ids, here = pair.tokens[pair.n_prefix : -1].tolist(), slice(end - live, end)
             made[i] = Reading([*pieces(ids, tokenizer), "<end>"], log_likelihoods[here], chosen[here])

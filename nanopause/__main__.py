@@ -1,5 +1,6 @@
 """The commands of an installed nanopause; in a clone `python train.py` is the same as `nanopause train`.
 
+nanopause prepare --files=my.txt --name=my
 nanopause train config/pause.py
 nanopause sample --prompt="Return a" --pauses=10
 nanopause evaluate --out_dir=out/gsm8k --tasks=gsm8k --pauses=0,10
@@ -11,6 +12,7 @@ from importlib import import_module
 from nanopause import errors
 
 COMMANDS = {
+    "prepare": "nanopause.scripts.data.text",
     "train": "nanopause.scripts.train",
     "sample": "nanopause.scripts.sample",
     "evaluate": "nanopause.scripts.evaluate",

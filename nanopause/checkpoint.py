@@ -38,11 +38,11 @@ def _folders(out_dir: Path) -> list[Path]:
 
 def save(
     out_dir: Path, step: int, model: nn.Module, optimizers: list[Optimizer], config: Config, *,
-    tokens: int = 0, flops: float = 0.0, knows_pauses: bool | None = None, best: bool = False,
+    tokens: int = 0, flops: float = 0.0, knows_pauses: bool | None = None, best: bool = False, data_sha256: str = "",
 ) -> Path:  # fmt: skip
     """Write the state after `step` steps and return its folder. tokens, flops: of training so far. knows_pauses:
     whether the weights were trained with pauses, in this run or before; None: config.pausing. best: `best` names this
-    checkpoint from now on.
+    checkpoint from now on. data_sha256: hash of the training data.
 
     Raises UserError if a weight is not finite, and OSError on a full disk, after removing the incomplete folder; in
     both cases the earlier checkpoints are kept."""
@@ -65,6 +65,7 @@ def save(
             "config": asdict(config),
             "model": asdict(model.config),
             "knows_pauses": config.pausing if knows_pauses is None else knows_pauses,
+            "data_sha256": data_sha256,
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             "sha256": {file.name: sha256(file) for file in sorted(temporary.iterdir())},
         }
@@ -134,15 +135,18 @@ def read_state(folder: Path) -> dict:
     defaults = {part: asdict(kind()) | state[part] for part, kind in PARTS.items()}
     if not defaults["config"]["task"] and defaults["config"]["placement"] == "appd":
         defaults["config"]["placement"] = "random"  # its earlier name
-    return {"tokens": 0, "flops": 0.0, "knows_pauses": state["config"]["pause_rate"] > 0} | state | defaults
+    earlier = {"tokens": 0, "flops": 0.0, "data_sha256": "", "knows_pauses": state["config"]["pause_rate"] > 0}
+    return earlier | state | defaults
 
 
 def restore(
-    folder: Path, model: nn.Module, optimizers: list[Optimizer], config: Config, warn: Callable[[str], None]
-) -> dict:
+    folder: Path, model: nn.Module, optimizers: list[Optimizer], config: Config, warn: Callable[[str], None],
+    data_sha256: str = "",
+) -> dict:  # fmt: skip
     """Load weights and optimizer states in place and return checkpoint.json. Learning rates and other optimizer
-    settings come from config; differences are reported through `warn`. Raises UserError if config has another model,
-    corpus or data order than the checkpoint, or fewer steps."""
+    settings come from config; differences are reported through `warn`. data_sha256: hash of the training data; "": not
+    compared. Raises UserError if config has another model, corpus or data order than the checkpoint, or fewer steps, or
+    if the data has changed."""
     state = read_state(folder)
     if state["step"] > config.max_steps:
         raise UserError(f"{folder} is beyond max_steps={config.max_steps}: raise --max_steps")
@@ -155,6 +159,9 @@ def restore(
         if then != now:
             raise UserError(f"{folder} was made with {key}={then}, not {now}: resume with --{key}={then}, "
                             f"or start again with another --out_dir")  # fmt: skip
+    if data_sha256 and state["data_sha256"] not in ("", data_sha256):
+        raise UserError(f"{folder} was trained on another version of the data of {config.task or config.dataset}: put "
+                        f"that back to resume, or start again with another --out_dir")  # fmt: skip
     changed = [key for key, value in asdict(config).items() if value != state["config"][key]]
     for key in set(changed) - {"resume", "out_dir", "device", "vocab_size"}:
         warn(f"resume: {key} was {state['config'][key]} and is {getattr(config, key)} from here on")

@@ -209,9 +209,11 @@ class Config(GPTConfig):
         return GPTConfig(**shape | {"vocab_size": vocab_size})
 
     def shaped(self, model: GPTConfig, tokenizer: Tokenizer) -> "Config":
-        """This run for a model and a tokenizer that are there; what config files say of either is left aside. Raises
-        UserError where the command line asks for others, or the model reads no sequences of block_size."""
-        if self.block_size > model.block_size:
+        """This run for an existing model and tokenizer; what config files set of either is ignored. Raises UserError if
+        the command line sets it otherwise, or block_size is longer than the model's: only RoPE can be extended, and
+        only by the command line."""
+        is_extended = model.position == "rope" and "block_size" in self.given
+        if self.block_size > model.block_size and not is_extended:
             raise UserError(f"block_size={self.block_size} is more than the {model.block_size} tokens that "
                             f"{self.init_from} reads: lower --block_size")  # fmt: skip
         theirs = asdict(model) | {"tokenizer": tokenizer.name}

@@ -1,5 +1,6 @@
 """Batches of a prepared corpus. A step's batch is a pure function of (seed, step, rank): no loader state to save."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ ROW_MULTIPLE = 256  # tokens; on a GPU packed batches are padded to it, so that 
 class Corpus:
     """One split of a prepared corpus: memory-mapped shards, divided into blocks of `block_size` + 1 tokens.
 
-    Consecutive blocks overlap by one token, so that every token is a target once.
+    Consecutive blocks overlap by one token, so that every token is a target once. sha256: hash of both splits.
     Raises UserError if the folder is missing, damaged, of another tokenizer, or shorter than one block.
     """
 
@@ -34,7 +35,10 @@ class Corpus:
             name = meta["tokenizer"]
             dtype = np.dtype(meta["dtype"])
             tokenizer_sha256 = meta.get("tokenizer_sha256", tokenizer.sha256)  # earlier versions did not write it
-            files = [(folder / shard["file"], int(shard["tokens"])) for shard in meta["splits"][split]["shards"]]
+            shards = {name: meta["splits"][name]["shards"] for name in ("train", "val")}
+            files = [(folder / shard["file"], int(shard["tokens"])) for shard in shards[split]]
+            hashes = [shard["sha256"] for of_split in shards.values() for shard in of_split]
+            self.sha256 = hashlib.sha256(" ".join(hashes).encode()).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder} has no meta.json: prepare the corpus with its script in data/, "
                             f"--tokenizer={tokenizer.name}") from None  # fmt: skip
@@ -56,7 +60,7 @@ class Corpus:
         self._first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
         if len(self) == 0:
             raise UserError(f"the {split} split of {folder} is shorter than one block of {block_size} tokens: "
-                            f"lower --block_size")  # fmt: skip
+                            f"lower --block_size, or prepare it with more text or another --val_fraction")  # fmt: skip
 
     def __len__(self) -> int:
         """Number of blocks."""

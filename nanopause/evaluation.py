@@ -252,7 +252,10 @@ class Cell:
         prefix = self.examples[index].prefix
         scored = continuation(self.tokenizer, prefix, choice)
         prompt, n_cut = self.prompt(prefix, self.room + 1 - len(scored))
-        if len(prompt) + len(scored) > self.room + 1 or len(prompt) == self.pauses or not scored:
+        if not scored:
+            raise UserError(f"example {index} of {self.task.name} has the choice {choice!r}, which is no token of the "
+                            f"tokenizer: change or delete it")  # fmt: skip
+        if len(prompt) + len(scored) > self.room + 1 or len(prompt) == self.pauses:
             raise UserError(
                 f"example {index} of {self.task.name} has a choice of {len(scored)} tokens, and with {self.pauses} "
                 f"pauses 1 to {self.model.config.block_size - self.pauses} fit: lower --pauses"

@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, C width, H query heads, G key-value heads, D head
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -194,6 +194,11 @@ class GPT(nn.Module):
                 nn.init.normal_(projection.weight, std=std)
         if module is self and self.config.zero_init and not self.config.tied:
             nn.init.zeros_(self.head.weight)
+
+    def extend(self, block_size: int) -> None:
+        """Accept longer sequences than in pretraining: compute the rotary tables of their positions."""
+        self.config = replace(self.config, block_size=block_size)
+        self.rope_cos, self.rope_sin = (table.to(self.rope_cos) for table in rope_tables(self.config))
 
     def hidden(self, tokens, *, positions=None, lo=None, hi=None, cache=None, write_at=None) -> Tensor:
         """Hidden states after the final norm, [B, T, C], of tokens [B, T].

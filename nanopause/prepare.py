@@ -9,6 +9,7 @@ preparation resumes from those counts and produces the same bytes as an uninterr
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -35,6 +36,8 @@ from nanopause.tokenizer import Tokenizer, load_tokenizer
 SPLITS = ("train", "val")
 COUNTS = ("tokens", "documents", "bytes")
 BATCH_CHARACTERS = 1 << 18
+COMMIT_SECONDS = 10.0  # between fsyncs
+SHORT = 100 * 256  # tokens, 100 blocks of the default size; a shorter split is reported
 
 Read = Callable[[str], Iterable[str]]
 Position = tuple[int, int]  # of the next document: index of its source, index within the source
@@ -51,18 +54,18 @@ def prepare(
     limit: int | None = None,
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
-    commit_seconds: float = 10.0,
 ) -> Path:
     """Tokenize a corpus into the folder data_dir/corpus/tokenizer, and return that folder.
 
     read(source): yields the documents of one source, always in the same order; blank documents are skipped.
-    val_fraction: fraction of documents for validation; depends on each document's text only (see `split_of`).
-    limit: number of documents to read; None: all. shard_tokens: maximum tokens per file.
-    workers: tokenizer processes; None: one per core; 1: none, tokenize in this process. commit_seconds: interval
-    between fsyncs. Neither changes the result.
+    val_fraction: fraction of documents for validation; depends on each document's text only (see `split_of`). If a
+    split gets no document in this way, the last val_fraction of all tokens are the validation split.
+    limit: number of documents to read, blank ones included, the same number from each source; None: all.
+    shard_tokens: maximum tokens per file. workers: tokenizer processes, which do not change the result; None: one per
+    core; 1: none, tokenize in this process.
 
     Raises UserError if the folder exists, an unfinished folder has other settings, the disk is full (run again to
-    resume), or a split has no document.
+    resume), or all documents are blank.
     """
     if Path(corpus).name != corpus:
         raise UserError(f"corpus name {corpus!r} must not contain a path: use a plain name")
@@ -95,11 +98,15 @@ def prepare(
         if not folder.exists():
             shards = Shards(unfinished, settings)
             if "next" in shards.meta:
-                _write_documents(shards, ids, read, workers or len(os.sched_getaffinity(0)), commit_seconds)
-                shards.finish()
+                _write_documents(shards, ids, read, workers or len(os.sched_getaffinity(0)))
+                shards.finish(ids.token_bytes)
             os.rename(unfinished, folder)
             sync(folder.parent)
             print(f"{folder}: " + ", ".join(f"{shards.counts[s]['tokens']:,} tokens of {s}" for s in SPLITS))
+            for split in SPLITS:
+                if shards.counts[split]["tokens"] < SHORT:
+                    print(f"warning: the {split} split has only {shards.counts[split]['tokens']:,} tokens, fewer than "
+                          f"{SHORT:,}: add text or change val_fraction", file=sys.stderr)  # fmt: skip
         else:
             with suppress(OSError):
                 unfinished.rmdir()
@@ -140,14 +147,18 @@ class Shards:
             if self.meta.get(key) != value:
                 raise UserError(f"{folder} was begun with another {key}: use the same {key}, or delete that folder")
         self.counts, self.dtype = self.meta["splits"], np.dtype(self.meta["dtype"]).newbyteorder("<")
+        self._truncate()
+
+    def _truncate(self) -> None:
+        """Delete what the shards hold beyond the counts. Raises UserError if a shard is too short."""
         sizes = {path: tokens * self.dtype.itemsize for split in SPLITS for path, tokens in self.files(split)}
-        for path in {*folder.glob("*.bin"), *sizes}:
+        for path in {*self.folder.glob("*.bin"), *sizes}:
             if path not in sizes:
                 path.unlink()
             elif path.exists() and path.stat().st_size >= sizes[path]:
                 os.truncate(path, sizes[path])
             else:
-                raise UserError(f"{path} is shorter than when it was written: delete {folder}")
+                raise UserError(f"{path} is shorter than when it was written: delete {self.folder}")
 
     def total(self, count: str) -> int:
         return sum(self.counts[split][count] for split in SPLITS)
@@ -181,12 +192,39 @@ class Shards:
         self.unsynced.clear()
         replace_file(self.folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
 
-    def finish(self) -> None:
-        """Replace `next` by the hashes, which marks the folder as complete. Raises UserError if a split is empty."""
+    def _move(self, split: str, start: int, other: str, token_bytes: np.ndarray) -> None:
+        """Move a split's tokens from `start` on to the other split, which is empty."""
+        for path, n_tokens in self.files(split):
+            kept = min(start, n_tokens)
+            start -= kept
+            tokens = np.fromfile(path, self.dtype, offset=kept * self.dtype.itemsize)
+            moved = {
+                "tokens": len(tokens),
+                "documents": int((tokens == self.meta["eot_id"]).sum()),
+                "bytes": int(token_bytes[tokens].sum()),
+            }
+            self.append(other, tokens, moved["documents"], moved["bytes"])
+            for count in COUNTS:
+                self.counts[split][count] -= moved[count]
+        self.commit()
+        self._truncate()  # after the commit: if it is interrupted, the next run truncates
+
+    def finish(self, token_bytes: np.ndarray) -> None:
+        """Divide the tokens if a split is empty, and replace `next` by the hashes, which marks the folder as complete.
+        token_bytes: the tokenizer's. Raises UserError if there is no document."""
+        train, val = (self.counts[split] for split in SPLITS)
+        n_tokens, n_documents = self.total("tokens"), self.total("documents")
+        if not n_tokens:
+            shutil.rmtree(self.folder)
+            raise UserError(f"no document in {', '.join(self.meta['sources'])}: they hold nothing but white space")
+        if not train["tokens"]:
+            self._move("val", 0, "train", token_bytes)
+        if not val["tokens"]:
+            n_val = min(math.ceil(self.meta["val_fraction"] * n_tokens), n_tokens - 1)
+            self._move("train", n_tokens - n_val, "val", token_bytes)
+            print(f"number of documents: {n_documents:,} (lines <|endoftext|> separate the documents of a text file); "
+                  f"they are all in one split, so the last {n_val:,} tokens become the validation split")  # fmt: skip
         for split in SPLITS:
-            if not self.counts[split]["tokens"]:
-                shutil.rmtree(self.folder)
-                raise UserError(f"no document for the {split} split: add documents or change val_fraction")
             self.counts[split]["shards"] = [
                 {"file": path.name, "tokens": tokens, "sha256": sha256(path)} for path, tokens in self.files(split)
             ]
@@ -194,7 +232,7 @@ class Shards:
         self.commit()
 
 
-def _write_documents(shards: Shards, tokenizer: Tokenizer, read: Read, workers: int, commit_seconds: float) -> None:
+def _write_documents(shards: Shards, tokenizer: Tokenizer, read: Read, workers: int) -> None:
     """Tokenize the documents from `next` on and append them to the shards, with a progress bar in a terminal."""
     meta = shards.meta
     is_terminal = sys.stdout.isatty()
@@ -211,7 +249,7 @@ def _write_documents(shards: Shards, tokenizer: Tokenizer, read: Read, workers: 
             speed = (shards.total("bytes") - bytes_before) / 1e6 / (time.monotonic() - begin)
             line = f"{shards.total('documents'):,} documents, {shards.total('tokens'):,} tokens, {speed:.1f} MB/s"
             bar.update(task, completed=position[0], description=line)
-            if time.monotonic() - committed >= commit_seconds:
+            if time.monotonic() - committed >= COMMIT_SECONDS:
                 shards.commit()
                 committed = time.monotonic()
                 if not is_terminal:
@@ -222,22 +260,20 @@ def _write_documents(shards: Shards, tokenizer: Tokenizer, read: Read, workers: 
 def _batches(shards: Shards, read: Read) -> Iterator[tuple[Position, list[str]]]:
     """Batches of documents from `next` on, each with the position after its last document."""
 
-    def documents() -> Iterator[tuple[Position, str]]:
-        first, skip = shards.meta["next"]
-        for i, source in enumerate(shards.meta["sources"][first:], first):
-            for j, text in enumerate(islice(read(source), skip, None), skip):
-                if text.strip():
-                    yield (i, j + 1), text
-            skip = 0
-
-    limit = shards.meta["limit"]
+    sources, limit = shards.meta["sources"], shards.meta["limit"]
+    first, skip = shards.meta["next"]
     texts, size = [], 0
-    for position, text in islice(documents(), limit and limit - shards.total("documents")):
-        texts.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield position, texts
-            texts, size = [], 0
+    for i, source in enumerate(sources[first:], first):
+        stop = limit and limit * (i + 1) // len(sources) - limit * i // len(sources)
+        for j, text in enumerate(islice(read(source), skip, stop), skip):
+            if text.strip():
+                texts.append(text)
+                size += len(text)
+                position = i, j + 1
+            if size >= BATCH_CHARACTERS:
+                yield position, texts
+                texts, size = [], 0
+        skip = 0
     if texts:
         yield position, texts
 

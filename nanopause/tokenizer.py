@@ -4,6 +4,8 @@ import copy
 import hashlib
 import importlib.resources
 import json
+import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 EOT, PAUSE = "<|endoftext|>", "<|pause|>"
 OURS = ("bytes", "gpt2")
+MAX_SPACES = 100_000  # in a row: GPT2_PATTERN backtracks over white space, and tiktoken panics after 1e6 steps
 # sha256 of the files that OpenAI published with GPT-2.
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -55,8 +58,14 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(repr((pattern, ranks)).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. The strings `<|pause|>` and `<|endoftext|>` are encoded as ordinary text."""
-        return self._encoding.encode_ordinary(text)
+        """Ids of a text. The strings `<|pause|>` and `<|endoftext|>` are encoded as ordinary text. A lone surrogate,
+        which UTF-8 cannot encode, becomes U+FFFD."""
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return [id for piece in _pieces(text) for id in self._encoding.encode_ordinary(piece)]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of messages, {"role": "user", "content": text}, in the chat template, up to where the answer begins.
@@ -142,7 +151,7 @@ class PretrainedTokenizer(Tokenizer):
         deciding = parts["normalizer"], parts["pre_tokenizer"], parts["model"], added, self.bos_id, self.eot_id
         self.sha256 = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         # split_special_tokens: the name of a special token in a text is ordinary text.
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
@@ -174,6 +183,17 @@ class PretrainedTokenizer(Tokenizer):
         (folder / "generation_config.json").write_text(json.dumps(self.generation))
         saved = {"name": self.name, "vocab_size": self.vocab_size, "pad_id": self.pad_id}
         (folder / "nanopause.json").write_text(json.dumps(saved))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text, cut where more than MAX_SPACES white space characters follow one another."""
+    start = 0
+    if len(text) > MAX_SPACES:
+        for spaces in re.finditer(r"\s+", text):
+            for end in range(spaces.start() + MAX_SPACES, spaces.end(), MAX_SPACES):
+                yield text[start:end]
+                start = end
+    yield text[start:]
 
 
 def _byte_of_character() -> dict[str, int]:

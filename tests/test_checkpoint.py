@@ -93,6 +93,14 @@ def test_restore_gives_the_bits_back_and_takes_the_configs_rates(tmp_path, state
         checkpoint.restore(folder, model, optimizers, Config(n_layer=1, n_embd=16, n_head=2, max_steps=4), said.append)
 
 
+def test_other_data_is_refused(tmp_path, state):
+    folder = checkpoint.save(tmp_path, 5, *state, CONFIG, data_sha256="a")
+    assert checkpoint.restore(folder, *state, CONFIG, print, "a")["data_sha256"] == "a"
+    with pytest.raises(UserError, match="was trained on another version of the data of pydocs: put that back to"):
+        checkpoint.restore(folder, *state, CONFIG, print, "b")
+    checkpoint.restore(save(tmp_path, 6, state), *state, CONFIG, print, "b")  # an earlier version saved no hash
+
+
 def test_of_another_version(tmp_path, state):
     """What is new since then has its default; what is not known yet is refused."""
     folder = save(tmp_path, 1, state)

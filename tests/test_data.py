@@ -10,6 +10,7 @@ import torch
 from nanopause.data import Batch, Corpus, Insertion, TrainingBatches, prefetch, validation_batches
 from nanopause.errors import UserError
 from nanopause.pauses import IGNORE
+from nanopause.prepare import prepare
 from nanopause.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -33,6 +34,17 @@ def test_blocks_cover_the_shards(corpus):
             np.testing.assert_array_equal(corpus[at], shard[start : start + T + 1])
             at += 1
     assert at == len(corpus)
+
+
+def test_hash_is_of_both_splits(corpus, tiny_corpus, tmp_path):
+    def prepared(name, n):
+        documents = [f"{i} " * 50 for i in range(n)]
+        folder = prepare(name, ["s"], lambda _: documents, tmp_path, "bytes", val_fraction=0.1, workers=1)
+        hashes = {Corpus(folder, split, BYTES, T).sha256 for split in ("train", "val")}
+        assert len(hashes) == 1
+        return hashes
+
+    assert prepared("a", 60) == prepared("b", 60) != prepared("c", 61)
 
 
 def test_an_epoch_shows_every_block_once_in_another_order_each_time(corpus):

@@ -260,7 +260,7 @@ def test_insert_before_by_hand():
 def test_prefix_is_cut_to_leave_room_for_target_pauses(placement, n):
     words = example("why " * 40, " one two three.")
     chooser = inside(placement, 9)
-    pair = encode(words, BYTES, 128, inside=chooser)
+    pair = encode(words, BYTES, 128, target_pauses=chooser)
     batch = TaskBatches([pair], 1, P, "causal", 0, 0, 1, chooser)[0]
     if placement == "dit":
         batch = chooser.chosen_by(lambda inputs, targets, **_: torch.rand(inputs.numel()), batch, 1)

@@ -130,7 +130,7 @@ def test_what_each_method_trains_with():
         ("--tasks=mbpp", "allow it by --allow_code_execution"),
         ("--init_from=", "no --init_from: name the folder"),
         ("--init_from=nowhere", "--init_from: nowhere holds no checkpoint"),
-        ("--train=--block_size=256", "block_size=256 is more than the 128 tokens"),
+        ("--train=--n_layer=9", "n_layer=9 is not what"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_before_any_job(grid, arguments, tmp_path, change, text):

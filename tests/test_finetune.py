@@ -20,12 +20,21 @@ from nanopause.config import Config, load_config
 from nanopause.data import evenly
 from nanopause.engine import Engine
 from nanopause.errors import UserError
-from nanopause.finetune import Pair, TaskBatches, encode, load_pairs, n_generated, pack, task_validation_batches
+from nanopause.finetune import (
+    Pair,
+    TaskBatches,
+    continuation,
+    encode,
+    load_pairs,
+    n_generated,
+    pack,
+    task_validation_batches,
+)
 from nanopause.model import GPT, GPTConfig
 from nanopause.optimizer import make_optimizers, set_learning_rates, set_trainable
 from nanopause.pauses import IGNORE
 from nanopause.tasks import Example, get_task
-from nanopause.tokenizer import PretrainedTokenizer, load_tokenizer
+from nanopause.tokenizer import PretrainedTokenizer, Tokenizer, load_tokenizer
 
 REAL = Path(os.environ.get("NANOPAUSE_DATA", ROOT.parent / "shared/data")) / "tasks"
 BYTES = load_tokenizer("bytes")
@@ -208,6 +217,17 @@ def test_targets_are_tokenized_with_their_prefix():
     assert pair.tokens.tolist() == [words[word] for word in ("▁q", ":", "▁a", "b", "</s>")]
 
 
+def test_a_token_across_the_end_of_the_prefix_takes_nothing_of_the_target():
+    longer = [b"ye", b"yes", b": ", b": yes", b"]\n"]
+    ranks = {bytes([i]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(longer)}
+    tokenizer = Tokenizer("merges", r"[\s\S]+", ranks)
+    for prefix, target in (("A:", " yes"), ("[BEGIN]", "\ndef f"), ("A:", "yes")):
+        assert tokenizer.decode(continuation(tokenizer, prefix, target)) == target
+        pair = encode(example(prefix, target), tokenizer, 64)
+        assert tokenizer.decode(pair.tokens[:-1].tolist()) == prefix + target
+        assert tokenizer.decode(pair.prompt) == prefix
+
+
 # Batches
 
 
@@ -255,8 +275,10 @@ def test_cut_and_excluded_examples_are_reported(tmp_path):
     pairs, description = load_pairs(config, "train", BYTES)
     n_cut = sum(pair.n_cut > 0 for pair in pairs)
     assert max(len(pair.tokens) for pair in pairs) == 128 and 5 <= n_cut <= 10
-    assert f"; {n_cut} prefixes are cut from the left to fit 128 tokens; " in description
-    assert "examples are left out, as their target alone is too long" in description
+    assert f"; {n_cut} prefixes are cut from the left to fit into 128 tokens; " in description
+    assert "examples are left out because the target alone is too long" in description
+    assert f"WARNING: only {len(pairs) - n_cut} of 95 examples are whole: raise --block_size" in description
+    assert "WARNING" not in load_pairs(replace(config, block_size=1024), "train", BYTES)[1]
     with pytest.raises(UserError, match="fit into block_size=8 tokens: raise --block_size or lower --pauses"):
         load_pairs(replace(config, block_size=8), "train", BYTES)
 
@@ -330,6 +352,20 @@ def test_inconsistent_settings_are_refused(args, text):
         load_config(args)
 
 
+def test_only_rope_is_extended_and_only_on_request():
+    config = load_config(["--init_from=x", "--block_size=512"])
+    assert config.shaped(GPTConfig(), BYTES).block_size == 512
+    with pytest.raises(UserError, match="block_size=512 is more than the 256 tokens that x reads"):
+        config.shaped(GPTConfig(position="learned"), BYTES)
+    config.given = frozenset()  # by a config file
+    with pytest.raises(UserError, match="block_size=512 is more than the 256 tokens that x reads"):
+        config.shaped(GPTConfig(), BYTES)
+    model, tokens = GPT(SMALL_GPT), torch.arange(100)[None]
+    expected = model(tokens[:, :64])
+    model.extend(100)
+    assert torch.equal(model(tokens)[:, :64], expected)
+
+
 # train.py
 
 
@@ -384,6 +420,10 @@ def test_resume_is_bitwise_and_keeps_the_best(train, data_dir, tmp_path):
         assert (tmp_path / run / "best").read_text() == f"step_{lowest['step']:08d}"
         assert hub.load(tmp_path / run / "best")[2]["step"] == lowest["step"]
     sentence(finetune(train, out, *args, "--pauses=3", "--resume", check=False), "was made with pauses=2, not 3")
+    args = (f"--data_dir={write(tmp_path / 'other', 39)}", *args[1:])
+    sentence(
+        finetune(train, out, *args, "--max_steps=20", "--resume", check=False), "another version of the data of gsm8k"
+    )
 
 
 def test_new_pause_embedding_is_the_mean(train, data_dir, tmp_path):

