@@ -390,7 +390,7 @@ def show_end(config: Config, model: GPT, tokenizer: Tokenizer, data: Data, ticke
 
 
 def main() -> None:
-    train(load_config(sys.argv[1:]))
+    train(load_config(sys.argv[1:], __doc__))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A model as one object, for notebooks and scripts.
 
-    model = nanopause.load("out/pause")
-    print(model.generate("Return a", pauses=10))
+model = nanopause.load("out/pause")
+print(model.generate("Return a", pauses=10))
 """
 
 from collections.abc import Sequence

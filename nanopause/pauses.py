@@ -10,9 +10,9 @@ IGNORE = -100  # target of a masked position, which has no loss
 def insert_random(tokens: np.ndarray, rate: float, pause_id: int, rng: np.random.Generator) -> np.ndarray:
     """Pause pretraining's insertion [Goyal et al. 2023, Algorithm 1]: insert at random, truncate to the same length.
 
-    tokens: integers [..., N]. rate·N pauses (the paper's Mpt) are inserted into every sequence, all arrangements equally
-    likely, and the result is truncated to N. On average rate/(1+rate) of the positions are pauses. Where rate·N is not
-    whole, each sequence gets one pause more or less at random, so that the expected number is rate·N.
+    tokens: integers [..., N]. rate·N pauses (the paper's Mpt) are inserted into every sequence, all arrangements
+    equally likely, and the result is truncated to N. On average rate/(1+rate) of the positions are pauses. If rate·N is
+    not whole, it is rounded up or down at random, so that its expectation is rate·N.
     Returns the same shape and dtype.
     """
     if tokens.ndim > 1:
