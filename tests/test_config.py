@@ -125,7 +125,7 @@ def test_a_file_that_does_not_run_is_named(tmp_path):
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_explains_every_key(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
-    about = "About it.\n    python train.py config/pause.py\nResume, explained by a long sentence that is wrapped and then"
+    about = "About it.\n    python train.py config/pause.py\nResume, explained by a sentence that is wrapped, and"
     with pytest.raises(SystemExit) as ended:
         load_config(["--help"], f"{about}\nends here:\n    python train.py --resume")
     shown = capsys.readouterr().out

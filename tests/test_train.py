@@ -2,18 +2,24 @@
 
 import json
 import math
+import os
+import pty
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import scripts
 from conftest import ROOT, TINY
 from safetensors.numpy import load_file
+
+from nanopause.distributed import stop_signals
 
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -45,8 +51,9 @@ def test_run_writes_metrics_figure_and_checkpoint(train, tmp_path):
                   launcher=PYTHON)  # fmt: skip
     assert [row["step"] for row in rows(out)] == [10, 20, 30]
     last = rows(out)[-1]
-    keys = "loss val_loss val_bpb val_loss_pauses val_bpb_pauses tokens tokens_per_second mfu learning_rate".split()
+    keys = "loss val_loss val_bpb val_loss_pauses val_bpb_pauses tokens tokens_per_second learning_rate".split()
     assert all(math.isfinite(last[key]) for key in keys)
+    assert last["mfu"] is None or 0 < last["mfu"] <= 1
     assert last["tokens"] == 30 * 4 * 32
     assert last["loss"] < rows(out)[0]["loss"] and last["val_bpb"] < 5.5
     assert 0.05 < last["pause_share"] < 0.15
@@ -103,20 +110,105 @@ def test_run_killed_twenty_times_is_bitwise_equal(train, tiny_corpus, tmp_path):
     assert list(map(same, rows(out))) == list(map(same, rows(tmp_path / "whole")))
 
 
-def test_sigterm_saves_and_exits_0(train, tiny_corpus, tmp_path):
+@pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGINT", 130)])
+def test_a_signal_saves_and_says_how_to_continue(train, tiny_corpus, tmp_path, name, code):
     args = ("--max_steps=100000", "--log_interval=1")
     process = start(tmp_path / "run", tiny_corpus, *args)
     for line in process.stdout:
         if line.startswith("step 5:"):
-            process.terminate()
+            os.kill(process.pid, signal.Signals[name])
             break
-    rest = process.stdout.read()
+    rest = process.stdout.read() + process.stderr.read()
     process.join(60)
-    assert process.exitcode == 0 and "stopped by SIGTERM after step" in rest, rest
+    assert process.exitcode == code and "Traceback" not in rest, rest
     step = int((tmp_path / "run" / "latest").read_text().removeprefix("step_"))
-    assert step >= 5
-    ended = train(tmp_path / "run", f"--max_steps={step + 2}", "--resume")
-    assert f"from step {step}" in ended.stdout
+    (last,) = [line for line in rest.splitlines() if f"stopped by {name} after step {step}; continue with: " in line]
+    command = shlex.split(last.partition("continue with: ")[2])
+    assert step >= 5 and command[:2] == ["python", "train.py"] and command[-1] == "--resume"
+    ended = scripts.run("train.py", *command[2:], f"--max_steps={step + 2}")
+    assert ended.returncode == 0 and f"from step {step}" in ended.stdout
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny_corpus, tmp_path):
+    """During a step that takes long: nothing is saved."""
+    process = start(tmp_path / "run", tiny_corpus, "--max_steps=100000", "--log_interval=1", "--n_embd=256",
+                    "--batch_size=10000")  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("device:"):
+            break
+    time.sleep(1)
+    begin = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert "press it again" in process.stderr.readline() + process.stderr.readline() + process.stderr.readline()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130 and time.monotonic() - begin < 30
+    assert "interrupted" in process.stderr.read() and not (tmp_path / "run" / "latest").exists()
+
+
+def test_signals_are_left_alone_where_they_cannot_be_caught():
+    """In a thread, as some notebooks have it; and Ctrl-C where it is ignored, as in a worker process."""
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def body():
+        with stop_signals() as received:
+            return received, signal.getsignal(signal.SIGTERM)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(body).result() == ([], before[0])
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before[0]
+    finally:
+        signal.signal(signal.SIGINT, before[1])
+
+
+def test_training_in_a_plain_session(tiny_corpus, tmp_path):
+    """Without train.py, sys.argv or a folder's name, in the main thread and in another one."""
+    shape = {arg[2:].partition("=")[0]: arg.partition("=")[2] for arg in TINY}
+    shape = {key: int(value) if value.isdigit() else value for key, value in shape.items()}
+    code = f"""
+from threading import Thread
+from nanopause import Config, train
+config = Config(**{shape | {"dataset": str(tiny_corpus), "max_steps": 2, "pause_rate": 0.1}})
+train(config)
+thread = Thread(target=train, args=(Config(**vars(config) | {{"out_dir": "other"}}),))
+thread.start()
+thread.join()
+"""
+    ended = subprocess.run([sys.executable, "-c", code, "--max_steps=x"], cwd=tmp_path, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])})  # fmt: skip
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    for folder in ("out/default", "other"):
+        assert (tmp_path / folder / "loss.png").exists() and (tmp_path / folder / "latest").exists()
+
+
+def test_resume_of_nothing(tiny_corpus, tmp_path):
+    """At a terminal a mistyped folder is refused; a job's command may contain --resume from its first start on."""
+    args = [sys.executable, "train.py", *TINY, f"--dataset={tiny_corpus}", f"--out_dir={tmp_path / 'run'}",
+            "--max_steps=1", "--resume"]  # fmt: skip
+    _, terminal = pty.openpty()
+    ended = subprocess.run(args, cwd=ROOT, stdin=terminal, capture_output=True, text=True)
+    sentence(ended, "holds no run: check --out_dir")
+    assert not (tmp_path / "run").exists()
+    ended = subprocess.run(args, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert f"resume: there is no checkpoint in {tmp_path / 'run'}, so this run starts at step 0" in ended.stdout
+
+
+def test_the_last_validation_is_bounded_and_shown(train, tmp_path, monkeypatch):
+    """Blocks by final_eval_blocks; what takes long prints a line, also into a pipe."""
+    out = tmp_path / "run"
+    args = ("config/pause.py", "--max_steps=2", "--eval_interval=1", "--eval_blocks=6")
+    ended = train(out, *args, "--final_eval_blocks=6")
+    assert rows(out)[0]["val_loss"] != rows(out)[1]["val_loss"]
+    train(tmp_path / "whole", *args)
+    assert rows(out)[0] == rows(tmp_path / "whole")[0] | {
+        key: rows(out)[0][key] for key in ("tokens_per_second", "mfu")
+    }
+    assert rows(out)[1]["val_loss"] != rows(tmp_path / "whole")[1]["val_loss"]
+    assert ended.stdout.count("with pauses") == ended.stdout.count("less context per token") == 2
 
 
 def losses_differ(a, b):
