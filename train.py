@@ -443,9 +443,7 @@ def main() -> None:
     config = load_config(sys.argv[1:], __doc__)
     # A job's command may always contain --resume; a person who types it continues a run that exists.
     if config.resume and not has_files(Path(config.out_dir)) and sys.stdin and sys.stdin.isatty():
-        raise UserError(
-            f"{config.out_dir} holds no run to continue: check --out_dir, or leave out --resume to start one"
-        )
+        raise UserError(f"{config.out_dir} holds no run: check --out_dir, or start one without --resume")
     train(config)
 
 

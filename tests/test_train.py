@@ -13,13 +13,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import scripts
 from conftest import ROOT, TINY
 from safetensors.numpy import load_file
 
-from nanopause.distributed import stop_signals
+from nanopause import metrics, progress
+from nanopause.config import Config
+from nanopause.distributed import Processes, stop_signals
+from nanopause.errors import UserError
 
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -197,8 +201,7 @@ def test_resume_of_nothing(tiny_corpus, tmp_path):
     assert f"resume: there is no checkpoint in {tmp_path / 'run'}, so this run starts at step 0" in ended.stdout
 
 
-def test_the_last_validation_is_bounded_and_shown(train, tmp_path, monkeypatch):
-    """Blocks by final_eval_blocks; what takes long prints a line, also into a pipe."""
+def test_the_last_validation_is_bounded(train, tmp_path):
     out = tmp_path / "run"
     args = ("config/pause.py", "--max_steps=2", "--eval_interval=1", "--eval_blocks=6")
     ended = train(out, *args, "--final_eval_blocks=6")
@@ -306,6 +309,80 @@ def test_tensorboard_receives_the_metrics(train, tmp_path):
     train(tmp_path / "run", "--max_steps=4", "--log_interval=2", "--tracker=tensorboard")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4]
+
+
+def test_a_resumed_run_continues_the_run_of_wandb(tmp_path, monkeypatch):
+    ids, logged = [], []
+
+    def init(**options):
+        ids.append(options["id"])
+        return SimpleNamespace(id=options["id"] or "a1b2")
+
+    fake = SimpleNamespace(init=init, log=lambda row, step: logged.append(row), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = Config(tracker="wandb", out_dir=str(tmp_path / "run"))
+    for step in (1, 2):
+        log = metrics.Metrics(config, start=step - 1)
+        log.log({"step": step, "loss": math.nan})
+        log.finish()
+    assert ids == [None, "a1b2"] and logged == [{"step": 1}, {"step": 2}]  # without a loss that is not a number
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, broken):
+    def fail(*_, **__):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    fake = SimpleNamespace(init=lambda **_: None, log=lambda row, step: None, finish=lambda: None)
+    setattr(fake, broken, fail)
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    said = []
+    log = metrics.Metrics(Config(tracker="trackio", out_dir=str(tmp_path / "run")), start=0, warn=said.append)
+    log.log({"step": 1})
+    log.log({"step": 2})
+    log.finish()
+    assert len(said) == 1 and "tracker=trackio does not work, and the run goes on without it: RuntimeError" in said[0]
+    assert [row["step"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):
+    config, file = Config(out_dir=str(tmp_path)), tmp_path / "metrics.jsonl"
+    log = metrics.Metrics(config, start=0)
+    log.log({"step": 1, "loss": math.nan, "grad_norm": math.inf, "tokens": 5})
+    log.log({"step": 2, "loss": 1.5, "mfu": None})
+    text = '{"step": 1, "loss": null, "grad_norm": null, "tokens": 5}\n{"step": 2, "loss": 1.5, "mfu": null}\n'
+    assert file.read_text() == text
+    assert metrics.read(file) == log.rows == [{"step": 1, "tokens": 5}, {"step": 2, "loss": 1.5}]
+    assert metrics.Metrics(config, start=2).rows == log.rows and file.read_text() == text
+    metrics.plot(log.rows, tmp_path / "loss.png", "a run", "less text")
+
+
+def test_without_a_terminal_what_takes_long_prints_lines(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST", 0.3)
+    monkeypatch.setattr(progress, "EVERY", 0.3)
+    with progress.Ticker(3, enabled=True) as ticker:
+        ticker.begin("loading the data")
+        time.sleep(1)
+        with ticker.during("validation"):
+            ticker.update("validation: 50%")
+            time.sleep(1)
+        monkeypatch.setattr(progress, "FIRST", 9)
+        ticker.begin("drawing loss.png")
+        time.sleep(0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("loading the data … ") and sum("validation: 50% … " in line for line in lines) >= 2
+    assert "drawing" not in "".join(lines)
+
+
+def test_half_of_a_launch_in_the_environment_is_one_sentence(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2 is in the environment, but RANK is not: start with torchrun"):
+        Processes("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "3")
+    assert Processes("cpu").is_main
 
 
 @pytest.mark.parametrize(
