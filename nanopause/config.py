@@ -170,19 +170,19 @@ class Config(GPTConfig):
             if value is not None and not low <= value <= high:
                 raise UserError(f"{key}={value} must be " + (f"{low} to {high}" if high < BIG else f"at least {low}"))
         if self.block_size == 0 and not (self.init_from or self.resume):
-            raise UserError("block_size=0 is the context length of an existing model: add --init_from")
+            raise UserError("block_size=0 is the context length of an existing model: name one with --init_from")
         self.placement = self.placement or ("appd" if self.task else "random")
         check_placement(self.placement, of_task=bool(self.task))
         if self.pauses and not self.task and self.placement == "random":
-            raise UserError(f"pauses={self.pauses} are inserted after the prefix of a task: add a task such as "
-                            f"--task=gsm8k, or use --pause_rate for pretraining")  # fmt: skip
+            raise UserError(f"pauses={self.pauses} are inserted after the prefix of a task: add --task=gsm8k, for "
+                            f"example, or use --pause_rate for pretraining")  # fmt: skip
         if not self.task and self.placement != "random":
             if not self.pauses or self.pause_rate or 0 < self.block_size <= self.pauses:
                 raise UserError(f"placement={self.placement} is for pretraining with 1 or more pauses and no "
                                 f"pause_rate: add --pauses=1 and leave out --pause_rate")  # fmt: skip
         if (self.pause_loss or self.consecutive > 1) and self.placement in ("appd", "sft"):
             raise UserError(f"pause_loss and consecutive apply to pauses in a target, and placement={self.placement} "
-                            f"has none there: use --placement=dit, ran or aaw")  # fmt: skip
+                            f"has none: use --placement=dit, ran or aaw")  # fmt: skip
         if self.hints and self.task and self.pause_position == "prepend":
             raise UserError(f"hints={self.hints} are targets at pauses after the prefix: use --pause_position=append")
         if self.hints and self.task and self.placement not in ("appd", "sft"):
@@ -238,8 +238,7 @@ class Config(GPTConfig):
             value = getattr(self, key)
             is_same_tokenizer = key == "tokenizer" and load_tokenizer(value).sha256 == tokenizer.sha256
             if value != theirs[key] and not is_same_tokenizer:
-                raise UserError(f"{key}={value} differs from {self.init_from}, which has {theirs[key]}: leave out "
-                                f"--{key}")  # fmt: skip
+                raise UserError(f"{key}={value} is not what {self.init_from} has, {theirs[key]}: leave out --{key}")
         return replace(self, **theirs | {"vocab_size": 0, "block_size": self.block_size or model.block_size})
 
 
