@@ -372,9 +372,7 @@ def _train(config: Config, processes: Processes, out_dir: Path, signals: list[in
                 row |= {"val_loss_pauses": scores.loss, "val_bpb_pauses": scores.bpb}
                 text += f"; with pauses {scores.loss:.3f}, {scores.bpb:.3f} ({about_pauses(config)})"
             if config.task and processes.is_main:
-                is_best = scores.loss < min(
-                    (row["val_loss"] for row in log.rows if "val_loss" in row), default=math.inf
-                )
+                is_best = all(scores.loss < before.get("val_loss", math.inf) for before in log.rows)
                 text += ", the lowest so far" if is_best else ""
             ticker.say(f"step {step}: training loss {loss:.3f}; validation {text}")
         if processes.is_main and (is_logged or is_evaluated):

@@ -18,10 +18,11 @@ from types import SimpleNamespace
 import pytest
 import scripts
 from conftest import ROOT, TINY
+from nanopause.scripts.train import train as run_training
 from safetensors.numpy import load_file
 
-from nanopause import metrics, progress
-from nanopause.config import Config
+from nanopause import flops, metrics, progress
+from nanopause.config import Config, load_config
 from nanopause.distributed import Processes, stop_signals
 from nanopause.errors import UserError
 
@@ -372,6 +373,19 @@ def test_without_a_terminal_what_takes_long_prints_lines(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("loading the data … ") and sum("validation: 50% … " in line for line in lines) >= 2
     assert "drawing" not in "".join(lines)
+
+
+def test_no_mfu_above_100_percent(tiny_corpus, tmp_path, monkeypatch, capsys):
+    """The peak was measured while the machine was busy: it is not shown, and the next run measures again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(flops, "_measure", lambda device, dtype: (1.0, 8))
+    config = load_config([*TINY, f"--dataset={tiny_corpus}", f"--out_dir={tmp_path / 'run'}", "--max_steps=2",
+                          "--log_interval=1"])  # fmt: skip
+    run_training(config)
+    printed = capsys.readouterr().out
+    assert [row["mfu"] for row in rows(tmp_path / "run")] == [None, None]
+    assert "step 1: loss" in printed and "MFU" not in printed
+    assert json.loads((tmp_path / "nanopause" / "peak_flops.json").read_text()) == {}
 
 
 def test_half_of_a_launch_in_the_environment_is_one_sentence(monkeypatch):
