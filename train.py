@@ -1,22 +1,24 @@
 """Pretrain a GPT, or finetune it on a task, with pauses or without.
 
-On a laptop, minutes; on a GPU, seconds:
+A small model with pauses, in minutes on a laptop and in seconds on a GPU:
     python train.py config/pause.py
 GPT-2 124M with pauses on OpenWebText, on one GPU, then on eight:
     python train.py config/pause.py config/openwebtext.py
     torchrun --standalone --nproc_per_node=8 train.py config/pause.py config/openwebtext.py
-Go on from the weights of another run, or of a transformers checkpoint:
+Start from the weights of another run, or of a transformers checkpoint:
     python train.py config/pause.py --init_from=HuggingFaceTB/SmolLM2-135M --optimizer=adamw --learning_rate=1e-4
 Finetune on a task, with pauses between prefix and target:
     python train.py config/finetune.py --task=gsm8k --init_from=out/pause --pauses=10
 Continue a run that was stopped or killed:
     python train.py config/pause.py --resume
-Every setting:
-    python train.py --help
+
+Ctrl-C and SIGTERM save a checkpoint after the running step; a second Ctrl-C stops at once.
 """
 
 import contextlib
 import math
+import os
+import shlex
 import signal
 import sys
 import time
@@ -33,7 +35,7 @@ from torch.optim import Optimizer
 from nanopause import checkpoint, errors, flops, hub, kernels, metrics
 from nanopause.config import Config, load_config
 from nanopause.data import Batch, Corpus, Insertion, TrainingBatches, prefetch, validation_batches
-from nanopause.distributed import Processes
+from nanopause.distributed import Processes, stop_signals
 from nanopause.engine import Engine
 from nanopause.errors import UserError
 from nanopause.finetune import (
@@ -112,7 +114,7 @@ class Counts:
     pauses: float = 0
     tokens: float = 0
     flops: float = 0
-    stopped: float = 0  # processes that received SIGTERM
+    stopped: float = 0  # stop signals received
 
     def summed(self, processes: Processes) -> "Counts":
         return Counts(*processes.sum(*astuple(self)))
@@ -136,11 +138,15 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[Batch], tokenizer: Tokenizer, autocast: torch.autocast, processes: Processes
-) -> Scores:
-    """The scores over the batches of all processes."""
+    model: GPT, batches: Iterable[Batch], n: int, tokenizer: Tokenizer, autocast: torch.autocast, processes: Processes,
+    ticker: Ticker,
+) -> Scores:  # fmt: skip
+    """The scores over the batches of all processes; n: blocks or examples in those of this process."""
+    n_done = 0
     nats = n_live = n_bytes = n_examples = n_right = 0
     for batch in batches:
+        n_done += len(batch.lengths)
+        ticker.update(f"validation: {n_done / n:.0%}")
         n_live += batch.n_live
         n_bytes += int(tokenizer.token_bytes[batch.targets[batch.targets != IGNORE]].sum())
         batch = batch.to(processes.device)
@@ -240,22 +246,25 @@ def open_data(config: Config, tokenizer: Tokenizer, processes: Processes) -> Dat
 
 
 def train(config: Config) -> None:
-    """Train as the config says, in this process or in those that torchrun started."""
-    stop = []  # SIGTERM ends the run after the step in which it arrives
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    """Train as the config says, in this process or in those that torchrun started.
+
+    SIGTERM ends it after the running step, with a checkpoint; so does SIGINT (Ctrl-C), which then raises
+    KeyboardInterrupt. Raises UserError if the config does not fit the model, the data or the folder."""
     processes, out_dir = Processes(config.device), Path(config.out_dir)
     if config.batch_size % processes.count:
         raise UserError(f"batch_size={config.batch_size} must be a multiple of the {processes.count} processes")
-    if not config.resume and out_dir.exists() and any(out_dir.iterdir()):
+    if not config.resume and has_files(out_dir):
         raise UserError(f"{out_dir} already holds a run: add --resume to continue it, or choose another --out_dir")
-    with Ticker(config.max_steps, enabled=processes.is_main) as ticker:
-        _train(config, processes, out_dir, stop, ticker)
+    with stop_signals() as signals, Ticker(config.max_steps, enabled=processes.is_main) as ticker:
+        _train(config, processes, out_dir, signals, ticker)
     processes.close()
 
 
-def _train(config: Config, processes: Processes, out_dir: Path, stop: list, ticker: Ticker) -> None:
-    device = processes.device
+def _train(config: Config, processes: Processes, out_dir: Path, signals: list[int], ticker: Ticker) -> None:
+    device, how_to_continue = processes.device, resume_command(config, processes)
+    ticker.begin("loading the model")
     config, model, tokenizer, state, found = load_start(config, device, ticker)
+    ticker.begin("loading the data")
     data = open_data(config, tokenizer, processes)
 
     # ---- model and optimizers, new or from the checkpoint
@@ -269,24 +278,27 @@ def _train(config: Config, processes: Processes, out_dir: Path, stop: list, tick
     set_trainable(model, config.trainable, tokenizer.pause_id)
     optimizers = make_optimizers(model, config)
     start, total = 0, Counts()
-    if config.resume:
-        if found:
-            state = checkpoint.restore(found, model, optimizers, config, ticker.say, data.sha256)
-            start, total = state["step"], Counts(tokens=state["tokens"], flops=state["flops"])
-        ticker.say(f"resume: {found or f'no checkpoint in {out_dir} yet'}, from step {start}")
+    if found:
+        state = checkpoint.restore(found, model, optimizers, config, ticker.say, data.sha256)
+        start, total = state["step"], Counts(tokens=state["tokens"], flops=state["flops"])
+        ticker.say(f"resume: {found}, from step {start}")
+    elif config.resume:
+        ticker.say(f"resume: there is no checkpoint in {out_dir}, so this run starts at step 0")
 
     # ---- device, precision, compilation, processes
     kernels.choose(None, device)  # reports which
     forward = model
-    if config.compile or (config.compile is None and device.type == "cuda"):
+    if is_compiled := config.compile or (config.compile is None and device.type == "cuda"):
         forward = torch.compile(forward)
     if processes.count > 1:
         forward = DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
     is_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16)
-    peak, peak_source = flops.peak_flops(device, torch.bfloat16 if is_bfloat16 else torch.float32)
+    ticker.begin("measuring the peak FLOP/s of this device")
+    peak, peak_source = flops.peak_flops(device, dtype)
     processes.wait()
-    log = metrics.Metrics(config, start) if processes.is_main else None
+    log = metrics.Metrics(config, start, warn=ticker.say) if processes.is_main else None
     if isinstance(tokenizer, PretrainedTokenizer) and processes.is_main and not found:
         tokenizer.save(out_dir / "tokenizer")
     ticker.say(
@@ -298,12 +310,22 @@ def _train(config: Config, processes: Processes, out_dir: Path, stop: list, tick
     )
 
     def save(step: int, is_best: bool = False) -> None:
-        checkpoint.save(out_dir, step, model, optimizers, config, tokens=int(total.tokens), flops=total.flops,
-                        knows_pauses=config.pausing or knew_pauses, best=is_best, data_sha256=data.sha256)  # fmt: skip
+        with ticker.during("saving a checkpoint"):
+            checkpoint.save(
+                out_dir, step, model, optimizers, config, tokens=int(total.tokens), flops=total.flops,
+                knows_pauses=config.pausing or knew_pauses, best=is_best, data_sha256=data.sha256,
+            )  # fmt: skip
+
+    def validate(insertion: Insertion, is_last: bool) -> Scores:
+        n = config.final_eval_blocks if is_last and not config.task else config.eval_blocks
+        n_own = -(-min(n, len(data.validation_set)) // processes.count)
+        with ticker.during("validation"):
+            return evaluate(model, data.validation(n, insertion), n_own, tokenizer, autocast, processes, ticker)
 
     # ---- the loop
     step, n_bad_steps = start, 0
     seconds, recent = 0.0, Counts()  # since the last line of metrics
+    ticker.begin("the first step" + ", which compiles the model" * is_compiled)
     for batch in prefetch(data.batches, start, config.max_steps, device):
         begin = time.perf_counter()
         selection_flops = 0
@@ -314,7 +336,7 @@ def _train(config: Config, processes: Processes, out_dir: Path, stop: list, tick
                 batch = data.target_pauses.chosen_by(forward, batch, config.micro_batch_size)
         counts = Counts(
             batch.n_live, batch.n_pauses, batch.lengths.sum(),
-            flops.step_flops(model.config, batch.lengths, batch.n_live) + selection_flops, len(stop),
+            flops.step_flops(model.config, batch.lengths, batch.n_live) + selection_flops, len(signals),
         ).summed(processes)  # fmt: skip
         if counts.stopped:
             break
@@ -337,35 +359,37 @@ def _train(config: Config, processes: Processes, out_dir: Path, stop: list, tick
         is_last = step == config.max_steps
         is_logged = step % config.log_interval == 0 or is_last
         is_evaluated = step % config.eval_interval == 0 or is_last
+        mfu = recent.flops / seconds / peak / processes.count if peak else None
+        if mfu and mfu > 1:  # the peak was measured while other programs used the device: show no MFU
+            flops.forget_peak(device, dtype)
+            peak = mfu = None
         row = {
             "step": step,
             "loss": loss,
             "tokens": int(total.tokens),
             "flops": total.flops,
             "tokens_per_second": recent.tokens / seconds,
-            "mfu": recent.flops / seconds / peak / processes.count,
+            "mfu": mfu,
             "learning_rate": config.learning_rate * lr_share,
             "grad_norm": norm,
             "pause_share": counts.pauses / counts.tokens,
         }
-        ticker.step(step, f"step {step}: loss {loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s, "
-                    f"MFU {row['mfu']:.0%}", is_logged and not is_evaluated)  # fmt: skip
+        text = f"step {step}: loss {loss:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+        ticker.step(step, text + (f", MFU {mfu:.0%}" if mfu else ""), is_logged and not is_evaluated)
         is_best = False
         if is_evaluated:
-            n_blocks = len(data.validation_set) if is_last and not config.task else config.eval_blocks
-            scores = evaluate(model, data.validation(n_blocks, Insertion()), tokenizer, autocast, processes)
+            scores = validate(Insertion(), is_last)
             row |= {"val_loss": scores.loss, "val_bpb": scores.bpb}
             text = f"loss {scores.loss:.3f}, {scores.bpb:.3f} bits per byte"
             if scores.exact_match is not None:
                 row["val_exact_match"] = scores.exact_match
                 text += f", exact match {scores.exact_match:.3f}"
             if config.pausing and not config.task:
-                batches = data.validation(n_blocks, replace(config.insertion, all_slots=False))
-                scores = evaluate(model, batches, tokenizer, autocast, processes)
+                scores = validate(replace(config.insertion, all_slots=False), is_last)
                 row |= {"val_loss_pauses": scores.loss, "val_bpb_pauses": scores.bpb}
-                text += f"; with pauses {scores.loss:.3f}, {scores.bpb:.3f}"
+                text += f"; with pauses {scores.loss:.3f}, {scores.bpb:.3f} ({about_pauses(config)})"
             if config.task and processes.is_main:
-                is_best = all(row["val_loss"] < before.get("val_loss", math.inf) for before in log.rows)
+                is_best = all(scores.loss < before.get("val_loss", math.inf) for before in log.rows)
                 text += ", the lowest so far" if is_best else ""
             ticker.say(f"step {step}: training loss {loss:.3f}; validation {text}")
         if processes.is_main and (is_logged or is_evaluated):
@@ -377,15 +401,40 @@ def _train(config: Config, processes: Processes, out_dir: Path, stop: list, tick
             save(step, is_best)
 
     # ---- the end
-    if step < config.max_steps:
-        if processes.is_main and step > start:
-            save(step)
-        ticker.say(f"stopped by SIGTERM after step {step} of {out_dir}: continue with --resume")
-    elif processes.is_main:
-        metrics.plot(log.rows, out_dir / "loss.png", out_dir.name)
-        show_end(config, model, tokenizer, data, ticker)
+    is_stopped = step < config.max_steps
     if processes.is_main:
+        if is_stopped and step > start:
+            save(step)
+        elif not is_stopped:
+            with ticker.during("drawing loss.png"):
+                metrics.plot(log.rows, out_dir / "loss.png", out_dir.name, about_pauses(config))
+            with ticker.during("generating a sample"):
+                show_end(config, model, tokenizer, data, ticker)
         log.finish()
+    if is_stopped:
+        name = signal.Signals(signals[0]).name if signals else "a signal to another process"
+        message = f"stopped by {name} after step {step}; continue with: {how_to_continue}"
+        if signal.SIGINT in signals:
+            raise KeyboardInterrupt(message)
+        ticker.say(message)
+
+
+def about_pauses(config: Config) -> str:
+    """How a validation with pauses differs from the one without."""
+    if config.placement == "between":
+        return "the same text, with pauses between its tokens"
+    return "they replace text in a block: less context per token"
+
+
+def resume_command(config: Config, processes: Processes) -> str:
+    """What continues this run."""
+    if config.arguments is None:
+        return "train() of the same Config with resume=True"
+    launcher = ["python"]
+    if processes.count > 1:
+        launcher = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes.count)}"]
+    arguments = [argument for argument in config.arguments if not argument.startswith("--resume")]
+    return shlex.join([*launcher, "train.py", *arguments, "--resume"])
 
 
 def show_end(config: Config, model: GPT, tokenizer: Tokenizer, data: Data, ticker: Ticker) -> None:
@@ -396,16 +445,21 @@ def show_end(config: Config, model: GPT, tokenizer: Tokenizer, data: Data, ticke
         seed=config.seed, attention=config.attention,
     )  # fmt: skip
     shown = [id for id in prompt if id not in (tokenizer.pause_id, tokenizer.bos_id)] if config.task else []
-    if config.pausing and not config.task:
-        ticker.say("validation with pauses: they take the place of text in a block, so its tokens have less context "
-                   "than without; docs/evidence.md has what this means")  # fmt: skip
     ticker.say(f"\na sample:\n{tokenizer.decode(shown)}{sample.text}\n\nwritten: {config.out_dir} (checkpoints, "
                f"metrics.jsonl, loss.png)\ntry: python sample.py --out_dir={config.out_dir}\n"
                f"     python -m nanopause.compare {config.out_dir} OTHER_RUN")  # fmt: skip
 
 
+def has_files(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
 def main() -> None:
-    train(load_config(sys.argv[1:]))
+    config = load_config(sys.argv[1:], __doc__)
+    # A job's command may always contain --resume; a person who types it continues a run that exists.
+    if config.resume and not has_files(Path(config.out_dir)) and sys.stdin and sys.stdin.isatty():
+        raise UserError(f"{config.out_dir} holds no run: check --out_dir, or start one without --resume")
+    train(config)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch import Tensor
 from nanopause import kernels
 from nanopause.errors import UserError
 from nanopause.files import replace_file
-from nanopause.flops import peak_flops
+from nanopause.flops import cpu_name, peak_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -313,8 +313,7 @@ class Bench:
 def environment(device: torch.device, dtype: torch.dtype) -> dict:
     """Device, versions, commit, date and command; None where there is no such thing."""
     status = _output("git", "status", "--porcelain", "--", ".", ":!bench/results")
-    # The best of three: a peak measured in a busy moment would overstate every percentage.
-    peak, source = max(peak_flops(device, dtype) for _ in range(3))
+    peak, source = peak_flops(device, dtype)
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "cpu": cpu_name(),
@@ -337,12 +336,6 @@ def device_folder(header: dict) -> str:
     threads = f" {header['threads']} threads" if header["device"] == header["cpu"] else ""
     name = re.sub(r"\((r|tm)\)", "", (header["device"] + threads).lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def version(package: str) -> str | None:

@@ -84,7 +84,7 @@ def run_of(settings: Settings, arm: Arm, seed: int) -> Run:
 
 
 def measure(folder: Path) -> dict:
-    """The last line of metrics.jsonl, with the validation of the whole split."""
+    """The last line of metrics.jsonl, with the validation after the last step."""
     return metrics.read(folder / "metrics.jsonl")[-1]
 
 

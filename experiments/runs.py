@@ -37,6 +37,7 @@ from nanopause.files import replace_file  # noqa: E402
 from nanopause.finetune import load_pairs  # noqa: E402
 from nanopause.intervals import t_interval  # noqa: E402
 from nanopause.model import GPT  # noqa: E402
+from nanopause.prepare import n_cores  # noqa: E402
 from nanopause.progress import Ticker  # noqa: E402
 from nanopause.scripts.train import train  # noqa: E402
 from nanopause.tokenizer import Tokenizer  # noqa: E402
@@ -133,8 +134,7 @@ def _interrupt(*_) -> None:
 
 def n_workers() -> int:
     """Number of processes: one per core, or four per GPU, as a small model does not saturate a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 4 * torch.cuda.device_count() or cores or 1
+    return 4 * torch.cuda.device_count() or n_cores()
 
 
 def train_all(runs: Sequence[Run], measure: Measure) -> None:

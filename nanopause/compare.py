@@ -14,8 +14,8 @@ as log_interval), are one group: the mean over seeds. The group of the first run
 
 The table compares validations at equal steps and at equal training FLOPs. Intervals of differences are 95%: paired t
 where both groups have the same seeds, Welch's t otherwise. At equal FLOPs a run's value is interpolated linearly
-between its validations. Pretraining's validation after the last step covers the whole split, the earlier ones
-eval_blocks blocks of it; the table does not mix the two. A difference of val_bpb_pauses is shown only at equal
+between its validations. Pretraining's validation after the last step covers final_eval_blocks blocks, the earlier
+ones eval_blocks blocks; the table does not mix the two. A difference of val_bpb_pauses is shown only at equal
 pause_rate, as a block with more pauses has less text.
 """
 
@@ -49,6 +49,7 @@ REQUIRED = {  # keys that must be equal, and why
     "data_dir": OTHER_DATA,
     "tokenizer": "different tokenizers split the same text into different tokens",
     "eval_blocks": "validations on different blocks are not comparable",
+    "final_eval_blocks": "validations on different blocks are not comparable",
     "block_size": "validation bits per byte depend on the context length, which block_size limits",
 }
 AXES = {"step": "steps", "tokens": "tokens (pauses included)", "flops": "training FLOPs"}
@@ -78,8 +79,8 @@ class Run:
     rows: list[dict]  # of metrics.jsonl
 
     def validations(self, key: str, axis: str, whole: bool) -> dict[float, float]:
-        """`key` by `axis`. whole: only the validation of the whole split, after pretraining's last step; otherwise only
-        those on eval_blocks blocks."""
+        """`key` by `axis`. whole: only the validation after pretraining's last step, on final_eval_blocks blocks;
+        otherwise only those on eval_blocks blocks."""
         last = None if self.config["task"] else self.config["max_steps"]
         return {row[axis]: row[key] for row in self.rows if key in row and (row["step"] == last) == whole}
 
@@ -197,7 +198,7 @@ def difference(group: Group, values: list[float], baseline: Group, base: list[fl
 
 def last_common(runs: list[Run], key: str, axis: str) -> tuple[float, bool] | None:
     """The largest step, or number of FLOPs, at which every run has `key` of the same kind of validation, and whether
-    that validation covers the whole split; None if there is none."""
+    that validation covers final_eval_blocks blocks; None if there is none."""
     found = []
     for whole in (False, True):
         points = [run.validations(key, axis, whole) for run in runs]
@@ -319,8 +320,8 @@ def main() -> None:
             notes.append(f"No table at equal {name}: the runs have no {name} in common with a validation of the same "
                          f"blocks; train with a lower --eval_interval.")  # fmt: skip
         elif found and axis == "flops" and not runs[0].config["task"] and not found[0]["whole_split"]:
-            notes.append("At equal FLOPs the last validations of the runs are excluded: they cover the whole split, "
-                         "the others eval_blocks blocks.")  # fmt: skip
+            notes.append("At equal FLOPs the last validations of the runs are excluded: they cover final_eval_blocks "
+                         "blocks, the others eval_blocks blocks.")  # fmt: skip
     if len(groups) > 1:
         notes.append(f"Differences are relative to the first group, {groups[0].label}.")
     if single := [group.label for group in groups if len(group.runs) == 1]:

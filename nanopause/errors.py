@@ -36,7 +36,8 @@ def needs(package: str, extra: str) -> ModuleType:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main. UserError and OSError print one sentence to stderr and exit with code 1."""
+    """Run a script's main. UserError and OSError print one sentence to stderr and exit with code 1;
+    KeyboardInterrupt with 130."""
     try:
         main()
     except UserError as error:
@@ -49,6 +50,6 @@ def run(main: Callable[[], None]) -> None:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {os.strerror(error.errno) if error.errno else error}{where}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
         sys.exit(130)

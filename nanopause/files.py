@@ -2,11 +2,20 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def sync(path: Path) -> None:
-    """fsync a file or folder."""
+    """fsync a file or folder. Does nothing on Windows, which cannot open a folder."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -21,6 +30,20 @@ def replace_file(file: Path, text: str) -> None:
     sync(temporary)
     os.replace(temporary, file)
     sync(file.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait for other processes in such a block of the same folder, and keep them waiting. Not on Windows."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sha256(file: Path) -> str:

@@ -5,12 +5,18 @@ with every key, regardless of the mask, as in torch's FlopCounterMode and PaLM's
 al. 2022, appendix B]. Norms, activations, rotations and embedding look-ups are not counted.
 """
 
+import json
+import os
+import platform
 import re
+from contextlib import suppress
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
 
+from nanopause.files import replace_file
 from nanopause.model import GPTConfig
 
 
@@ -83,8 +89,9 @@ DATA_SHEETS = (
 def peak_flops(device: str | torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak FLOP/s of matrix products in dtype on a device, and the source of the figure.
 
-    For GPUs in DATA_SHEETS, in float16 or bfloat16, from the data sheet; otherwise the best of a few measured products,
-    which take about 0.3 s. Model FLOPs utilisation is training_flops / seconds / this.
+    For GPUs in DATA_SHEETS, in float16 or bfloat16, from the data sheet. Otherwise measured, which takes about 2 s, and
+    kept in a file in the user's cache folder, for this device, dtype, torch version and number of threads. Model FLOPs
+    utilisation is training_flops / seconds / this.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -92,13 +99,25 @@ def peak_flops(device: str | torch.device, dtype: torch.dtype) -> tuple[float, s
         for name, dtypes, flops in DATA_SHEETS:
             if dtype in dtypes and re.fullmatch(name, gpu):
                 return flops, f"data sheet of {gpu}"
-    flops, size = _measure(device, dtype)
+    key, measured = _cache_key(device, dtype), _read_cache()
+    if key not in measured:
+        measured[key] = _measure(device, dtype)
+        _write_cache(measured)
+    flops, size = measured[key]
     return flops, f"measured by a {size}×{size} matrix product"
 
 
+def forget_peak(device: str | torch.device, dtype: torch.dtype) -> None:
+    """Delete a kept measurement, so that the next run measures again. For one that is exceeded: it was made while the
+    device was busy."""
+    measured = _read_cache()
+    if measured.pop(_cache_key(torch.device(device), dtype), None):
+        _write_cache(measured)
+
+
 def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """The best FLOP/s of square matrix products measured for 0.25 s, and the size of that product. The size doubles
-    while time allows."""
+    """The best FLOP/s of square matrix products, and the size of that product. Measures for 2 s, while other programs
+    may slow down some of the products. The size doubles while four products of the larger size fit."""
 
     def seconds_of_product():
         start = perf_counter()
@@ -108,13 +127,41 @@ def _measure(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
         return perf_counter() - start
 
     # A separate generator: measuring must not change the run's random numbers.
-    a = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    seconds_of_product()  # warm-up: loads libraries
-    best, seconds, end = (0.0, 0), 0.0, perf_counter() + 0.25
-    while perf_counter() + seconds < end:
+    a = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    seconds = seconds_of_product()  # warm-up: loads libraries
+    best, end = (0.0, 0), perf_counter() + 2
+    while not best[1] or perf_counter() + seconds < end:
         seconds = seconds_of_product()
         best = max(best, (2 * len(a) ** 3 / seconds, len(a)))
-        # Twice the size takes 8 times as long, and two such products must fit.
-        if len(a) < 8192 and perf_counter() + 16 * seconds < end:
+        if len(a) < 8192 and perf_counter() + 4 * 8 * seconds < end:  # twice the size takes 8 times as long
             a = a.repeat(2, 2)
     return best
+
+
+def cpu_name() -> str:
+    """The model name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _cache_key(device: torch.device, dtype: torch.dtype) -> str:
+    name = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"{name}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanopause" / "peak_flops.json"
+
+
+def _read_cache() -> dict[str, tuple[float, int]]:
+    try:
+        return {key: (float(flops), int(size)) for key, (flops, size) in json.loads(_cache_file().read_text()).items()}
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError):  # missing or damaged, or no home folder
+        return {}
+
+
+def _write_cache(measured: dict[str, tuple[float, int]]) -> None:
+    with suppress(OSError, RuntimeError):  # where it cannot be written, every run measures
+        _cache_file().parent.mkdir(parents=True, exist_ok=True)
+        replace_file(_cache_file(), json.dumps(measured, indent=1) + "\n")

@@ -10,18 +10,20 @@ IGNORE = -100  # target of a masked position, which has no loss
 def insert_random(tokens: np.ndarray, rate: float, pause_id: int, rng: np.random.Generator) -> np.ndarray:
     """Pause pretraining's insertion [Goyal et al. 2023, Algorithm 1]: insert at random, truncate to the same length.
 
-    tokens: integers [..., N]. round(rate·N) pauses (the paper's Mpt) are inserted into every sequence, all arrangements
-    equally likely, and the result is truncated to N. On average rate/(1+rate) of the positions are pauses.
+    tokens: integers [..., N]. rate·N pauses (the paper's Mpt) are inserted into every sequence, all arrangements
+    equally likely, and the result is truncated to N. On average rate/(1+rate) of the positions are pauses. If rate·N is
+    not whole, it is rounded up or down at random, so that its expectation is rate·N.
     Returns the same shape and dtype.
     """
-    n = tokens.shape[-1]
-    m = round(rate * n)
-    slots = np.broadcast_to(np.arange(n + m), (*tokens.shape[:-1], n + m))
-    is_pause = (rng.permuted(slots, axis=-1) < m)[..., :n]
+    if tokens.ndim > 1:
+        return np.stack([insert_random(row, rate, pause_id, rng) for row in tokens])
+    n = len(tokens)
+    m, fraction = divmod(round(rate * n, 9), 1)  # rounded: 0.1 · 30 is 3.0000000000000004
+    m = int(m) + int(fraction > 0 and rng.random() < fraction)
+    is_pause = (rng.permuted(np.arange(n + m)) < m)[:n]
     # The i-th position that is not a pause gets the i-th token.
-    source = np.cumsum(~is_pause, axis=-1) - 1
-    shifted = np.take_along_axis(tokens, np.maximum(source, 0), axis=-1)
-    return np.where(is_pause, tokens.dtype.type(pause_id), shifted)
+    source = np.cumsum(~is_pause) - 1
+    return np.where(is_pause, tokens.dtype.type(pause_id), tokens[np.maximum(source, 0)])
 
 
 def insert_between(tokens: np.ndarray, n: int, pause_id: int) -> np.ndarray:

@@ -6,7 +6,6 @@ then shards only grow, and meta.json, replaced atomically, counts the tokens tha
 preparation resumes from those counts and produces the same bytes as an uninterrupted one.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -30,7 +29,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nanopause.errors import UserError
-from nanopause.files import replace_file, sha256, sync
+from nanopause.files import locked, replace_file, sha256, sync
 from nanopause.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
@@ -92,32 +91,34 @@ def prepare(
     }
     unfinished = folder.with_name(f"{folder.name}.partial")
     unfinished.mkdir(parents=True, exist_ok=True)
-    lock = os.open(unfinished, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a concurrent run for the same folder waits here and then finds it complete
-        if not folder.exists():
-            shards = Shards(unfinished, settings)
-            if "next" in shards.meta:
-                _write_documents(shards, ids, read, workers or len(os.sched_getaffinity(0)))
-                shards.finish(ids.token_bytes)
-            os.rename(unfinished, folder)
-            sync(folder.parent)
-            print(f"{folder}: " + ", ".join(f"{shards.counts[s]['tokens']:,} tokens of {s}" for s in SPLITS))
-            for split in SPLITS:
-                if shards.counts[split]["tokens"] < SHORT:
-                    print(f"warning: the {split} split has only {shards.counts[split]['tokens']:,} tokens, fewer than "
-                          f"{SHORT:,}: add text or change val_fraction", file=sys.stderr)  # fmt: skip
-        else:
-            with suppress(OSError):
-                unfinished.rmdir()
+        with locked(unfinished):  # a concurrent run for the same folder waits here and then finds it complete
+            if not folder.exists():
+                shards = Shards(unfinished, settings)
+                if "next" in shards.meta:
+                    _write_documents(shards, ids, read, workers or n_cores())
+                    shards.finish(ids.token_bytes)
+                os.rename(unfinished, folder)
+                sync(folder.parent)
+                print(f"{folder}: " + ", ".join(f"{shards.counts[s]['tokens']:,} tokens of {s}" for s in SPLITS))
+                for split in SPLITS:
+                    if shards.counts[split]["tokens"] < SHORT:
+                        print(f"warning: the {split} split has only {shards.counts[split]['tokens']:,} tokens, fewer "
+                              f"than {SHORT:,}: add text or change val_fraction", file=sys.stderr)  # fmt: skip
+            else:
+                with suppress(OSError):
+                    unfinished.rmdir()
     except OSError as error:
         why = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
         raise UserError(f"preparing {folder} stopped: {why}; run it again to resume") from error
     except BrokenProcessPool as error:
         raise UserError("a worker died, possibly out of memory: run it again with fewer workers") from error
-    finally:
-        os.close(lock)
     return folder
+
+
+def n_cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def split_of(text: str, val_fraction: float) -> str:

@@ -1,12 +1,11 @@
 """Config files compose, later wins, --key=value last; a mistake is named."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from nanopause import cli
 from nanopause.config import Config, load_config
 from nanopause.errors import UserError
 from nanopause.tokenizer import load_tokenizer
@@ -123,7 +122,38 @@ def test_a_file_that_does_not_run_is_named(tmp_path):
         load_config([config_file(tmp_path, "n_layer = 1 / 0")])
 
 
-def test_help_explains_every_key():
-    shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_explains_every_key(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    about = "About it.\n    python train.py config/pause.py\nResume, explained by a sentence that is wrapped, and"
+    with pytest.raises(SystemExit) as ended:
+        load_config(["--help"], f"{about}\nends here:\n    python train.py --resume")
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "\n    python train.py config/pause.py\nResume, " in shown and "\n    python train.py --resume\n" in shown
+    assert max(map(len, shown.splitlines())) <= columns
     for field in dataclasses.fields(Config):
-        assert (f"--{field.name} " in shown.stdout) == (field.name != "vocab_size")
+        assert (f"--{field.name} " in shown) == (field.name != "vocab_size")
+    titles = [words[0] for line in shown.splitlines() if (words := line.strip("╭─╮ ").split())[-1:] == ["options"]]
+    assert titles == "options run data pause finetuning model optimization logging hardware".split()
+    assert shown.index("model options") < shown.index("--n_layer ") < shown.index("optimization options")
+    lines = [line.strip("│ ") for line in shown.splitlines()]
+    cut = [a for a, b in zip(lines, lines[1:]) if len(a) < columns / 3 and b and a[-1:].islower() and b[0].islower()]
+    assert not cut, f"lines end early: {cut}"
+
+
+def test_help_of_keys_in_one_group(capsys):
+    """Examples of a docstring stay one per line, and help texts are joined."""
+    from nanopause.scripts import sample
+
+    with pytest.raises(SystemExit):
+        cli.parse(sample.Settings, ["--help"], "python sample.py", sample.__doc__)
+    shown = capsys.readouterr().out
+    assert "\n    python sample.py --prompt_file=-\nPauses " in shown
+
+
+def test_the_default_folder():
+    """That of files, or of the task; one is also there without a command line, as training needs it."""
+    assert Config().out_dir == load_config([]).out_dir == str(Path("out", "default"))
+    assert load_config(["config/counting.py"]).out_dir == str(Path("out", "parity_16"))
+    assert load_config(["config/pause.py", "--out-dir=out/default"]).out_dir == "out/default"

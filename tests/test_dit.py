@@ -287,7 +287,7 @@ def test_processes_micro_batches_and_resume_give_the_same_run(train, data_dir, t
 
 
 @pytest.mark.parametrize("args, text", [
-    (["--task=gsm8k", "--consecutive=2"], "pause_loss and consecutive are of pauses in a target"),
+    (["--task=gsm8k", "--consecutive=2"], "pause_loss and consecutive apply to pauses in a target"),
     (["--task=gsm8k", "--pause_loss", "--placement=sft"], "placement=sft has none"),
     (["--focal=2"], "focal=2.0 is for finetuning"),
     (["--task=gsm8k", "--focal=-1"], "focal=-1.0 must be at least 0"),

@@ -344,7 +344,7 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
         (["--task=gsm8k", "--pause_rate=0.1"], "pause_rate=0.1 is for pretraining"),
         (["--block_size=0"], "name one with --init_from"),
         (["--task=gsm8k", "--pauses=-1"], "pauses=-1 must be at least 0"),
-        (["--task=gsm8k", "--trainable=pause"], "nothing would learn"),
+        (["--task=gsm8k", "--trainable=pause"], "there are no pauses: add --pauses=10"),
     ],
 )
 def test_inconsistent_settings_are_refused(args, text):

@@ -123,6 +123,8 @@ GPUS = {
 @pytest.fixture
 def gpu(monkeypatch):
     """Names the GPU that is found; where it must be measured, the figure is (1.0, 8)."""
+    monkeypatch.setattr(flops, "_read_cache", dict)
+    monkeypatch.setattr(flops, "_write_cache", lambda measured: None)
     monkeypatch.setattr(flops, "_measure", lambda device, dtype: (1.0, 8))
     return lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 
@@ -149,9 +151,29 @@ def test_peak_of_t4_has_no_bfloat16(gpu):
     assert peak_flops("cuda", torch.bfloat16)[0] == 1.0
 
 
-def test_peak_is_measured_on_cpu():
+def test_peak_is_measured_once_on_cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     peak, source = peak_flops("cpu", torch.float32)
     assert source.startswith("measured by a ") and 1e8 < peak < 1e15
     assert torch.equal(torch.get_rng_state(), before), "measuring must not disturb a run's random numbers"
+    assert int(source.split("×")[1].split()[0]) >= 512
+
+    monkeypatch.setattr(flops, "_measure", lambda device, dtype: (1.0, 8))
+    assert peak_flops("cpu", torch.float32) == (peak, source)
+    assert peak_flops("cpu", torch.bfloat16)[0] == 1.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    assert peak_flops("cpu", torch.float32)[0] == 1.0
+    torch.set_num_threads(threads)
+    flops.forget_peak("cpu", torch.float32)  # the training was faster
+    assert peak_flops("cpu", torch.float32)[0] == 1.0
+    (tmp_path / "nanopause" / "peak_flops.json").write_text("[1]")  # damaged
+    assert peak_flops("cpu", torch.float32)[0] == 1.0
+
+
+def test_no_cache_folder(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.setattr(flops, "_measure", lambda device, dtype: (1.0, 8))
+    assert peak_flops("cpu", torch.float32)[0] == 1.0

@@ -1,5 +1,7 @@
 """Where pauses go, and which positions have a loss: METHOD's off-by-one cases, and what every insertion keeps."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -148,7 +150,7 @@ def test_the_loss_of_a_batch_is_of_its_live_positions():
 def test_insertion_keeps_the_text(tokens, rate, seed):
     block = insert_random(tokens, rate, P, rng(seed))
     assert block.shape == tokens.shape and block.dtype == tokens.dtype
-    m = round(rate * tokens.shape[-1])
+    m = math.ceil(rate * tokens.shape[-1])
     for row, original in zip(np.atleast_2d(block), np.atleast_2d(tokens)):
         text = row[row != P]
         assert text.tolist() == original[: len(text)].tolist()
@@ -177,6 +179,24 @@ def test_realised_share(rate, share):
     m = round(rate * n)
     variance = n * share * (1 - share) * m / (n + m - 1)
     assert abs((block == P).sum() - rows * n * share) < 4 * (rows * variance) ** 0.5
+
+
+@pytest.mark.parametrize("rate, n", [(0.01, 33), (0.1, 257), (0.3, 5), (1e-3, 1)])
+def test_the_expected_number_of_pauses_is_the_rate_times_the_length(rate, n):
+    """Also where rate · N is not whole, or below one half. Pauses beyond the block are cut: each of the m inserted ones
+    is inside with probability N/(N + m)."""
+    rows, low = 20_000, math.floor(rate * n)
+    share = rate * n - low  # of the rows that get one pause more
+    expected = low * n / (n + low) * (1 - share) + (low + 1) * n / (n + low + 1) * share
+    counts = (insert_random(np.zeros((rows, n), dtype=np.uint16), rate, P, rng()) == P).sum(axis=1)
+    assert abs(counts.mean() - expected) < 4 * (counts.std() + 1e-9) / rows**0.5
+    assert counts.any()
+
+
+def test_a_whole_number_of_pauses_takes_no_random_number():
+    """rate · N is 3.0000000000000004 here, and the places are those of a shuffle alone."""
+    is_pause = insert_random(np.zeros(30, dtype=np.uint16), 0.1, P, rng()) == P
+    assert is_pause.tolist() == (rng().permuted(np.arange(33)) < 3)[:30].tolist()
 
 
 def test_places_are_uniform():

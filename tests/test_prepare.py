@@ -25,9 +25,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from nanopause import files
 from nanopause.data import Corpus
 from nanopause.errors import UserError, run
-from nanopause.prepare import Shards, prepare, split_of
+from nanopause.prepare import Shards, n_cores, prepare, split_of
 from nanopause.scripts.data import pydocs, text
 from nanopause.tokenizer import load_tokenizer
 
@@ -373,6 +374,20 @@ def test_bad_files_end_in_a_sentence(capsys, tmp_path):
         keys = {"name": f"from {file}", "files": str(tmp_path / file), "tokenizer": "bytes"}
         assert re.search(said, command(capsys, data_dir=tmp_path, **keys)), file
     assert not list(tmp_path.glob("from*/bytes"))
+
+
+def test_a_platform_without_locks_and_affinities(tmp_path, monkeypatch):
+    """macOS has no sched_getaffinity, Windows has no fcntl and cannot open a folder."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "sync", lambda path: None)
+    monkeypatch.setattr("nanopause.prepare._map", lambda function, batches, workers: (
+        (position, function(texts)) for position, texts in batches if workers >= 1
+    ))  # fmt: skip
+    folder = prepare("words", ["a"], lambda _: [f"text {i}" for i in range(50)], tmp_path, "bytes", val_fraction=0.3)
+    assert (folder / "meta.json").exists()
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert n_cores() == 1
 
 
 def test_bad_settings_end_in_a_sentence(capsys, tmp_path, monkeypatch):

@@ -2,18 +2,29 @@
 
 import json
 import math
+import os
+import pty
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import scripts
 from conftest import ROOT, TINY
 from safetensors.numpy import load_file
+
+from nanopause import flops, metrics, progress
+from nanopause.config import Config, load_config
+from nanopause.distributed import Processes, stop_signals
+from nanopause.errors import UserError
+from nanopause.scripts.train import train as run_training
 
 PYTHON = (sys.executable,)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -45,8 +56,9 @@ def test_run_writes_metrics_figure_and_checkpoint(train, tmp_path):
                   launcher=PYTHON)  # fmt: skip
     assert [row["step"] for row in rows(out)] == [10, 20, 30]
     last = rows(out)[-1]
-    keys = "loss val_loss val_bpb val_loss_pauses val_bpb_pauses tokens tokens_per_second mfu learning_rate".split()
+    keys = "loss val_loss val_bpb val_loss_pauses val_bpb_pauses tokens tokens_per_second learning_rate".split()
     assert all(math.isfinite(last[key]) for key in keys)
+    assert last["mfu"] is None or 0 < last["mfu"] <= 1
     assert last["tokens"] == 30 * 4 * 32
     assert last["loss"] < rows(out)[0]["loss"] and last["val_bpb"] < 5.5
     assert 0.05 < last["pause_share"] < 0.15
@@ -103,20 +115,104 @@ def test_run_killed_twenty_times_is_bitwise_equal(train, tiny_corpus, tmp_path):
     assert list(map(same, rows(out))) == list(map(same, rows(tmp_path / "whole")))
 
 
-def test_sigterm_saves_and_exits_0(train, tiny_corpus, tmp_path):
+@pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGINT", 130)])
+def test_a_signal_saves_and_says_how_to_continue(train, tiny_corpus, tmp_path, name, code):
     args = ("--max_steps=100000", "--log_interval=1")
     process = start(tmp_path / "run", tiny_corpus, *args)
     for line in process.stdout:
         if line.startswith("step 5:"):
-            process.terminate()
+            os.kill(process.pid, signal.Signals[name])
             break
-    rest = process.stdout.read()
+    rest = process.stdout.read() + process.stderr.read()
     process.join(60)
-    assert process.exitcode == 0 and "stopped by SIGTERM after step" in rest, rest
+    assert process.exitcode == code and "Traceback" not in rest, rest
     step = int((tmp_path / "run" / "latest").read_text().removeprefix("step_"))
-    assert step >= 5
-    ended = train(tmp_path / "run", f"--max_steps={step + 2}", "--resume")
-    assert f"from step {step}" in ended.stdout
+    (last,) = [line for line in rest.splitlines() if f"stopped by {name} after step {step}; continue with: " in line]
+    command = shlex.split(last.partition("continue with: ")[2])
+    assert step >= 5 and command[:2] == ["python", "train.py"] and command[-1] == "--resume"
+    ended = scripts.run("train.py", *command[2:], f"--max_steps={step + 2}")
+    assert ended.returncode == 0 and f"from step {step}" in ended.stdout
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny_corpus, tmp_path):
+    """During a step that takes long: nothing is saved."""
+    process = start(tmp_path / "run", tiny_corpus, "--max_steps=100000", "--log_interval=1", "--n_embd=256",
+                    "--batch_size=10000")  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("device:"):
+            break
+    time.sleep(1)
+    begin = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert "press it again" in process.stderr.readline() + process.stderr.readline() + process.stderr.readline()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130 and time.monotonic() - begin < 30
+    assert "interrupted" in process.stderr.read() and not (tmp_path / "run" / "latest").exists()
+
+
+def test_signals_are_left_alone_where_they_cannot_be_caught():
+    """In a thread, as some notebooks have it; and Ctrl-C where it is ignored, as in a worker process."""
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def body():
+        with stop_signals() as received:
+            return received, signal.getsignal(signal.SIGTERM)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(body).result() == ([], before[0])
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before[0]
+    finally:
+        signal.signal(signal.SIGINT, before[1])
+
+
+def test_training_in_a_plain_session(tiny_corpus, tmp_path):
+    """Without train.py, sys.argv or a folder's name, in the main thread and in another one."""
+    shape = {arg[2:].partition("=")[0]: arg.partition("=")[2] for arg in TINY}
+    shape = {key: int(value) if value.isdigit() else value for key, value in shape.items()}
+    code = f"""
+from threading import Thread
+from nanopause import Config, train
+config = Config(**{shape | {"dataset": str(tiny_corpus), "max_steps": 2, "pause_rate": 0.1}})
+train(config)
+thread = Thread(target=train, args=(Config(**vars(config) | {{"out_dir": "other"}}),))
+thread.start()
+thread.join()
+"""
+    ended = subprocess.run([sys.executable, "-c", code, "--max_steps=x"], cwd=tmp_path, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])})  # fmt: skip
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
+    for folder in ("out/default", "other"):
+        assert (tmp_path / folder / "loss.png").exists() and (tmp_path / folder / "latest").exists()
+
+
+def test_resume_of_nothing(tiny_corpus, tmp_path):
+    """At a terminal a mistyped folder is refused; a job's command may contain --resume from its first start on."""
+    args = [sys.executable, "train.py", *TINY, f"--dataset={tiny_corpus}", f"--out_dir={tmp_path / 'run'}",
+            "--max_steps=1", "--resume"]  # fmt: skip
+    _, terminal = pty.openpty()
+    ended = subprocess.run(args, cwd=ROOT, stdin=terminal, capture_output=True, text=True)
+    sentence(ended, "holds no run: check --out_dir")
+    assert not (tmp_path / "run").exists()
+    ended = subprocess.run(args, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert f"resume: there is no checkpoint in {tmp_path / 'run'}, so this run starts at step 0" in ended.stdout
+
+
+def test_the_last_validation_is_bounded(train, tmp_path):
+    out = tmp_path / "run"
+    args = ("config/pause.py", "--max_steps=2", "--eval_interval=1", "--eval_blocks=6")
+    ended = train(out, *args, "--final_eval_blocks=6")
+    assert rows(out)[0]["val_loss"] != rows(out)[1]["val_loss"]
+    train(tmp_path / "whole", *args)
+    assert rows(out)[0] == rows(tmp_path / "whole")[0] | {
+        key: rows(out)[0][key] for key in ("tokens_per_second", "mfu")
+    }
+    assert rows(out)[1]["val_loss"] != rows(tmp_path / "whole")[1]["val_loss"]
+    assert ended.stdout.count("with pauses") == ended.stdout.count("less context per token") == 2
 
 
 def losses_differ(a, b):
@@ -214,6 +310,93 @@ def test_tensorboard_receives_the_metrics(train, tmp_path):
     train(tmp_path / "run", "--max_steps=4", "--log_interval=2", "--tracker=tensorboard")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4]
+
+
+def test_a_resumed_run_continues_the_run_of_wandb(tmp_path, monkeypatch):
+    ids, logged = [], []
+
+    def init(**options):
+        ids.append(options["id"])
+        return SimpleNamespace(id=options["id"] or "a1b2")
+
+    fake = SimpleNamespace(init=init, log=lambda row, step: logged.append(row), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = Config(tracker="wandb", out_dir=str(tmp_path / "run"))
+    for step in (1, 2):
+        log = metrics.Metrics(config, start=step - 1)
+        log.log({"step": step, "loss": math.nan})
+        log.finish()
+    assert ids == [None, "a1b2"] and logged == [{"step": 1}, {"step": 2}]  # without a loss that is not a number
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path, monkeypatch, broken):
+    def fail(*_, **__):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    fake = SimpleNamespace(init=lambda **_: None, log=lambda row, step: None, finish=lambda: None)
+    setattr(fake, broken, fail)
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    said = []
+    log = metrics.Metrics(Config(tracker="trackio", out_dir=str(tmp_path / "run")), start=0, warn=said.append)
+    log.log({"step": 1})
+    log.log({"step": 2})
+    log.finish()
+    assert len(said) == 1 and "tracker=trackio does not work, and the run goes on without it: RuntimeError" in said[0]
+    assert [row["step"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):
+    config, file = Config(out_dir=str(tmp_path)), tmp_path / "metrics.jsonl"
+    log = metrics.Metrics(config, start=0)
+    log.log({"step": 1, "loss": math.nan, "grad_norm": math.inf, "tokens": 5})
+    log.log({"step": 2, "loss": 1.5, "mfu": None})
+    text = '{"step": 1, "loss": null, "grad_norm": null, "tokens": 5}\n{"step": 2, "loss": 1.5, "mfu": null}\n'
+    assert file.read_text() == text
+    assert metrics.read(file) == log.rows == [{"step": 1, "tokens": 5}, {"step": 2, "loss": 1.5}]
+    assert metrics.Metrics(config, start=2).rows == log.rows and file.read_text() == text
+    metrics.plot(log.rows, tmp_path / "loss.png", "a run", "less text")
+
+
+def test_without_a_terminal_what_takes_long_prints_lines(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST", 0.3)
+    monkeypatch.setattr(progress, "EVERY", 0.3)
+    with progress.Ticker(3, enabled=True) as ticker:
+        ticker.begin("loading the data")
+        time.sleep(1)
+        with ticker.during("validation"):
+            ticker.update("validation: 50%")
+            time.sleep(1)
+        monkeypatch.setattr(progress, "FIRST", 9)
+        ticker.begin("drawing loss.png")
+        time.sleep(0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("loading the data … ") and sum("validation: 50% … " in line for line in lines) >= 2
+    assert "drawing" not in "".join(lines)
+
+
+def test_no_mfu_above_100_percent(tiny_corpus, tmp_path, monkeypatch, capsys):
+    """The peak was measured while the machine was busy: it is not shown, and the next run measures again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(flops, "_measure", lambda device, dtype: (1.0, 8))
+    config = load_config([*TINY, f"--dataset={tiny_corpus}", f"--out_dir={tmp_path / 'run'}", "--max_steps=2",
+                          "--log_interval=1"])  # fmt: skip
+    run_training(config)
+    printed = capsys.readouterr().out
+    assert [row["mfu"] for row in rows(tmp_path / "run")] == [None, None]
+    assert "step 1: loss" in printed and "MFU" not in printed
+    assert json.loads((tmp_path / "nanopause" / "peak_flops.json").read_text()) == {}
+
+
+def test_half_of_a_launch_in_the_environment_is_one_sentence(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2 is in the environment, but RANK is not: start with torchrun"):
+        Processes("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "3")
+    assert Processes("cpu").is_main
 
 
 @pytest.mark.parametrize(
