@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.grid_job import Job
-from nanopause.evaluation import panels, versions, write_json
+from nanopause.evaluation import versions, write_json
 from nanopause.files import replace_file
 from nanopause.progress import Ticker
+from nanopause.results import panels
 
 
 def over_seeds(values: dict[int, float], n_seeds: int) -> dict:
