@@ -198,6 +198,8 @@ def test_error_bars(tmp_path, monkeypatch):
         expected = [[row["pauses"], row["metrics"][key][end]] for row in results for end in ("low", "high")
                     if row["metrics"][key][end] is not None]  # fmt: skip
         drawn = [point for bar in axis.collections[0].get_segments() for point in bar.tolist()]
+        low, high = axis.get_ylim()
+        assert all(low < y < high for _, y in drawn)  # nothing is cut at the frame
         assert drawn == [pytest.approx(point) for point in expected] and len(drawn) == {"exact_match": 4, "f1": 2}[key]
         assert axis.get_ylabel() == f"{key.replace('_', ' ')}, 95% interval"
     assert (tmp_path / "pauses.png").read_bytes()[:4] == b"\x89PNG"
