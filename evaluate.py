@@ -1,25 +1,21 @@
 """Evaluate a checkpoint on tasks with several numbers of pauses: scores with intervals, and cost.
 
-The tasks of nanopause, from the hub or from a folder of JSON lines:
-
+    # tasks of nanopause, from the hub or from a folder of JSON lines
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k,squad --pauses=0,10,50
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k --data_dir=tasks --limit=200
-
-Pauses where the model is unsure, turned off once they no longer change its log-probabilities:
-
+    # pauses where the model is unsure, turned off once they no longer change its log-probabilities
     python evaluate.py --out_dir=out/dit --tasks=gsm8k --pauses=0,5 --pause_when=below_confidence --stop_when_useless
-
-Programs, ten for each example, run in a sandbox:
-
+    # programs, ten for each example, run in a sandbox
     python evaluate.py --out_dir=out/dit --tasks=mbpp --allow_code_execution --samples=10 --temperature=0.8
-
-Any task of lm-evaluation-harness (pip install -e '.[harness]'), its own or local ones:
-
+    # any task of lm-evaluation-harness (pip install -e '.[harness]'), its own or local ones
     python evaluate.py --out_dir=out/pause --harness=hellaswag,arc_easy --pauses=0,10
     python evaluate.py --out_dir=out/pause --harness=mine --harness_path=my_tasks
 
-The results folder has examples.jsonl, one line per finished example, results.json, and with several numbers of pauses
-pauses.png. The same command continues an interrupted evaluation; more tasks and pauses add to the results.
+The same command continues an interrupted evaluation; more tasks and pauses add to the results:
+
+    examples.jsonl    a line per finished example: prompt, outputs, scores, cost
+    results.json      the table, with settings and versions
+    pauses.png        the first metric of each task against the number of pauses
 """
 
 import sys
@@ -156,9 +152,9 @@ def evaluate_tasks(cells: list[Cell], file: Path, batch_size: int, ticker: Ticke
             cell.warm_up(todo, engine)
             start = perf_counter()  # time between two answers is not counted
             for answer in cell.answers(todo, engine):
-                row = cell.row(answer, perf_counter() - start)
+                seconds = perf_counter() - start
+                rows[answer["index"]] = row = cell.scored(answer) | {"seconds": seconds}
                 add_row(file, row)
-                rows[answer.index] = row
                 n_done += 1
                 is_due = perf_counter() - last_line > SECONDS_BETWEEN_LINES
                 last_line = perf_counter() if is_due else last_line

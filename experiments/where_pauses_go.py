@@ -196,9 +196,9 @@ def draw(example: Example, seen: dict[str, Reading], file: Path) -> None:
         box(x, y, width(label), shade(np.log(p)))
         write(x, y, label, color="black")
         x += width(label)
-    write(x + 1, y, "likely;", color="0.2")
-    pause(x + 10, y)
-    write(x + 12.5, y, "a pause that training inserts before the token", color="0.2")
+    write(x + 1, y, "probability;", color="0.2")
+    pause(x + 14, y)
+    write(x + 16.5, y, "a pause that training inserts before the token", color="0.2")
     for kind in ("png", "svg"):
         figure.savefig(file.with_suffix(f".{kind}"), dpi=160)
     plt.close(figure)

@@ -136,19 +136,6 @@ class Decoding(NamedTuple):
     pass_at: tuple[int, ...] = (1,)
 
 
-class Answer(NamedTuple):
-    """A model's answer to an example."""
-
-    index: int  # of the example
-    outputs: list[str] | list[float]  # the generated texts, one per sample; or each choice's log p in nats
-    ends: list[str]  # why each text ended, see engine.Token; [] for choices
-    n_prompt: int  # tokens of the prompt without pauses; for choices, of the longest prompt
-    n_cut: int  # tokens cut from the prompt
-    n_generated: int  # in all samples
-    n_pauses: int  # in the prompts and texts of all samples; for choices, in one prompt
-    flops: int  # of all samples or choices
-
-
 @dataclass
 class Cell:
     """One task with one number of pauses: encodes its examples, answers and scores them.
@@ -201,12 +188,26 @@ class Cell:
         longest = max(len(self.prompt(example.prefix, self.room)[0]) for example in self.examples)
         return min(longest + self.max_new_tokens + self.budget, self.model.config.block_size)
 
-    def answers(self, todo: list[int], engine: Engine | None) -> Iterator[Answer]:
-        """The answers to the examples with these indices, in the order in which they finish. engine: needed only if the
-        task's answers are generated."""
+    def answers(self, todo: list[int], engine: Engine | None) -> Iterator[dict]:
+        """The answers to the examples with these indices, in the order in which they finish, as lines of examples.jsonl
+        without scores and seconds. engine: needed only if the task's answers are generated.
+
+        outputs: the generated texts, one per sample, with ends: why each ended (engine.Token); or log_likelihoods: log
+        p of each choice in nats. tokens, prompt: without pauses, of the longest choice; cut: tokens cut from the
+        prompt; generated and pauses: in all samples. flops: of all samples or choices."""
         return self._generate(todo, engine) if self.max_new_tokens else self._score_choices(todo)
 
-    def _generate(self, todo: list[int], engine: Engine) -> Iterator[Answer]:
+    def _row(
+        self, i: int, answer: dict, n_prompt: int, n_cut: int, n_generated: int, n_pauses: int, flops: int
+    ) -> dict:
+        example = self.examples[i]
+        tokens = {"prompt": n_prompt, "cut": n_cut, "generated": n_generated, "pauses": n_pauses,
+                  "limit": self.max_new_tokens}  # fmt: skip
+        return {"task": self.task.name, "index": i, "pauses": self.pauses, "prompt": example.prefix,
+                "example": digest(example), "references": list(example.references), **answer, "tokens": tokens,
+                "flops": flops}  # fmt: skip
+
+    def _generate(self, todo: list[int], engine: Engine) -> Iterator[dict]:
         """If the answer is the first line that is not blank, generation stops at a line feed. Samples that are blank
         up to there are generated again without this stop."""
         n, temperature, top_p, seed, _ = self.decoding
@@ -233,12 +234,11 @@ class Cell:
     def _text(self, tokens: list[Token]) -> str:
         return self.tokenizer.decode([token.id for token in tokens if token.end != "eot"])
 
-    def _answer(self, index: int, samples: list[list[Token]], prompt: list[int], n_cut: int) -> Answer:
+    def _answer(self, i: int, samples: list[list[Token]], prompt: list[int], n_cut: int) -> dict:
         pauses = [[token.pauses for token in tokens] for tokens in samples]
-        return Answer(
-            index,
-            outputs=[self._text(tokens) for tokens in samples],
-            ends=[tokens[-1].end for tokens in samples],
+        return self._row(
+            i,
+            {"outputs": list(map(self._text, samples)), "ends": [tokens[-1].end for tokens in samples]},
             n_prompt=len(prompt) - self.prompt_pauses,
             n_cut=n_cut,
             n_generated=sum(map(len, samples)),
@@ -259,7 +259,7 @@ class Cell:
             )
         return prompt, scored, n_cut
 
-    def _score_choices(self, todo: list[int]) -> Iterator[Answer]:
+    def _score_choices(self, todo: list[int]) -> Iterator[dict]:
         encoded = {i: [self._encode_choice(i, choice) for choice in self.examples[i].choices] for i in todo}
         owners = [(i, j) for i in todo for j in range(len(encoded[i]))]
         pairs = [encoded[i][j][:2] for i, j in owners]
@@ -269,16 +269,18 @@ class Cell:
             found[i][j] = log_likelihood
             if len(found[i]) == len(encoded[i]):
                 prompts, scored, n_cut = zip(*encoded[i])
-                yield Answer(
+                values = [found[i][j] for j in range(len(encoded[i]))]
+                choices = self.examples[i].choices
+                yield self._row(
                     i,
-                    outputs=[found[i][j] for j in range(len(encoded[i]))],
-                    ends=[],
+                    {"choices": list(choices), "log_likelihoods": values, "answer": choices[values.index(max(values))],
+                     "label": self.examples[i].label},
                     n_prompt=max(map(len, prompts)) - self.pauses,
                     n_cut=max(n_cut),
                     n_generated=0,
                     n_pauses=self.pauses,
                     flops=sum(choice_flops(self.model.config, *map(len, pair)) for pair in zip(prompts, scored)),
-                )
+                )  # fmt: skip
 
     def warm_up(self, todo: list[int], engine: Engine | None) -> None:
         """Answer a first batch and discard it, so that one-time costs (CUDA graphs, compilation) are not timed: one
@@ -291,29 +293,20 @@ class Cell:
         engine.generate(prompts, copy.deepcopy(self.policy) or 0, temperature=self.decoding.temperature,
                         top_p=self.decoding.top_p, max_new_tokens=2, attention=self.attention)  # fmt: skip
 
-    def row(self, answer: Answer, seconds: float) -> dict:
-        """An example's line of examples.jsonl, with its scores: the mean over the samples, for programs pass@k."""
-        task, example = self.task, self.examples[answer.index]
-        row = {"task": task.name, "index": answer.index, "pauses": self.pauses, "prompt": example.prefix,
-               "example": digest(example), "references": list(example.references)}  # fmt: skip
-        if self.max_new_tokens:
-            answers = [task.read(text) for text in answer.outputs]
-            by_sample = [task.score(text, example) for text in answers]
-            n = len(answers)
-            if task.executes_code:
-                n_passed = round(sum(scores["pass@1"] for scores in by_sample))
-                scores = {f"pass@{k}": pass_at_k(n, n_passed, k) for k in self.decoding.pass_at}
-            else:
-                scores = {name: math.fsum(scores[name] for scores in by_sample) / n for name in by_sample[0]}
-            row |= {"outputs": answer.outputs, "answers": answers, "ends": answer.ends}
+    def scored(self, row: dict) -> dict:
+        """An answer with its scores: the mean over the samples; for programs, pass@k."""
+        task, example = self.task, self.examples[row["index"]]
+        if not self.max_new_tokens:
+            return row | {"scores": task.score(row["log_likelihoods"], example)}
+        answers = [task.read(text) for text in row["outputs"]]
+        by_sample = [task.score(answer, example) for answer in answers]
+        n = len(answers)
+        if task.executes_code:
+            n_passed = round(sum(scores["pass@1"] for scores in by_sample))
+            scores = {f"pass@{k}": pass_at_k(n, n_passed, k) for k in self.decoding.pass_at}
         else:
-            scores = task.score(answer.outputs, example)
-            best = answer.outputs.index(max(answer.outputs))
-            row |= {"choices": list(example.choices), "log_likelihoods": answer.outputs,
-                    "answer": example.choices[best], "label": example.label}  # fmt: skip
-        tokens = {"prompt": answer.n_prompt, "cut": answer.n_cut, "generated": answer.n_generated,
-                  "pauses": answer.n_pauses, "limit": self.max_new_tokens}  # fmt: skip
-        return row | {"scores": scores, "tokens": tokens, "flops": answer.flops, "seconds": seconds}
+            scores = {name: math.fsum(scores[name] for scores in by_sample) / n for name in by_sample[0]}
+        return row | {"answers": answers, "scores": scores}
 
     def rows_of(self, rows: Iterable[dict], file: Path) -> dict[int, dict]:
         """The rows of this cell by index. Raises UserError if one belongs to an example that the data does not have."""

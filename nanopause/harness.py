@@ -254,7 +254,8 @@ def _try_to_load(manager: lm_eval.tasks.TaskManager, name: str) -> None:
 
 def evaluate(lm: Harness, name: str, manager: lm_eval.tasks.TaskManager, limit: int | None) -> list[dict]:
     """The results of a task of the harness, or of a group and its tasks, for results.harness_summaries. FLOPs and
-    seconds are means over all examples of the group."""
+    seconds are means over all examples of the group. evaluate.py keeps them in harness.jsonl: delete that file after a
+    change of a task's YAML or data."""
     n_cut, flops, start = lm.n_cut, lm.flops, perf_counter()
     evaluated = lm_eval.simple_evaluate(lm, tasks=[name], task_manager=manager, limit=limit)
     seconds, flops, n_cut = perf_counter() - start, lm.flops - flops, lm.n_cut - n_cut

@@ -47,6 +47,10 @@ HARNESS = [{"prompt": f"Question: {i}{i}?\nAnswer:", "answer": answer} for i, an
 CHOICES = [{"goal": f"{i}{i}?", "sol1": ANSWERS[i], "sol2": "nothing", "label": i % 2} for i in range(6)]
 
 
+def in_order(answers):
+    return sorted(answers, key=lambda answer: answer["index"])
+
+
 def write(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -132,6 +136,8 @@ def test_results_of_two_tasks_and_three_numbers_of_pauses(run, run_folder, tmp_p
     assert written["checkpoint"]["model"]["n_embd"] == 64 and "torch" in written["versions"]
     assert (tmp_path / "pauses.png").read_bytes()[:4] == b"\x89PNG"
     assert "exact_match 1.0000 [0.6756, 1.0000]" in output and "batch size 8, cpu" in output
+    for line in ("loading the model", "reading webq", "webq, 0 pauses: starts", "computing the intervals"):
+        assert f"\n{line}" in f"\n{output}"  # whatever can take seconds is announced
     assert "brackets: 95% intervals: Wilson's where every score is 0 or 1" in output and "±" not in output
 
     # The same command evaluates nothing; more pauses add to the results.
@@ -179,10 +185,9 @@ def test_answers_do_not_depend_on_the_batch_size(run_folder):
         for batch_size in (1, 5):
             cell = Cell(model, BYTES, TASKS["webq"], examples, pauses, attention, batch_size)
             engine = Engine(model, BYTES, batch_size, cell.max_length())
-            answers = sorted(cell.answers(list(range(8)), engine))
-            by_batch_size.append([answer._replace(flops=0) for answer in answers])
+            by_batch_size.append(in_order(cell.answers(list(range(8)), engine)))
         assert by_batch_size[0] == by_batch_size[1]
-        assert len({answer.outputs[0] for answer in by_batch_size[0]}) == 8
+        assert len({answer["outputs"][0] for answer in by_batch_size[0]}) == 8
 
 
 class WithBos:
@@ -215,7 +220,7 @@ def test_prompts_are_encoded_as_in_finetuning(model, tokenizer, position, cut):
     choices = TASKS["piqa"].examples({**CHOICES[0], "goal": "why " * 40})
     cell = Cell(model, tokenizer, TASKS["piqa"], choices, 7, "prefix", 4, position, cut)
     (answer,) = cell.answers([0], None)
-    for choice, log_likelihood in zip(choices[0].choices, answer.outputs):
+    for choice, log_likelihood in zip(choices[0].choices, answer["log_likelihoods"]):
         pair = encode(Example(choices[0].prefix, choice, ()), tokenizer, 98, 7, position, cut)
         batch = pack([pair], BYTES.pause_id, "prefix")
         inputs, targets, *layout = (x[:, :-1] for x in (batch.inputs, batch.targets, *batch.layout.values()))
@@ -233,14 +238,14 @@ def test_choices_have_the_likelihoods_of_the_harness(model, run_folder):
     pairs = [(example.prefix, choice) for example in examples for choice in example.choices]
     for pauses, attention in ((0, "causal"), (3, "prefix"), (70, "causal")):  # the last one cuts prompts
         cell = Cell(model, BYTES, TASKS["piqa"], examples, pauses, attention, 4)
-        answers = sorted(cell.answers(list(range(len(examples))), None))
+        answers = in_order(cell.answers(list(range(len(examples))), None))
         lm = Harness(model, BYTES, pauses, 4, attention)
         expected = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
-        values = [value for answer in answers for value in answer.outputs]
+        values = [value for answer in answers for value in answer["log_likelihoods"]]
         assert values == pytest.approx([value for value, _ in expected], abs=1e-5)
-        row = cell.row(answers[0], 0.0)
+        row = cell.scored(answers[0])
         assert row["scores"]["accuracy"] == float((values[0] > values[1]) == (examples[0].label == 0))
-        assert (lm.n_cut > 0) == (pauses == 70) == (answers[0].n_cut > 0)
+        assert (lm.n_cut > 0) == (pauses == 70) == (answers[0]["tokens"]["cut"] > 0)
 
 
 def test_killed_evaluation_continues(run, run_folder, tmp_path):
@@ -336,7 +341,7 @@ def test_answer_is_the_first_line_that_is_not_blank(tmp_path):
     examples = TASKS["webq"].examples({"question": "q", "answers": ["ok"]})
     cell = Cell(model, BYTES, TASKS["webq"], examples, 0)
     (answer,) = cell.answers([0], Engine(model, BYTES, 1, 64))
-    assert answer.outputs[0].startswith("\n\nok\n") and cell.row(answer, 0.0)["scores"] == {"exact_match": 1.0}
+    assert answer["outputs"][0].startswith("\n\nok\n") and cell.scored(answer)["scores"] == {"exact_match": 1.0}
 
 
 def test_policy_pauses_equal_the_engine(run, model, tmp_path):
@@ -390,16 +395,17 @@ def test_pass_at_k(model):
     task = TASKS["mbpp"].permitted(True)
     decoding = Decoding(3, 0.8, pass_at=(1, 2, 3))
     cell = Cell(model, BYTES, task, task.examples(row), 0, decoding=decoding)
-    answer = evaluation.Answer(
-        0, [*programs[:2], programs[2].replace("sum(x)", "sum(x[:1])")], 3 * ["eot"], 9, 0, 9, 0, 9
-    )
-    assert cell.row(answer, 0.0)["scores"] == {
+    answer = {"index": 0, "outputs": [*programs[:2], programs[2].replace("sum(x)", "sum(x[:1])")]}
+    assert cell.scored(answer)["scores"] == {
         "pass@1": pytest.approx(1 / 3),
         "pass@2": pytest.approx(2 / 3),
         "pass@3": 1,
     }
-    answer = answer._replace(outputs=programs)
-    assert cell.row(answer, 0.0)["scores"] == {"pass@1": pytest.approx(2 / 3), "pass@2": 1, "pass@3": 1}
+    assert cell.scored({"index": 0, "outputs": programs})["scores"] == {
+        "pass@1": pytest.approx(2 / 3),
+        "pass@2": 1,
+        "pass@3": 1,
+    }
 
 
 @pytest.mark.parametrize(
