@@ -100,13 +100,7 @@ class Harness(TemplateLM):
 
     def get_model_info(self) -> dict:
         """Model information that the harness stores with its results."""
-        return {
-            "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "model_dtype": str(self.model.head.weight.dtype),
-            "pauses": self.pauses,
-            "attention": self.attention,
-            "max_length": self.max_length,
-        }
+        return {"pauses": self.pauses, "attention": self.attention, "model_dtype": str(self.model.head.weight.dtype)}
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of every text, in nats, in windows of max_length tokens as in HFLM. There is no separate
