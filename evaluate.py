@@ -1,59 +1,42 @@
 """Evaluate a checkpoint on tasks with several numbers of pauses: scores with intervals, and cost.
 
-Tasks of nanopause, from the hub or from a folder of JSON lines:
+    # tasks of nanopause, from the hub or from a folder of JSON lines
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k,squad --pauses=0,10,50
     python evaluate.py --out_dir=out/gsm8k --tasks=gsm8k --data_dir=tasks --limit=200
-Pauses where the model is unsure, turned off once they no longer change its log-probabilities; sampled programs:
+    # pauses where the model is unsure, turned off once they no longer change its log-probabilities
     python evaluate.py --out_dir=out/dit --tasks=gsm8k --pauses=0,5 --pause_when=below_confidence --stop_when_useless
+    # programs, ten for each example, run in a sandbox
     python evaluate.py --out_dir=out/dit --tasks=mbpp --allow_code_execution --samples=10 --temperature=0.8
-Any task of lm-evaluation-harness (pip install -e '.[harness]'), its own or local ones:
+    # any task of lm-evaluation-harness (pip install -e '.[harness]'), its own or local ones
     python evaluate.py --out_dir=out/pause --harness=hellaswag,arc_easy --pauses=0,10
     python evaluate.py --out_dir=out/pause --harness=mine --harness_path=my_tasks
 
-The results folder has examples.jsonl, one line per finished example, results.json, and with several numbers of pauses
-pauses.png. The same command continues an interrupted evaluation; more tasks and pauses add to the results.
+The same command continues an interrupted evaluation; more tasks and pauses add to the results:
+
+    examples.jsonl    a line per finished example: prompt, outputs, scores, cost
+    results.json      the table, with settings and versions
+    pauses.png        the first metric of each task against the number of pauses
 """
 
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 import torch
 
-from nanopause import checkpoint, cli, errors, hub, kernels, sandbox
+from nanopause import checkpoint, cli, errors, evaluation, hub, kernels, results
 from nanopause.config import Config
 from nanopause.distributed import Processes
 from nanopause.engine import Engine
 from nanopause.errors import UserError
-from nanopause.evaluation import (
-    Cell,
-    Decoding,
-    add_row,
-    claim,
-    fingerprint,
-    format_figure,
-    harness_results,
-    harness_tasks,
-    interval_note,
-    numbers,
-    plot,
-    read_rows,
-    summaries,
-    summary,
-    table,
-    timed,
-    versions,
-    with_intervals,
-    words,
-    write_json,
-)
+from nanopause.evaluation import Cell, Decoding, add_row, numbers, read_rows, words
 from nanopause.policy import PauseOptions, StopWhenUseless
 from nanopause.progress import Ticker
 from nanopause.tasks import Task, get_task, load
 
-SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
+SECONDS_BETWEEN_LINES = 15.0  # of progress, without a terminal
 
 
 @dataclass
@@ -111,37 +94,33 @@ class Settings(PauseOptions):
 # Settings
 
 
-def decoding_of(settings: Settings) -> Decoding:
-    """Samples, temperature and the like, checked."""
+def check(settings: Settings, tasks: list[Task]) -> Decoding:
+    """How answers are generated. Raises UserError for settings that are out of range or do not fit together."""
     n, ks = settings.samples, numbers("pass_at", settings.pass_at)
     errors.check("samples", n, 1, 10_000)
     errors.check("temperature", settings.temperature, 0, 1e6)
     errors.check("top_p", settings.top_p, 0, 1)
     errors.check("seed", settings.seed, 0, 2**40)
-    if n > 1 and settings.temperature == 0:
-        raise UserError(f"--samples={n} would all be the same, greedy text: add --temperature=0.8, say")
-    for k in ks:
-        errors.check("pass_at", k, 1, n)
-    return Decoding(n, settings.temperature, settings.top_p, settings.seed, tuple(ks or sorted({1, n})))
-
-
-def check(settings: Settings, tasks: list[Task]) -> None:
-    """Raises UserError for settings that do not fit together."""
-    if settings.uses_policy and not settings.pauses:
-        raise UserError("--pause_when and --stop_when_useless need numbers of pauses: add --pauses=0,5, say")
-    if not tasks and not settings.harness:
-        raise UserError("nothing to evaluate: name tasks by --tasks=gsm8k,squad or --harness=hellaswag")
     errors.check("batch_size", settings.batch_size, 1, 2**20)
     if settings.limit is not None:
         errors.check("limit", settings.limit, 1, 2**62)
-    if (settings.uses_policy or settings.temperature) and settings.harness:
-        raise UserError("--pause_when, --stop_when_useless, --temperature and --samples are for --tasks: leave out "
-                        "--harness")  # fmt: skip
+    for k in ks:
+        errors.check("pass_at", k, 1, n)
+    if n > 1 and settings.temperature == 0:
+        raise UserError(f"--samples={n} would all be the same, greedy text: add --temperature=0.8, say")
+    if not tasks and not settings.harness:
+        raise UserError("nothing to evaluate: name tasks by --tasks=gsm8k,squad or --harness=hellaswag")
+    if settings.uses_policy and not settings.pauses:
+        raise UserError("--pause_when and --stop_when_useless need numbers of pauses: add --pauses=0,5, say")
     if settings.uses_policy and settings.pause_position:
         raise UserError("--pause_position is for pauses in prompts, and --pause_when and --stop_when_useless have none "
                         "there: leave it out")  # fmt: skip
+    if settings.harness and (settings.uses_policy or settings.temperature):
+        raise UserError("--pause_when, --stop_when_useless, --temperature and --samples are for --tasks: leave out "
+                        "--harness")  # fmt: skip
     if settings.pass_at and not any(task.executes_code for task in tasks):
         raise UserError("--pass_at is for answers that are programs: add --tasks=mbpp, or leave it out")
+    return Decoding(n, settings.temperature, settings.top_p, settings.seed, tuple(ks or sorted({1, n})))
 
 
 def results_folder(settings: Settings) -> Path:
@@ -154,60 +133,35 @@ def results_folder(settings: Settings) -> Path:
 # Evaluation
 
 
-def evaluate_tasks(cells: list[Cell], file: Path, batch_size: int, ticker: Ticker) -> list[dict]:
-    """Answer what is not in `file` yet, example by example, and return the summaries."""
+def evaluate_tasks(cells: list[Cell], file: Path, batch_size: int, ticker: Ticker) -> None:
+    """Append the answers that `file` does not have yet, example by example."""
     before = read_rows(file)
     finished = [cell.rows_of(before, file) for cell in cells]
-    n_total = sum(len(cell.examples) for cell in cells)
-    n_done = sum(map(len, finished))
+    n_done, last_line = sum(map(len, finished)), perf_counter()
     if n_done:
-        ticker.say(f"{n_done:,} of {n_total:,} examples are in {file} already")
-    generating = [cell for cell in cells if cell.max_new_tokens]
-    engine = None
+        ticker.say(f"{n_done:,} of {sum(len(cell.examples) for cell in cells):,} examples are in {file} already")
+    engine, generating = None, [cell for cell in cells if cell.max_new_tokens]
     if generating:
-        cell = generating[0]
-        engine = Engine(cell.model, cell.tokenizer, batch_size, max(cell.max_length() for cell in generating))
-    last_line = time.perf_counter()
+        length = max(cell.max_length() for cell in generating)
+        engine = Engine(generating[0].model, generating[0].tokenizer, batch_size, length)
     for cell, rows in zip(cells, finished):
         name = f"{cell.task.name}, {cell.pauses} pauses"
         todo = [i for i in range(len(cell.examples)) if i not in rows]
         if todo:
+            ticker.step(n_done, f"{name}: starts", True)
             cell.warm_up(todo, engine)
-        for answer, seconds in timed(cell.answers(todo, engine) if todo else ()):
-            row = cell.row(answer, seconds)
-            add_row(file, row)
-            rows[answer.index] = row
-            n_done += 1
-            is_due = time.perf_counter() - last_line > SECONDS_BETWEEN_LINES
-            last_line = time.perf_counter() if is_due else last_line
-            ticker.step(n_done, f"{name}: {len(rows):,} of {len(cell.examples):,}", is_due)
+            start = perf_counter()  # time between two answers is not counted
+            for answer in cell.answers(todo, engine):
+                seconds = perf_counter() - start
+                rows[answer["index"]] = row = cell.scored(answer) | {"seconds": seconds}
+                add_row(file, row)
+                n_done += 1
+                is_due = perf_counter() - last_line > SECONDS_BETWEEN_LINES
+                last_line = perf_counter() if is_due else last_line
+                ticker.step(n_done, f"{name}: {len(rows):,} of {len(cell.examples):,}", is_due)
+                start = perf_counter()
         report = f"; {cell.policy.report()}" if todo and isinstance(cell.policy, StopWhenUseless) else ""
-        ticker.say(f"{name}: {described(cell, rows)}{report}")
-    return summaries(read_rows(file))
-
-
-def described(cell: Cell, rows: dict[int, dict]) -> str:
-    """The scores of a task with a number of pauses, and what limits them, in one line."""
-    figures = summary(rows)
-    text = "; ".join(f"{metric} {format_figure(figure)}" for metric, figure in figures["metrics"].items())
-    if cell.policy:
-        text += f"; {figures['pauses_per_example']:.3g} pauses per example"
-    if figures["n_cut"]:
-        text += f"; {figures['n_cut']:,} of {len(rows):,} prompts cut from the {cell.placing[-1]} to fit"
-    if figures["n_unfinished"]:
-        text += f"; {figures['n_unfinished']:,} answers reached their limit of {figures['max_new_tokens']} tokens"
-    return text
-
-
-def evaluate_harness(names: list[str], harnesses: list, manager, limit: int | None, file: Path) -> list[dict]:
-    """The results of lm-evaluation-harness; a task that is not in `file` yet is evaluated as a whole."""
-    found = {(row["task"], row["pauses"]): row["results"] for row in read_rows(file)}
-    for name in names:
-        for lm in harnesses:
-            if (name, lm.pauses) not in found:
-                found[name, lm.pauses] = harness_results(lm, name, manager, limit)
-                add_row(file, {"task": name, "pauses": lm.pauses, "results": found[name, lm.pauses]})
-    return [with_intervals(row) for key in sorted(found) for row in found[key]]
+        ticker.say(f"{name}: {results.described(rows)}{report}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,9 +171,8 @@ def evaluate_harness(names: list[str], harnesses: list, manager, limit: int | No
 def main() -> None:
     settings = cli.parse(Settings, sys.argv[1:], "python evaluate.py", __doc__)
     tasks = [get_task(name).permitted(settings.allow_code_execution) for name in words(settings.tasks)]
-    harness_names, decoding = words(settings.harness), decoding_of(settings)
-    options = settings.resolved()
-    check(settings, tasks)
+    harness_names, options = words(settings.harness), settings.resolved()
+    decoding = check(settings, tasks)
 
     # ---- the model
     processes = Processes(settings.device)
@@ -227,38 +180,39 @@ def main() -> None:
         raise UserError(f"evaluate.py is one process, not {processes.count}: start it without torchrun, or once per "
                         f"task and GPU")  # fmt: skip
     device = processes.device
+    print(f"loading the model {settings.out_dir}", flush=True)
     model, tokenizer, state = hub.load(settings.out_dir, device)
     trained = Config(**state.get("config", {}))
     counts = numbers("pauses", settings.pauses) or [state["pauses"]]
     attention = settings.attention or trained.attention
     pause_position, cut = settings.pause_position or trained.pause_position, trained.cut
-    weights = fingerprint(model)
+    weights = evaluation.fingerprint(model)
     if settings.dtype == "bfloat16" or (settings.dtype == "auto" and device.type == "cuda"):
         model = model.bfloat16()
 
     # ---- what to evaluate: everything is checked before the first example
-    cells, sources = [], []
+    cells, sources, harnesses = [], [], []
     for task in tasks:
+        print(f"reading {task.name}", flush=True)
         examples, source = load(task, settings.split, settings.data_dir or None, settings.limit)
         sources.append(source)
         for n_pauses in counts:
-            cell_policy = settings.policy(n_pauses) if settings.uses_policy else None
+            policy = settings.policy(n_pauses) if settings.uses_policy else None
             cells.append(Cell(model, tokenizer, task, examples, n_pauses, attention, settings.batch_size,
-                              pause_position, cut, cell_policy, decoding))  # fmt: skip
-    harnesses, manager = [], None
+                              pause_position, cut, policy, decoding))  # fmt: skip
     if harness_names:
         if pause_position == "prepend":
             raise UserError("tasks of lm-evaluation-harness take pauses after the prompt: use --pause_position=append")
-        manager = harness_tasks(harness_names, settings.harness_path)
-        from nanopause.harness import Harness
+        print("listing the tasks of lm-evaluation-harness and loading their data", flush=True)
+        errors.needs("lm_eval", "harness")
+        from nanopause import harness
 
-        harnesses = [Harness(model, tokenizer, n, settings.batch_size, attention) for n in counts]
+        manager = harness.load_tasks(harness_names, settings.harness_path)
+        harnesses = [harness.Harness(model, tokenizer, n, settings.batch_size, attention) for n in counts]
     folder = results_folder(settings)
-    device_name = device.type + f" ({torch.get_num_threads()} threads)"
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
+    is_gpu = device.type == "cuda"
     fixed = {  # what all results of a folder have in common
-        "format": 2,  # of examples.jsonl
+        "format": 3,  # of examples.jsonl and harness.jsonl
         "step": state.get("step"),
         "weights": weights,
         "split": settings.split,
@@ -270,37 +224,43 @@ def main() -> None:
         "policy": options if settings.uses_policy else None,
         "decoding": decoding._asdict() if decoding.temperature else None,
         "dtype": str(model.head.weight.dtype).removeprefix("torch."),
-        "device": device_name,
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"cpu ({torch.get_num_threads()} threads)",
     }
-    claim(folder, fixed)
+    evaluation.claim(folder, fixed)
     kernels.choose(None, device)  # reports which
 
     # ---- scores
+    by_example, by_task = folder / "examples.jsonl", folder / "harness.jsonl"
     with Ticker(sum(len(cell.examples) for cell in cells), enabled=True) as ticker:
         ticker.say("\n".join([f"results: {folder}", *sources]))
-        if any(task.executes_code for task in tasks):
-            ticker.say(str(sandbox.protections()))
-        results = evaluate_tasks(cells, folder / "examples.jsonl", settings.batch_size, ticker)
-    results += evaluate_harness(harness_names, harnesses, manager, settings.limit, folder / "harness.jsonl")
-    order = list(dict.fromkeys((row["by"], row["task"]) for row in results))
-    results.sort(key=lambda row: order.index((row["by"], row["task"])))
+        evaluate_tasks(cells, by_example, settings.batch_size, ticker)
+    found = {(row["task"], row["pauses"]) for row in read_rows(by_task)}
+    for name in harness_names:
+        for lm in harnesses:
+            if (name, lm.pauses) not in found:
+                ticker.say(f"{name}, {lm.pauses} pauses, by lm-evaluation-harness: starts")
+                evaluated = harness.evaluate(lm, name, manager, settings.limit)
+                add_row(by_task, {"task": name, "pauses": lm.pauses, "results": evaluated})
+    ticker.say("computing the intervals")
+    rows = results.summaries(read_rows(by_example))
+    rows += results.harness_summaries(row for group in read_rows(by_task) for row in group["results"])
 
     # ---- table, JSON, figure
     about = {"source": settings.out_dir, "model": asdict(model.config), "tokenizer": tokenizer.name,
              "parameters": sum(parameter.numel() for parameter in model.parameters())}  # fmt: skip
-    write_json(folder / "results.json", {"checkpoint": about, "settings": {**asdict(settings), **fixed},
-                                         "sources": sources, "versions": versions(), "results": results})  # fmt: skip
-    ticker.show(table(results))
-    note = (f"difference: to the fewest pauses, paired by example; ms per example at batch size {settings.batch_size}"
-            + "; GFLOPs without the pauses that were rolled back" * settings.uses_policy)  # fmt: skip
-    ticker.say(f"{note}, {device_name}, {fixed['dtype']}")
-    if note := interval_note(results):
-        ticker.say(note)
+    evaluation.write_json(folder / "results.json", {
+        "checkpoint": about, "settings": {**asdict(settings), **fixed}, "sources": sources,
+        "versions": evaluation.versions(), "results": rows,
+    })  # fmt: skip
+    ticker.show(results.table(rows))
+    ticker.say(f"difference: to the fewest pauses, paired by example; GFLOPs and ms per example"
+               f"{', GFLOPs without the pauses that were rolled back' * settings.uses_policy}, at batch size "
+               f"{settings.batch_size}, {fixed['device']}, {fixed['dtype']}\n{results.NOTE}")  # fmt: skip
     files = "examples.jsonl, results.json"
-    if len({row["pauses"] for row in results}) > 1:
+    if len({row["pauses"] for row in rows}) > 1:
         step = f", step {state['step']:,}" if "step" in state else ""
         place = f"at a place, {settings.pause_when}" if settings.uses_policy else "in the prompt"
-        plot(results, folder / "pauses.png", f"{Path(settings.out_dir).name}{step}", place)
+        results.plot(rows, folder / "pauses.png", f"{Path(settings.out_dir).name}{step}", place)
         files += ", pauses.png"
     ticker.say(f"written: {folder} ({files})")
 

@@ -12,9 +12,9 @@ prompts. `untrained` is the model without finetuning, evaluated once.
 Jobs run on this machine, one per GPU at a time, or with --slurm_partition=NAME on a Slurm cluster; experiments/grid.py
 has the details, and needs pip install -e '.[experiments]'.
 
-    out_dir/table.md              mean ± standard deviation over seeds, the held-out loss, and the paper's rows
+    out_dir/table.md              mean ± standard deviation over seeds, the validation loss, and the paper's rows
     out_dir/results.json          the same with every seed's values, versions and settings
-    out_dir/methods.png, val_loss.png       the metric and the held-out loss, a dot a seed
+    out_dir/methods.png, val_loss.png       the metric and the validation loss, one dot per seed
     out_dir/gsm8k/dit/seed0/      log.txt, the run, its evaluation
 
 The same command continues after an interruption; finished jobs are not repeated. Table, results and figures have the
@@ -40,15 +40,15 @@ from nanopause.tasks import get_task
 
 METHODS = {  # name in the table and arguments of train.py; None: not finetuned
     "untrained": ("no finetuning", None),
-    "sft": ("SFT", ("--placement=sft",)),
-    "ran": ("RAN", ("--placement=ran",)),
-    "appd": ("APPD", ("--placement=appd",)),
-    "aaw": ("AAW", ("--placement=aaw",)),
-    "dit": ("DIT", ("--placement=dit",)),
+    "sft": ("SFT (no pauses)", ("--placement=sft",)),
+    "ran": ("RAN (random places)", ("--placement=ran",)),
+    "appd": ("APPD (after the prompt)", ("--placement=appd",)),
+    "aaw": ("AAW (after words)", ("--placement=aaw",)),
+    "dit": ("DIT (unlikely tokens)", ("--placement=dit",)),
     "focal": ("SFT, focal loss γ = 2", ("--placement=sft", "--focal=2")),
     "dit_pause_loss": ("DIT, loss on pauses", ("--placement=dit", "--pause_loss")),
 }
-SOURCE = "[D]: Kim et al. 2025, Table 1, where seeds and deviations are not told."
+SOURCE = "[D]: Kim et al. 2025, Table 1, which does not report seeds and deviations."
 _TABLE_1 = """
 Phi-2: 51.63/40.15/14.0 54.20/32.03/0.0 52.38/41.43/10.4 39.04/17.03/5.4 56.33/43.38/17.4
 Phi-3 Mini: 78.84/62.46/32.2 75.43/48.00/17.0 79.45/63.22/29.6 73.84/19.83/22.4 78.62/62.82/32.2
@@ -93,7 +93,7 @@ def job_of(settings: Settings, task: str, method: str, seed: int) -> Job:
 
 
 def checked(settings: Settings) -> list[Job]:
-    """The jobs, after everything that can be wrong has been looked at. Raises UserError."""
+    """The jobs, after all settings are checked. Raises UserError."""
     methods = words(settings.methods)
     if not methods or not set(methods) <= METHODS.keys():
         raise UserError(f"--methods={settings.methods} must be some of {','.join(METHODS)}")
@@ -106,11 +106,11 @@ def checked(settings: Settings) -> list[Job]:
     return jobs
 
 
-# What came of it
+# Results
 
 
 def table(jobs: list[Job], found: list[dict]) -> tuple[list[str], list[list[list[str]]]]:
-    """The paper's Table 1: the columns' names, and of every task our metric and held-out loss, then its rows."""
+    """The paper's Table 1: column names, and for every task our metric and validation loss, then the paper's rows."""
     methods, groups = list(dict.fromkeys(job.variant.method for job in jobs)), []
     for task in dict.fromkeys(job.task for job in jobs):
         at = {cell["method"]: cell for cell in found if cell["task"] == task}
@@ -118,7 +118,7 @@ def table(jobs: list[Job], found: list[dict]) -> tuple[list[str], list[list[list
         losses = [mean_and_std(at[method]["val_loss"], 3) if method in at else "–" for method in methods]
         groups.append([
             [f"{task}, {metric} (%)", *(mean_and_std(at.get(method)) for method in methods)],
-            ["held-out loss (nats a token)", *losses],
+            ["validation loss (nats per token)", *losses],
         ])  # fmt: skip
         for model, row in PAPER.get(task, {}).items():
             groups[-1].append([f"[D] {model}", *(str(row.get(method, "–")) for method in methods)])
@@ -126,24 +126,26 @@ def table(jobs: list[Job], found: list[dict]) -> tuple[list[str], list[list[list
 
 
 def dots(axis, some: list[dict], key: str | None = None) -> None:
-    """A dot a seed, and their mean ± standard deviation, of the metric or of what `key` names."""
+    """One dot per seed, and with several seeds mean ± standard deviation, of the metric or of the entry `key`."""
     names = []
     for cell in some:
         if figures := cell[key] if key else cell:
             x = len(names)
-            names.append(METHODS[cell["method"]][0].replace(", ", ",\n"))
+            names.append(METHODS[cell["method"]][0].replace(", ", ",\n").replace(" (", "\n("))
             values = list(figures["values"].values())
-            axis.scatter(len(values) * [x - 0.15], values, s=14, color="0.55", label="a seed")
-            axis.errorbar(x + 0.1, figures["mean"], figures["std"], fmt="D", color="black", capsize=4,
-                          label="mean" + " ± sample standard deviation" * (len(values) > 1))  # fmt: skip
+            axis.scatter(len(values) * [x - 0.15], values, s=14, color="0.55", label="one seed")
+            if figures["std"] is not None:
+                axis.errorbar(x + 0.1, figures["mean"], figures["std"], fmt="D", color="black", capsize=4,
+                              label="mean ± sample standard deviation")  # fmt: skip
     axis.set_xticks(range(len(names)), names, fontsize=8, rotation=30, ha="right", rotation_mode="anchor")
     axis.margins(x=0.1)
     if key:
-        axis.set(title=some[0]["task"], ylabel="held-out loss (nats a token)")
+        axis.set_title(some[0]["task"], fontsize=10)
+        axis.set_ylabel("validation loss (nats per token)")
 
 
 def report(jobs: list[Job], failed: dict[str, str], ticker: Ticker) -> None:
-    """Show and write everything that is there."""
+    """Show and write the results of the jobs that are done."""
     found, seeds, settings = grid_results.cells(jobs), grid_results.seeds_of(jobs), jobs[0].settings
     for cell in found:
         cell["paper"] = {model: row.get(cell["method"]) for model, row in PAPER.get(cell["task"], {}).items()}

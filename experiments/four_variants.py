@@ -50,6 +50,11 @@ class Variant(NamedTuple):
     def finetuning(self) -> str:
         return f"Pause{self.m_ft}" if self.m_ft else "Std"
 
+    @property
+    def label(self) -> str:
+        """Of the finetuning, for a figure."""
+        return f"finetuned with {self.m_ft} pauses" if self.m_ft else "finetuned without pauses"
+
     def __str__(self) -> str:
         return f"{self.pretraining}PT_" + (f"PauseFT{self.m_ft}" if self.m_ft else "StdFT")
 
@@ -76,15 +81,15 @@ PAPER = {  # task to variant to mean and standard deviation, %
 @dataclass
 class Settings(grid_job.Settings):
     pretrained_std: str = ""
-    """The model pretrained without pauses: folder of a run, or whatever else init_from of train.py takes."""
+    """The model pretrained without pauses: a run or any other value of init_from of train.py."""
     pretrained_pause: str = ""
-    """The one pretrained with them."""
+    """The model pretrained with pauses."""
     pauses: str = "10,50"
     """M_ft: numbers of pauses of PauseFT, with commas."""
     inference_pauses: str = ""
     """M_inf besides M_ft itself, with commas, of PauseFT models."""
     size: Literal["130m", "1b"] = "130m"
-    """Whose learning rates, steps and batches: the recipes gsm8k_130m, …"""
+    """The recipes that give learning rates, steps and batches: gsm8k_130m, …"""
     out_dir: str = "out/four_variants"
     """Folder of everything."""
 
@@ -98,7 +103,7 @@ def job_of(settings: Settings, task: str, variant: Variant, seed: int) -> Job:
 
 
 def checked(settings: Settings) -> list[Job]:
-    """The jobs, after everything that can be wrong has been looked at. Raises UserError."""
+    """The jobs, after all settings are checked. Raises UserError."""
     counts = numbers("pauses", settings.pauses)
     if not counts or 0 in counts:
         raise UserError(f"--pauses={settings.pauses} must be numbers from 1, such as 10,50: no pauses are StdFT, which "
@@ -118,7 +123,7 @@ def checked(settings: Settings) -> list[Job]:
     return jobs
 
 
-# What came of it
+# Results
 
 
 def variant_of(cell: dict) -> Variant:
@@ -126,7 +131,7 @@ def variant_of(cell: dict) -> Variant:
 
 
 def table(jobs: list[Job], found: list[dict]) -> tuple[list[str], list[list[list[str]]]]:
-    """The paper's Table 1: the columns' names, and of every task our row and the paper's."""
+    """The paper's Table 1: the column names, and for every task our row and the paper's."""
     variants, groups = list(dict.fromkeys(job.variant for job in jobs)), []
     for task in dict.fromkeys(job.task for job in jobs):
         at = {variant_of(cell): cell for cell in found if cell["task"] == task and cell["m_inf"] == cell["m_ft"]}
@@ -139,7 +144,7 @@ def table(jobs: list[Job], found: list[dict]) -> tuple[list[str], list[list[list
 
 
 def coloured(found: list[dict]) -> dict[int, np.ndarray]:
-    """A colour for every M_ft."""
+    """A colour for each M_ft."""
     import matplotlib
 
     counts = sorted({cell["m_ft"] for cell in found})
@@ -147,35 +152,41 @@ def coloured(found: list[dict]) -> dict[int, np.ndarray]:
 
 
 def bars(axis, some: list[dict], colours: dict) -> None:
-    """The table, with the paper's values as hollow markers."""
+    """The table, with the paper's values as hollow markers. The numbers show where a bar is 0."""
     gap, middle = len(colours) + 0.6, (len(colours) - 1) / 2
     for cell in (cell for cell in some if cell["m_inf"] == cell["m_ft"]):
         x = list(colours).index(cell["m_ft"]) + gap * (cell["pretraining"] == "Pause")
         axis.bar(x, cell["mean"], 0.9, yerr=cell["std"], capsize=3, color=colours[cell["m_ft"]], edgecolor="black",
-                 linewidth=0.6, label=f"{variant_of(cell).finetuning} finetuning")  # fmt: skip
+                 linewidth=0.6, label=variant_of(cell).label)  # fmt: skip
+        top = cell["mean"] + (cell["std"] or 0)
+        axis.annotate(f"{cell['mean']:.1f}", (x - 0.1, top), (0, 2), textcoords="offset points", ha="center",
+                      fontsize=7)  # fmt: skip
         if cell["paper"]:
-            axis.errorbar(x + 0.25, *cell["paper"], fmt="D", mfc="none", color="tab:red", capsize=2, label="[G], 1B")
+            axis.errorbar(x + 0.3, *cell["paper"], fmt="D", mfc="white", markersize=5, color="tab:red", capsize=2,
+                          label="Goyal et al. 2023, 1B")  # fmt: skip
+    axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks([middle, middle + gap], ["standard pretraining", "pause pretraining"])
     axis.tick_params(axis="x", length=0)
 
 
 def lines(axis, some: list[dict], colours: dict) -> None:
-    """The metric against M_inf, a line a variant: dashed after standard pretraining; StdFT is level, at no pauses."""
+    """The metric against M_inf, one line per variant: dashed after standard pretraining; StdFT is level."""
     for variant in sorted({variant_of(cell) for cell in some}, key=lambda v: (v.pretraining == "Pause", v.m_ft)):
         cells = [cell for cell in some if variant_of(cell) == variant]
         points = sorted((c["m_inf"], c["mean"], np.nan if c["std"] is None else c["std"]) for c in cells)  # nan: no bar
         style = {} if variant.pretraining == "Pause" else {"linestyle": "--", "mfc": "white"}
-        style |= {"color": colours[variant.m_ft], "label": str(variant)}
+        pretraining = "pause" if variant.pretraining == "Pause" else "standard"
+        style |= {"color": colours[variant.m_ft], "label": f"{pretraining} pretraining, {variant.label}"}
         marker = "os^Dv"[list(colours).index(variant.m_ft) % 5]
         if not variant.m_ft:
             axis.axhline(points[0][1], linestyle=style.get("linestyle"), color=style["color"], linewidth=1.2)
         axis.errorbar(*zip(*points), marker=marker, markersize=5, capsize=3, elinewidth=0.8, **style)
     axis.set_xticks(sorted({cell["m_inf"] for cell in some}))
-    axis.set_xlabel("M_inf, pauses after the prompt (tokens)")
+    axis.set_xlabel("pauses at inference, M_inf (tokens)")
 
 
 def report(jobs: list[Job], failed: dict[str, str], ticker: Ticker) -> None:
-    """Show and write everything that is there."""
+    """Show and write the results of the jobs that are done."""
     found, seeds, out_dir = grid_results.cells(jobs), grid_results.seeds_of(jobs), Path(jobs[0].settings.out_dir)
     for cell in found:
         paper = PAPER.get(cell["task"], {}).get(variant_of(cell))

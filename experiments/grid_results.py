@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.grid_job import Job
-from nanopause.evaluation import panels, versions, write_json
+from nanopause.evaluation import versions, write_json
 from nanopause.files import replace_file
 from nanopause.progress import Ticker
+from nanopause.results import panels
 
 
 def over_seeds(values: dict[int, float], n_seeds: int) -> dict:
@@ -59,10 +60,12 @@ def plot(found: list[dict], file: Path, title: str, draw: Callable, span: float 
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
         draw(axis, some)
-        bottom, top = axis.get_ylim()
-        axis.set_ylim(bottom, max(top, bottom + span))  # where all values are the same there would be no scale
+        low, high = axis.dataLim.intervaly  # error bars included
+        high = max(high, low + span)  # where all values are equal there would be no scale
+        margin = 0.08 * (high - low)  # for markers and numbers at the edge
+        axis.set_ylim(low - margin, high + margin)
     handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=150)
     plt.close(figure)

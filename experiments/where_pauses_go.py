@@ -4,11 +4,11 @@
     python experiments/where_pauses_go.py --checkpoints=before=out/pause,SFT=out/gsm8k_sft/best,DIT=out/gsm8k/best
     python experiments/where_pauses_go.py --checkpoints=out/pause --prefix="Return a" --target=" list of the keys."
 
-A checkpoint is whatever init_from of train.py takes; out/gsm8k/best or out/gsm8k/step_00000500 is one of a run. A name
-for the figures may come before it.
+A checkpoint is any value of init_from of train.py, such as out/gsm8k/best or out/gsm8k/step_00000500. A name for the
+figures may precede it.
 
-    out_dir/example_0.png, .svg    an example as each checkpoint sees it: a token's shade is how unlikely it is, and the
-                                   bars before it are the pauses that training with --placement=dit would insert
+    out_dir/example_0.png, .svg    one example with every checkpoint: the darker a token, the less likely, and the bars
+                                   before it are the pauses that training with --placement=dit would insert
     out_dir/lowest.png, .svg       the 20 lowest log-likelihoods of a target, lowest first, over examples: the paper's
                                    Figure 4, with SFT and DIT as checkpoints. No pause is inserted there
     out_dir/results.json           the numbers
@@ -43,7 +43,7 @@ from nanopause.tasks import Example, get_task, load
 from nanopause.tokenizer import Tokenizer
 from nanopause.trace import DARKEST, pieces
 
-BATCH = 8  # examples in a pass
+BATCH = 8  # examples per forward pass
 N_LOWEST = 20
 COLUMNS = 100  # of a figure of text
 CHARACTER, LINE, POINTS = 9 * 0.602 / 72, 0.22, 9  # width of DejaVu Sans Mono at 9 points and height of a line, inches
@@ -55,11 +55,11 @@ class Settings:
     """Folders of runs, their checkpoints, transformers folders, GGUF files or hub ids, with commas; name=folder names
     one in the figures."""
     task: str = "gsm8k"
-    """Whose examples."""
+    """The task of the examples."""
     split: Literal["train", "validation", "test"] = "validation"
-    """Of the task."""
+    """The split of the task."""
     examples: str = "0,1"
-    """Those that are drawn, by their place in the split, with commas."""
+    """Indices of the examples to draw, with commas."""
     limit: int = 100
     """Examples that the lowest log-likelihoods are averaged over: the first so many of the split, and those drawn."""
     prefix: str = ""
@@ -77,8 +77,8 @@ class Settings:
 
 
 class Reading(NamedTuple):
-    """A target and what a model thinks of it. tokens: their texts, an end of text last. log_likelihoods: nats, float
-    [T]. chosen: whether a pause goes before it, bool [T]."""
+    """A target's log-likelihoods. tokens: their texts, an end of text last. log_likelihoods: nats, float [T]. chosen:
+    whether a pause goes before the token, bool [T]."""
 
     tokens: list[str]
     log_likelihoods: np.ndarray
@@ -88,8 +88,8 @@ class Reading(NamedTuple):
 def readings(
     model: GPT, tokenizer: Tokenizer, examples: dict[int, Example], m: int, attention: str = "causal"
 ) -> dict[int, Reading]:
-    """What a model thinks of every example's target, and where training would put m pauses. An example whose target
-    does not fit into what the model reads is left out."""
+    """The log-likelihoods of every example's target, and where training would put m pauses. An example whose target
+    does not fit into the model's block_size is left out."""
     dit = TargetPauses(Config(task="gsm8k", placement="dit", pauses=m), tokenizer)
     length = model.config.block_size
     encoded = {i: encode(example, tokenizer, length, target_pauses=dit) for i, example in examples.items()}
@@ -148,7 +148,7 @@ def lines_of(reading: Reading, columns: int = COLUMNS) -> Iterator[list[tuple[in
 
 
 def draw(example: Example, seen: dict[str, Reading], file: Path) -> None:
-    """An example's prefix, and its target as every checkpoint sees it, as PNG and SVG."""
+    """An example's prefix, and its target with the likelihoods of every checkpoint, as PNG and SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -182,7 +182,7 @@ def draw(example: Example, seen: dict[str, Reading], file: Path) -> None:
     for name, block in blocks.items():
         reading = seen[name]
         mean = reading.log_likelihoods.mean()
-        write(0, y + 0.4, f"{name}, {-mean:.2f} nats a token", weight="bold")
+        write(0, y + 0.4, f"{name}, {-mean:.2f} nats per token", weight="bold")
         y += 1.6
         for line in block:
             for x, text, value, chosen in line:
@@ -197,9 +197,9 @@ def draw(example: Example, seen: dict[str, Reading], file: Path) -> None:
         box(x, y, width(label), shade(np.log(p)))
         write(x, y, label, color="black")
         x += width(label)
-    write(x + 1, y, "likely;", color="0.2")
-    pause(x + 10, y)
-    write(x + 12.5, y, "a pause that training inserts before the token", color="0.2")
+    write(x + 1, y, "probability;", color="0.2")
+    pause(x + 14, y)
+    write(x + 16.5, y, "a pause that training inserts before the token", color="0.2")
     for kind in ("png", "svg"):
         figure.savefig(file.with_suffix(f".{kind}"), dpi=160)
     plt.close(figure)
@@ -218,19 +218,19 @@ def draw_lowest(values: dict[str, np.ndarray], title: str, file: Path) -> None:
         ranks = np.arange(1, rows.shape[1] + 1)
         axis.fill_between(ranks, *np.nanpercentile(rows, (25, 75), axis=0), color=colours[i], alpha=0.15, linewidth=0)
         axis.plot(ranks, np.nanmean(rows, axis=0), color=colours[i], linestyle=("-", "--", "-.", ":")[i % 4],
-                  marker="os^D"[i % 4], markersize=4, label=name)  # fmt: skip
-    axis.set(xlabel="rank of a target's token, the least likely first", ylabel="log-likelihood (nats)")
+                  marker="os^D"[i % 4], mfc="white" if i % 2 else colours[i], markersize=5, label=name)  # fmt: skip
+    axis.set(xlabel="rank of the target's tokens, the least likely first", ylabel="log-likelihood (nats)")
     axis.set_title(title, fontsize=10)
     axis.set_xticks([1, *range(5, ranks[-1] + 1, 5)])
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right", fontsize=9)
+    axis.legend(loc="lower right", fontsize=9, handlelength=4)
     for kind in ("png", "svg"):
         figure.savefig(file.with_suffix(f".{kind}"), dpi=160)
     plt.close(figure)
 
 
 def shown(reading: Reading) -> Text:
-    """For a terminal."""
+    """The target as text for a terminal."""
     text = Text()
     for token, value, chosen in zip(*reading):
         red, green, blue = (round(255 * x) for x in shade(value))
@@ -274,7 +274,7 @@ def main() -> None:
         found[name] = readings(model, tokenizer, examples, settings.pauses, attention)
         if left_out := {*drawn} - {*found[name]}:
             raise UserError(f"the target of example {min(left_out)} leaves no room for a prefix in the "
-                            f"{model.config.block_size} tokens that {source} reads")  # fmt: skip
+                            f"{model.config.block_size} tokens of {source}'s block_size")  # fmt: skip
 
     out_dir.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, soft_wrap=True)

@@ -61,7 +61,6 @@ QUANTITIES = {  # the rows of the picture
 }
 PAUSE_KEYS = "pause_rate", "placement", "pauses"
 PAUSES = "_pauses"  # suffix of the keys of a validation with pauses
-DASH = "–"
 
 
 @dataclass
@@ -158,23 +157,17 @@ def load_groups(folders: list[Path]) -> list[Group]:
     return groups
 
 
-def half_interval(values: np.ndarray) -> np.ndarray:
-    """Half of the 95% interval of the mean over the first dimension, of two values or more, by Student's t."""
+def curve(group: Group, key: str) -> dict[str, list[float]]:
+    """Means over seeds of `key` and of every axis, at the steps where all seeds have `key`; with two seeds or more also
+    the limits of the 95% interval of `key` (Student's t)."""
     from scipy import stats
 
-    n = len(values)
-    return stats.t.ppf(0.975, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
-
-
-def curve(group: Group, key: str, axes: list[str]) -> dict[str, list[float]]:
-    """Means over seeds of `key` and of every axis, at the steps where all seeds have `key`; with two seeds or more also
-    the limits of the 95% interval of `key`."""
     rows = [{row["step"]: row for row in run.rows if key in row} for run in group.runs]
-    steps = sorted(set.intersection(*map(set, rows)))
-    values = {name: np.array([[by_step[step][name] for step in steps] for by_step in rows]) for name in (*axes, key)}
+    steps, n = sorted(set.intersection(*map(set, rows))), len(rows)
+    values = {name: np.array([[by_step[step][name] for step in steps] for by_step in rows]) for name in (*AXES, key)}
     found = {name: each.mean(axis=0) for name, each in values.items()}
-    if len(rows) > 1:
-        half = half_interval(values[key])
+    if n > 1:
+        half = stats.t.ppf(0.975, n - 1) * np.std(values[key], axis=0, ddof=1) / n**0.5
         found |= {"low": found[key] - half, "high": found[key] + half}
     return {name: each.tolist() for name, each in found.items()}
 
@@ -188,12 +181,12 @@ def difference(group: Group, values: list[float], baseline: Group, base: list[fl
     if min(len(values), len(base)) < 2:
         return found
     if group.seeds == baseline.seeds:
-        if interval := t_interval(np.subtract(values, base).tolist()):
-            found |= {"interval": list(interval), "method": "paired t"}
+        interval, method = t_interval(np.subtract(values, base).tolist()), "paired t"
     elif len({*values}) > 1 or len({*base}) > 1:
-        low, high = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
-        found |= {"interval": [float(low), float(high)], "method": "Welch's t"}
-    return found
+        interval, method = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95), "Welch's t"
+    else:
+        interval = None
+    return found | ({"interval": [*map(float, interval)], "method": method} if interval else {})
 
 
 def last_common(runs: list[Run], key: str, axis: str) -> tuple[float, bool] | None:
@@ -211,50 +204,50 @@ def last_common(runs: list[Run], key: str, axis: str) -> tuple[float, bool] | No
 
 def compare(groups: list[Group], keys: list[str], axis: str) -> list[dict]:
     """The table's lines of `keys` at equal "step" or "flops"; empty if the runs have no common point."""
-    lines = []
+    baseline, lines = groups[0], []
     common = last_common([run for group in groups for run in group.runs], keys[0], axis)
-    for key in keys if common else ():
-        base = None  # values of the first group
-        for group in groups:
-            values = [run.value(key, axis, common[1], common[0]) for run in group.runs]
-            if None in values:
-                continue
-            line = {"axis": axis, "at": common[0], "whole_split": common[1], "quantity": key, "group": group.label,
-                    "n": len(values), "value": float(np.mean(values)), "values": values}  # fmt: skip
-            pauses = {tuple(each.runs[0].config[key] for key in PAUSE_KEYS) for each in (group, groups[0])}
-            if group is groups[0]:
-                base = values
-            # A different number of pauses leaves different text in a block.
-            elif base and (not key.endswith(PAUSES) or len(pauses) == 1):
-                line |= difference(group, values, groups[0], base)
-            lines.append(line)
+    if not common:
+        return []
+    at, whole = common
+    for key, group in product(keys, groups):
+        values, base = ([run.value(key, axis, whole, at) for run in each.runs] for each in (group, baseline))
+        if None in values:
+            continue
+        line = {"axis": axis, "at": at, "whole_split": whole, "quantity": key, "group": group.label,
+                "n": len(values), "value": float(np.mean(values)), "values": values}  # fmt: skip
+        # A different number of pauses leaves different text in a block.
+        pauses, base_pauses = ([each.runs[0].config[name] for name in PAUSE_KEYS] for each in (group, baseline))
+        if group is not baseline and None not in base and (not key.endswith(PAUSES) or pauses == base_pauses):
+            line |= difference(group, values, baseline, base)
+        lines.append(line)
     return lines
 
 
 def table(lines: list[dict]):
-    """The lines as a rich Table. A name equal to the one above it is left blank."""
+    """The lines as a rich Table, with a section for each quantity, named on its first line."""
     from rich.table import Table
 
-    shown = Table()
-    previous = ()
+    shown, heading = Table(), None
     for name in ("at equal", "quantity", "group", "n", "value", "difference", "95% interval"):
         shown.add_column(name, justify="left" if name in ("at equal", "quantity", "group") else "right")
     for line in lines:
         at = f"steps: {line['at']:,}" if line["axis"] == "step" else f"FLOPs: {line['at']:.4g}"
-        names = [name if name != old else "" for name, old in zip((at, line["quantity"]), (*previous, "", ""))]
-        if previous and any(names):
+        names = at, line["quantity"]
+        if names == heading:
+            names = "", ""
+        else:
+            heading = names
             shown.add_section()
-        previous = at, line["quantity"]
         low, high = line.get("interval", (None, None))
         shown.add_row(
             *names, line["group"], str(line["n"]), f"{line['value']:.4f}",
-            f"{line['difference']:+.4f}" if "difference" in line else DASH,
-            DASH if low is None else f"{low:+.4f} to {high:+.4f} ({line['method']})",
+            f"{line['difference']:+.4f}" if "difference" in line else "–",
+            "–" if low is None else f"{low:+.4f} to {high:+.4f} ({line['method']})",
         )  # fmt: skip
     return shown
 
 
-def plot(groups: list[Group], curves: list[dict], axes: list[str], file: Path) -> None:
+def plot(groups: list[Group], curves: list[dict], file: Path) -> None:
     """The picture: a row for each quantity, a column for each axis. Groups differ in colour, shade of grey, marker and
     line; a validation with pauses is dashed and has open markers."""
     import matplotlib
@@ -264,11 +257,11 @@ def plot(groups: list[Group], curves: list[dict], axes: list[str], file: Path) -
     from matplotlib.ticker import EngFormatter
 
     quantities = [key for key in QUANTITIES if any(key in each for each in curves)]
-    size = (4.2 * len(axes), 2.9 * len(quantities) + 0.9)
-    figure, panels = plt.subplots(len(quantities), len(axes), figsize=size, sharex="col", sharey="row",
+    size = (4.2 * len(AXES), 2.9 * len(quantities) + 0.9)
+    figure, panels = plt.subplots(len(quantities), len(AXES), figsize=size, sharex="col", sharey="row",
                                   layout="constrained", squeeze=False)  # fmt: skip
     colours, legend = plt.get_cmap("viridis")(np.linspace(0, 0.75, len(groups))), {}
-    for (row, key), (column, axis) in product(enumerate(quantities), enumerate(axes)):
+    for (row, key), (column, axis) in product(enumerate(quantities), enumerate(AXES)):
         panel, shown = panels[row, column], []
         for i, (group, of_group) in enumerate(zip(groups, curves)):
             style = {"color": colours[i], "marker": "os^Dv"[i % 5], "markersize": 5, "linewidth": 1.4}
@@ -303,35 +296,28 @@ def main() -> None:
     if settings.out.suffix != ".png":
         raise UserError(f"--out={settings.out} must be a .png file, such as out/compare.png")
     groups = load_groups(settings.runs)
-    runs = [run for group in groups for run in group.runs]
-    quantity = "val_loss" if runs[0].config["task"] else "val_bpb"
-    keys, axes, lines, notes = [quantity, quantity + PAUSES, "val_exact_match"], ["step"], [], []
-    for axis in ("tokens", "flops"):
-        if lacking := [run for run in runs if any(axis not in row for row in run.rows)]:
-            table_too = " and no table at equal FLOPs" if axis == "flops" else ""
-            notes.append(f"No column of {AXES[axis]}{table_too}: rows of {lacking[0].folder / 'metrics.jsonl'} have no "
-                         f"{axis}, as an earlier version of train.py wrote them.")  # fmt: skip
-        else:
-            axes.append(axis)
+    is_finetuning = bool(groups[0].runs[0].config["task"])
+    quantity = "val_loss" if is_finetuning else "val_bpb"
+    keys, lines, notes = [quantity, quantity + PAUSES, "val_exact_match"], [], []
     for axis, name in (("step", "steps"), ("flops", "FLOPs")):
-        found = compare(groups, keys, axis) if axis in axes else []
+        found = compare(groups, keys, axis)
         lines += found
-        if axis in axes and not found:
+        if not found:
             notes.append(f"No table at equal {name}: the runs have no {name} in common with a validation of the same "
                          f"blocks; train with a lower --eval_interval.")  # fmt: skip
-        elif found and axis == "flops" and not runs[0].config["task"] and not found[0]["whole_split"]:
+        elif axis == "flops" and not is_finetuning and not found[0]["whole_split"]:
             notes.append("At equal FLOPs the last validations of the runs are excluded: they cover final_eval_blocks "
                          "blocks, the others eval_blocks blocks.")  # fmt: skip
     if len(groups) > 1:
         notes.append(f"Differences are relative to the first group, {groups[0].label}.")
     if single := [group.label for group in groups if len(group.runs) == 1]:
         notes.append(f"One seed shows no spread: no interval for {'; '.join(single)}. Train it with more seeds.")
-    curves = [{key: points for key in ("loss", *keys) if (points := curve(group, key, axes))[key]} for group in groups]
+    curves = [{key: points for key in ("loss", *keys) if (points := curve(group, key))[key]} for group in groups]
     described = [{"label": group.label, "settings": group.settings, "seeds": group.seeds,
                   "runs": [str(run.folder) for run in group.runs], "curves": each}
                  for group, each in zip(groups, curves)]  # fmt: skip
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(groups, curves, axes, settings.out)
+    plot(groups, curves, settings.out)
     numbers = settings.out.with_suffix(".json")
     replace_file(numbers, json.dumps({"groups": described, "differences": lines, "notes": notes}, indent=2) + "\n")
     ticker = Ticker(1, enabled=True)

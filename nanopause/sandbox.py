@@ -1,4 +1,4 @@
-"""Sandbox for model-written Python. Linux 5.12 or newer.
+"""Sandbox for model-written Python. Linux 5.12 or newer on x86-64 or ARM64.
 
     caller ── supervisor ── program          one process each; a supervisor serves one program
 
@@ -9,9 +9,8 @@ the result. Protections:
     files         user and mount namespaces: a read-only root with the interpreter, its library and the system's
                   libraries, and an empty noexec /tmp of 16 MB that is discarded at the end; no home, no /proc, no /dev
     network       a network namespace with no interface up; abstract Unix sockets are local to the namespace
-    processes     a PID namespace with the program as its first process. The program can list and signal only its own
-                  processes. When it ends, the kernel kills all remaining ones, daemons included, before the supervisor
-                  continues
+    processes     a PID namespace with the program as its first process. When it ends, the kernel kills all remaining
+                  ones, daemons included, before the supervisor continues
     privileges    user nobody without capabilities, the host's nobody under root; no_new_privs; a separate session;
                   chroot, within which Linux refuses new user namespaces, so capabilities cannot be regained
     limits        wall-clock and CPU time; 4 processes and threads; address space of each, so 4 × memory_mb in total;
@@ -22,16 +21,14 @@ the result. Protections:
                   Python never needs (bpf, io_uring, …)
 
 If one of them does not work, nothing runs: with limits alone a program could read keys, send them away and stay
-running, so there is no weaker fallback. Only the filter, the last of several layers, may be missing, on machines other
-than x86-64 and ARM64. `protections` reports what works. Not protected against: kernel bugs and cache side channels.
+running. Not protected against: kernel bugs and cache side channels.
 
 A program passes if it and its tests run to their end. The exit status does not show that: `sys.exit(0)` and
 `os._exit(0)` return 0 too. Therefore, after the last test, the process copies a nonce from one pipe to another, and the
-supervisor compares it. Until then the nonce is in no object, frame, file, source, argument or environment variable, so
-a program that exits early, prints, or inspects its environment does not pass. Program and tests are compiled separately
-before either runs, so neither an open bracket nor a replaced `exec` can skip the tests. This guards against accidents
-and shortcuts, not against a program written to cheat: it shares its process with its tests, so it could copy the nonce
-itself, or simply return an object that equals everything.
+supervisor compares it. Until then the nonce is in no object, frame, file, source, argument or environment variable.
+Program and tests are compiled separately before either runs, so neither an open bracket nor a replaced `exec` can skip
+the tests. This guards against accidents and shortcuts, not against a program written to cheat: it shares its process
+with its tests, so it could copy the nonce itself, or simply return an object that equals everything.
 """
 
 import ctypes
@@ -66,43 +63,25 @@ class Result(NamedTuple):
     reason: str
 
 
-class Protections(NamedTuple):
-    """active: names of the protections (table above) that work on this machine; if empty, nothing runs. missing: the
-    others, with the reason."""
-
-    active: tuple[str, ...]
-    missing: dict[str, str]
-
-    def __str__(self) -> str:
-        without = [f"{name} ({why})" for name, why in self.missing.items()]
-        return f"sandbox: {', '.join(self.active) or 'none'}; missing: {', '.join(without) or 'none'}"
-
-
 @functools.cache
-def protections() -> Protections:
-    """Protections of this machine, tested once by running an empty program."""
-    names = ("files", "network", "processes", "privileges", "limits", "secrets", "system calls")
-    if sys.platform == "linux":
-        result = _supervised("", "", 30.0, 512)
-        reason = result.get("refused") or result["reason"]
-    else:
-        reason = f"{platform.system()} has no namespaces"
-    if reason:
-        return Protections((), dict.fromkeys(names, reason))
+def unavailable() -> str:
+    """Why programs cannot be isolated on this machine, tested once by running an empty program; "" if they can."""
+    if sys.platform != "linux":
+        return f"{platform.system()} has no namespaces"
     if platform.machine() not in DENIED:
-        return Protections(names[:-1], {names[-1]: f"no list for {platform.machine()}"})
-    return Protections(names, {})
+        return f"there is no system-call filter for {platform.machine()}"
+    result = _supervised("", "", 30.0, 512)
+    return result.get("refused") or result["reason"]
 
 
 def check() -> None:
     """Raises UserError if programs cannot be isolated on this machine."""
     from nanopause.errors import UserError  # not at the top: the supervisor runs this file without nanopause
 
-    found = protections()
-    if not found.active:
+    if reason := unavailable():
         raise UserError(
-            f"code that a model wrote cannot be isolated here ({found.missing['files']}): use Linux 5.12 or newer "
-            f"with user namespaces allowed (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; "
+            f"code that a model wrote cannot be isolated here ({reason}): use Linux 5.12 or newer with user namespaces "
+            f"allowed (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; "
             f"Docker: --security-opt seccomp=unconfined --security-opt apparmor=unconfined)"
         )
 
@@ -201,22 +180,17 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 
 def _supervise() -> None:
     """Main function of the supervisor: request on stdin, result on stdout, each a line of JSON."""
-
-    def send(message: dict) -> None:
-        os.write(1, json.dumps(message).encode() + b"\n")
-
     os.umask(0o022)
     is_root = os.geteuid() == 0
     try:
         _call("unshare", CLONE_FLAGS)
-        send({"ready": True})
-        request = json.loads(sys.stdin.buffer.readline() or "null")
-        if request is None:
+        print(json.dumps({"ready": True}), flush=True)
+        if not (line := sys.stdin.buffer.readline()):
             return  # the caller has ended
-        result = _run_program(request, is_root)
+        result = _run_program(json.loads(line), is_root)
     except OSError as error:
         result = {"refused": f"{error.filename}: {error.strerror}"}
-    send(result)
+    print(json.dumps(result), flush=True)
 
 
 def _run_program(request: dict, is_root: bool) -> dict:
@@ -325,8 +299,7 @@ def _become(request: dict, is_root: bool, fds: dict[int, int]) -> None:
     arguments = [python, "-B", "-s", "-S", "-c", RUNNER]
     environment = {"HOME": "/tmp", "TMPDIR": "/tmp", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if platform.machine() in DENIED:
-        _filter_calls(*DENIED[platform.machine()])
+    _filter_calls(*DENIED[platform.machine()])
     os.execve(python, arguments, environment)
 
 

@@ -1,11 +1,12 @@
-"""Log-probability of a continuation after a prefix and its pauses, for scoring choices."""
+"""Log-probability of a continuation after a prefix and its pauses, for scoring choices; and the FLOPs of answers."""
 
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from nanopause.model import GPT
+from nanopause.flops import forward_flops
+from nanopause.model import GPT, GPTConfig
 
 CHUNK_ELEMENTS = 1 << 24  # logits in memory at once, 64 MiB in float32
 Scored = tuple[list[int], list[int]]  # tokens of a prefix, pauses included, and of its continuation
@@ -53,3 +54,22 @@ def score(
             last = first + len(tokens)
             yield i, math.fsum(logprobs[first:last]), all(is_greedy[first:last])
             first = last
+
+
+def generation_flops(config: GPTConfig, n_prompt: int, pauses: Sequence[int]) -> int:
+    """FLOPs of prefill of n_prompt tokens, pauses included, and of one decode step per generated token but the last.
+
+    pauses: number that a policy inserted before each generated token, fused with the step of the token before. Pauses
+    that were rolled back are not counted."""
+    flops, context = 0, 0
+    n_new = n_prompt
+    for n in pauses:
+        flops += forward_flops(config, n_new + n, context=context, n_live=2 if n else 1)
+        context += n_new + n
+        n_new = 1
+    return flops
+
+
+def choice_flops(config: GPTConfig, n_prompt: int, n_scored: int) -> int:
+    """FLOPs of the forward pass over prompt, pauses and choice. The last token of the choice is not an input."""
+    return forward_flops(config, n_prompt + n_scored - 1, n_live=n_scored)

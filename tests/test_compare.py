@@ -33,14 +33,14 @@ def trained(tiny_corpus, tmp_path_factory):
 
 @pytest.fixture
 def write_run(tmp_path):
-    """write_run(name, rows, **config): a run of these metrics, every one with a training loss and tokens."""
+    """write_run(name, rows, **config): a run of these metrics, every one with a training loss, tokens and FLOPs."""
 
     def write(name, rows, **config):
         folder = tmp_path / name
         (folder / "step_00000001").mkdir(parents=True)
         state = {"step": 1, "config": asdict(Config(**{"max_steps": 1000} | config)), "model": asdict(GPTConfig())}
         (folder / "step_00000001" / "checkpoint.json").write_text(json.dumps(state))
-        rows = [{"loss": 3.0, "tokens": 10 * row["step"], "val_loss": 1.0} | row for row in rows]
+        rows = [{"loss": 3.0, "tokens": 10 * row["step"], "flops": 1.0, "val_loss": 1.0} | row for row in rows]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return folder
 
@@ -196,16 +196,6 @@ def test_validations_with_pauses_at_another_rate_have_no_difference(write_run, r
     _, made = run(*runs, write_run("c", rows, pause_rate=0.2))
     assert ["difference" in line for line in lines(made, "step", "val_bpb_pauses")] == [False, True, False]
     assert ["difference" in line for line in lines(made, "step")] == [False, True, True]
-
-
-def test_metrics_without_flops_leave_out_the_column_and_the_table(write_run, run, figures):
-    rows = bpb(s10=(4.0, 1.0), s20=(3.0, 2.0))
-    one = write_run("one", rows)
-    other = write_run("other", [{"step": 10, "val_bpb": 4.0}, rows[1]], pause_rate=0.1)
-    printed, made = run(one, other, draw=True)
-    assert not lines(made, "flops") and len(lines(made, "step")) == 2
-    assert "no table at equal FLOPs" in printed and "other" in made["notes"][0]
-    assert len(figures[0].axes) == 4
 
 
 def test_finetuning_is_compared_by_loss_and_accuracy(write_run, run, figures):

@@ -11,7 +11,7 @@ from conftest import TINY, Forked
 
 from experiments import dit_table
 from experiments.dit_table import METHODS, PAPER, checked, job_of
-from experiments.grid_results import cells, mean_and_std
+from experiments.grid_results import cells, mean_and_std, over_seeds, plot
 from nanopause import cli
 from nanopause.config import load_config
 from nanopause.errors import UserError
@@ -73,11 +73,11 @@ def test_a_table(grid, arguments, ready, tmp_path):
         else:
             assert cell["val_loss"] is None and cell["std"] is None
     lines = (out / "table.md").read_text().splitlines()
-    assert lines[0] == "|  | no finetuning | APPD | DIT |" and lines[2].startswith(
+    assert lines[0] == "|  | no finetuning | APPD (after the prompt) | DIT (unlikely tokens) |" and lines[2].startswith(
         "| gsm8k, accuracy (%) | 0.0 | 0.0 ± "
     )
     loss = [found[method]["val_loss"] for method in ("appd", "dit")]
-    assert lines[3] == "| held-out loss (nats a token) | – | " + " | ".join(
+    assert lines[3] == "| validation loss (nats per token) | – | " + " | ".join(
         f"{each['mean']:.3f} ± {each['std']:.3f}" for each in loss) + " |"  # fmt: skip
     assert lines[4:7] == ["| [D] Phi-2 | – | 52.38 | 56.33 |", "| [D] Phi-3 Mini | – | 79.45 | 78.62 |",
                           "| [D] Llama-3-8B | – | 63.83 | 66.86 |"]  # fmt: skip
@@ -102,6 +102,23 @@ def test_a_table(grid, arguments, ready, tmp_path):
     grid(dit_table, *arguments, "--methods=untrained,appd,dit")
     row = "| gsm8k, accuracy (%) | 25.0 | 62.5 ± 17.7 | 56.2 ± 61.9 |"
     assert (out / "table.md").read_text().splitlines()[2] == row
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2])
+def test_the_figure_of_methods(tmp_path, monkeypatch, n_seeds):
+    """Every point is inside the axes, also where all are 0, and one seed has no error bar."""
+    from matplotlib import pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    found = [{"task": task, "metric": "accuracy", "n": 9, "method": method}
+             | over_seeds(dict.fromkeys(range(n_seeds), value), 2)
+             for task, value in (("gsm8k", 7.0), ("aqua", 0.0)) for method in ("sft", "dit")]  # fmt: skip
+    plot(found, tmp_path / "methods.png", "", dit_table.dots)
+    for axis, value in zip(drawn[0].axes, (7, 0)):
+        low, high = axis.get_ylim()
+        assert low < value < high and high - low < 2
+        assert len(axis.containers) == (0 if n_seeds == 1 else 2)  # error bars
 
 
 def test_what_each_method_trains_with():

@@ -22,9 +22,7 @@ from nanopause.evaluation import (
     Cell,
     Decoding,
     add_row,
-    choice_flops,
     claim,
-    generation_flops,
     new_tokens,
     read_rows,
 )
@@ -32,6 +30,8 @@ from nanopause.finetune import encode, pack
 from nanopause.intervals import mcnemar, wilson
 from nanopause.model import GPT, GPTConfig
 from nanopause.policy import BelowConfidence
+from nanopause.results import format_figure, paired_difference
+from nanopause.scoring import choice_flops, generation_flops
 from nanopause.scripts import evaluate
 from nanopause.tasks import TASKS, Example, load
 from nanopause.tokenizer import load_tokenizer
@@ -45,6 +45,10 @@ ANSWERS = ["Oslo", "the Nile", "red", "Mars", "seven", "iron", "a whale", "Lima"
 ROWS = [{"question": f"{i}{i}?", "answer": [answer]} for i, answer in enumerate(ANSWERS)]
 HARNESS = [{"prompt": f"Question: {i}{i}?\nAnswer:", "answer": answer} for i, answer in enumerate(ANSWERS)]
 CHOICES = [{"goal": f"{i}{i}?", "sol1": ANSWERS[i], "sol2": "nothing", "label": i % 2} for i in range(6)]
+
+
+def in_order(answers):
+    return sorted(answers, key=lambda answer: answer["index"])
 
 
 def write(file, rows):
@@ -113,7 +117,7 @@ def test_results_of_two_tasks_and_three_numbers_of_pauses(run, run_folder, tmp_p
     results = {(row["task"], row["pauses"]): row for row in written["results"]}
     assert list(results) == [(task, pauses) for task in ("webq", "piqa") for pauses in (0, 3, 10)]
     low = pytest.approx(0.6756, abs=5e-5)
-    assert results["webq", 0]["metrics"] == {"exact_match": {"value": 1.0, "low": low, "high": 1.0, "method": "wilson"}}
+    assert results["webq", 0]["metrics"] == {"exact_match": {"value": 1.0, "low": low, "high": 1.0}}
     for (task, pauses), result in results.items():
         examples = [row for row in rows if (row["task"], row["pauses"]) == (task, pauses)]
         for metric, figure in result["metrics"].items():
@@ -132,7 +136,9 @@ def test_results_of_two_tasks_and_three_numbers_of_pauses(run, run_folder, tmp_p
     assert written["checkpoint"]["model"]["n_embd"] == 64 and "torch" in written["versions"]
     assert (tmp_path / "pauses.png").read_bytes()[:4] == b"\x89PNG"
     assert "exact_match 1.0000 [0.6756, 1.0000]" in output and "batch size 8, cpu" in output
-    assert "brackets: 95% intervals (Wilson's interval where every score is 0 or 1" in output and "±" not in output
+    for line in ("loading the model", "reading webq", "webq, 0 pauses: starts", "computing the intervals"):
+        assert f"\n{line}" in f"\n{output}"  # whatever can take seconds is announced
+    assert "brackets: 95% intervals: Wilson's where every score is 0 or 1" in output and "±" not in output
 
     # The same command evaluates nothing; more pauses add to the results.
     before = (tmp_path / "examples.jsonl").read_bytes()
@@ -179,10 +185,9 @@ def test_answers_do_not_depend_on_the_batch_size(run_folder):
         for batch_size in (1, 5):
             cell = Cell(model, BYTES, TASKS["webq"], examples, pauses, attention, batch_size)
             engine = Engine(model, BYTES, batch_size, cell.max_length())
-            answers = sorted(cell.answers(list(range(8)), engine))
-            by_batch_size.append([answer._replace(flops=0) for answer in answers])
+            by_batch_size.append(in_order(cell.answers(list(range(8)), engine)))
         assert by_batch_size[0] == by_batch_size[1]
-        assert len({answer.outputs for answer in by_batch_size[0]}) == 8
+        assert len({answer["outputs"][0] for answer in by_batch_size[0]}) == 8
 
 
 class WithBos:
@@ -215,7 +220,7 @@ def test_prompts_are_encoded_as_in_finetuning(model, tokenizer, position, cut):
     choices = TASKS["piqa"].examples({**CHOICES[0], "goal": "why " * 40})
     cell = Cell(model, tokenizer, TASKS["piqa"], choices, 7, "prefix", 4, position, cut)
     (answer,) = cell.answers([0], None)
-    for choice, log_likelihood in zip(choices[0].choices, answer.outputs):
+    for choice, log_likelihood in zip(choices[0].choices, answer["log_likelihoods"]):
         pair = encode(Example(choices[0].prefix, choice, ()), tokenizer, 98, 7, position, cut)
         batch = pack([pair], BYTES.pause_id, "prefix")
         inputs, targets, *layout = (x[:, :-1] for x in (batch.inputs, batch.targets, *batch.layout.values()))
@@ -233,14 +238,14 @@ def test_choices_have_the_likelihoods_of_the_harness(model, run_folder):
     pairs = [(example.prefix, choice) for example in examples for choice in example.choices]
     for pauses, attention in ((0, "causal"), (3, "prefix"), (70, "causal")):  # the last one cuts prompts
         cell = Cell(model, BYTES, TASKS["piqa"], examples, pauses, attention, 4)
-        answers = sorted(cell.answers(list(range(len(examples))), None))
+        answers = in_order(cell.answers(list(range(len(examples))), None))
         lm = Harness(model, BYTES, pauses, 4, attention)
         expected = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
-        values = [value for answer in answers for value in answer.outputs]
+        values = [value for answer in answers for value in answer["log_likelihoods"]]
         assert values == pytest.approx([value for value, _ in expected], abs=1e-5)
-        row = cell.row(answers[0], 0.0)
+        row = cell.scored(answers[0])
         assert row["scores"]["accuracy"] == float((values[0] > values[1]) == (examples[0].label == 0))
-        assert (lm.n_cut > 0) == (pauses == 70) == (answers[0].n_cut > 0)
+        assert (lm.n_cut > 0) == (pauses == 70) == (answers[0]["tokens"]["cut"] > 0)
 
 
 def test_killed_evaluation_continues(run, run_folder, tmp_path):
@@ -336,7 +341,7 @@ def test_answer_is_the_first_line_that_is_not_blank(tmp_path):
     examples = TASKS["webq"].examples({"question": "q", "answers": ["ok"]})
     cell = Cell(model, BYTES, TASKS["webq"], examples, 0)
     (answer,) = cell.answers([0], Engine(model, BYTES, 1, 64))
-    assert answer.outputs[0].startswith("\n\nok\n") and cell.row(answer, 0.0)["scores"] == {"exact_match": 1.0}
+    assert answer["outputs"][0].startswith("\n\nok\n") and cell.scored(answer)["scores"] == {"exact_match": 1.0}
 
 
 def test_policy_pauses_equal_the_engine(run, model, tmp_path):
@@ -353,7 +358,7 @@ def test_policy_pauses_equal_the_engine(run, model, tmp_path):
             assert rows[pauses, i]["tokens"]["pauses"] == one.pauses == (0 if pauses == 0 else 8)
             flops = generation_flops(model.config, len(prompts[i]), [token.pauses for token in one.tokens])
             assert rows[pauses, i]["flops"] == flops
-    assert "exact_match 1.0000 [0.6756, 1.0000]; 0 pauses per example" in output
+    assert "webq, 0 pauses: exact_match 1.0000 [0.6756, 1.0000]\n" in output
     assert "; 8 pauses per example; pausing " in output
     assert "in all" in output
     with pytest.raises(UserError, match="has results with policy="):
@@ -390,16 +395,17 @@ def test_pass_at_k(model):
     task = TASKS["mbpp"].permitted(True)
     decoding = Decoding(3, 0.8, pass_at=(1, 2, 3))
     cell = Cell(model, BYTES, task, task.examples(row), 0, decoding=decoding)
-    answer = evaluation.Answer(
-        0, (*programs[:2], programs[2].replace("sum(x)", "sum(x[:1])")), 3 * ("eot",), 9, 0, 9, 0, 9
-    )
-    assert cell.row(answer, 0.0)["scores"] == {
+    answer = {"index": 0, "outputs": [*programs[:2], programs[2].replace("sum(x)", "sum(x[:1])")]}
+    assert cell.scored(answer)["scores"] == {
         "pass@1": pytest.approx(1 / 3),
         "pass@2": pytest.approx(2 / 3),
         "pass@3": 1,
     }
-    answer = answer._replace(outputs=tuple(programs))
-    assert cell.row(answer, 0.0)["scores"] == {"pass@1": pytest.approx(2 / 3), "pass@2": 1, "pass@3": 1}
+    assert cell.scored({"index": 0, "outputs": programs})["scores"] == {
+        "pass@1": pytest.approx(2 / 3),
+        "pass@2": 1,
+        "pass@3": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -458,15 +464,17 @@ def test_numbers_are_sorted_and_distinct():
 def test_long_prompts_are_cut_and_counted(run, tmp_path):
     write(tmp_path / "webq_test.jsonl", [{"question": "long " * 30, "answer": ["x"]}, ROWS[0]])
     output = run(tmp_path / "results", "--tasks=webq", f"--data_dir={tmp_path}")
-    assert "1 of 2 prompts cut from the left to fit" in output
+    assert "1 of 2 prompts cut to fit" in output
     (row,) = json.loads((tmp_path / "results" / "results.json").read_text())["results"]
     assert row["n_cut"] == 1 and row["max_new_tokens"] == 48  # half of block_size
     rows = {row["index"]: row["tokens"] for row in read_rows(tmp_path / "results" / "examples.jsonl")}
     assert rows[0]["prompt"] == 48 and rows[0]["cut"] == len("Question: \nAnswer:") + 149 - 48 and rows[1]["cut"] == 0
 
 
-def test_harness_tasks(run, tmp_path, monkeypatch):
+def test_harness_tasks(run, model, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
+    from nanopause import harness
+
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = [{"q": row["prompt"], "choices": [row["answer"], "zzz"], "label": i // 6} for i, row in enumerate(HARNESS)]
@@ -486,14 +494,22 @@ def test_harness_tasks(run, tmp_path, monkeypatch):
         ("webq", "nanopause", 0), ("webq", "nanopause", 2), ("mine", "harness", 0), ("mine", "harness", 2)
     ]  # fmt: skip
     low, high = wilson(6, 8)
-    assert results[2]["metrics"]["acc"] == {"value": 0.75, "low": low, "high": high, "method": "wilson"}
-    assert "difference" not in results[3] and "flops_per_example" not in results[3]
-    (line, _) = read_rows(tmp_path / "results" / "harness.jsonl")  # with the harness's own standard error
+    assert results[2]["metrics"]["acc"] == {"value": 0.75, "low": low, "high": high}
+    (line, paused) = read_rows(tmp_path / "results" / "harness.jsonl")  # with the harness's own standard error
     stderr = pytest.approx(math.sqrt(0.75 * 0.25 / 7))
-    assert line["results"][0]["metrics"]["acc"] == {"value": 0.75, "stderr": stderr}
+    scores = 6 * [1.0] + 2 * [0.0]
+    assert line["results"][0]["metrics"]["acc"] == {"value": 0.75, "stderr": stderr, "scores": scores}
+    difference = paired_difference(paused["results"][0]["metrics"]["acc"]["scores"], scores)
+    assert results[3]["difference"] == difference and "difference" not in results[2]
+    assert format_figure(difference, "+") in output.replace("\n", " ")
+    for row in results[2:]:  # two choices of each example, with the pauses, after one prompt
+        flops = [choice_flops(model.config, len(each["prompt"]) + row["pauses"], len(f" {text}"))
+                 for each in HARNESS for text in (each["answer"], "zzz")]  # fmt: skip
+        assert row["flops_per_example"] == sum(flops) / 8 and f"{row['flops_per_example'] / 1e9:.3g}" in output
     assert results[2]["n"] == 8 and "mine (harness)" in output
-    monkeypatch.setattr(evaluate, "harness_results", None)  # all results are cached
-    run(tmp_path / "results", *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "evaluate", None)  # all results are cached
+        run(tmp_path / "results", *arguments)
     tasks = importlib.import_module("lm_eval.tasks")  # listing its own tasks takes ten seconds
     local = functools.partial(tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", lambda include_path, **_: local(include_path=include_path))

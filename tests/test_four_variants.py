@@ -1,5 +1,6 @@
 """The grid of variants: real jobs, forked where their start would take longer than they do; table, figures, resume."""
 
+import functools
 import json
 import math
 import os
@@ -16,7 +17,8 @@ from conftest import ROOT, TINY, Forked
 
 from experiments import four_variants
 from experiments import grid as grids
-from experiments.four_variants import PAPER, Settings, Variant, checked
+from experiments.four_variants import PAPER, Settings, Variant, bars, checked, coloured
+from experiments.grid_results import over_seeds, plot
 from nanopause import cli
 from nanopause.errors import UserError
 from nanopause.progress import Ticker
@@ -178,6 +180,20 @@ def test_what_cannot_be_is_one_sentence_before_any_job(grid, arguments, ready, t
     with pytest.raises(UserError) as error:
         grid(four_variants, *[arg for arg in arguments if not arg.startswith(change.partition("=")[0] + "=")], change)
     assert text in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_bar_of_zero_can_be_seen(tmp_path, monkeypatch):
+    """By its number above the line at 0; with one seed there is no error bar."""
+    from matplotlib import pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    found = [{"task": "gsm8k", "metric": "accuracy", "n": 9, "pretraining": "Std", "m_ft": m_ft, "m_inf": m_ft,
+              "paper": None} | over_seeds({0: value}, 1) for m_ft, value in ((0, 0.0), (10, 4.0))]  # fmt: skip
+    plot(found, tmp_path / "variants.png", "", functools.partial(bars, colours=coloured(found)))
+    (axis,) = drawn[0].axes
+    assert [text.get_text() for text in axis.texts] == ["0.0", "4.0"] and axis.get_ylim()[0] < 0
+    assert not axis.collections
 
 
 def test_the_papers_row():

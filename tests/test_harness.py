@@ -272,7 +272,6 @@ def test_repeated_requests_are_sampled_anew(models):
     texts = Harness(models[1], GPT2).generate_until(requests)
     assert len(set(texts)) == 4
     assert texts == Harness(models[1], GPT2, batch_size=2).generate_until(requests)
-    assert texts != Harness(models[1], GPT2, seed=1).generate_until(requests)
     likeliest = [("a", options | {"top_k": 1})]
     assert Harness(models[1], GPT2).generate_until(instances("generate_until", *likeliest)) == Harness(
         models[1], GPT2
@@ -289,30 +288,12 @@ def test_what_is_cut_is_counted_and_told(models, capsys):
     requests = [((str(n), ""), context[:n], continuation) for n in (room - 1, room, room + 1)]
     answers = lm._loglikelihood_tokens(requests)
     assert (
-        "warning: 1 of 3 contexts were cut from the left to fit max_length=64 with 10 pauses" in capsys.readouterr().err
+        "warning: 1 of 3 contexts were cut from the left to fit block_size=64 with 10 pauses" in capsys.readouterr().err
     )
     assert lm.n_cut == 1
     assert answers[2] == lm._loglikelihood_tokens([((), context[1 : room + 1], continuation)])[0]
     lm.generate_until(instances("generate_until", (LONG, {"max_gen_toks": 5}), ("a", {"max_gen_toks": 5})))
     assert lm.n_cut == 2 and "1 of 2 contexts" in capsys.readouterr().err
-
-
-def test_max_length_is_that_of_every_kind(models):
-    lm, longer = Harness(models[1], GPT2, 2, max_length=16), Harness(models[1], GPT2, 2)
-    context, continuation = GPT2.encode(LONG), GPT2.encode(" the end")
-    request = [((), context, continuation)]
-    fits = [((), context[-(17 - 2 - len(continuation)) :], continuation)]
-    assert lm._loglikelihood_tokens(request)[0] == pytest.approx(longer._loglikelihood_tokens(fits)[0])
-    text, tokens = [(LONG[:100],)], GPT2.encode(LONG[:100])
-    rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", *text))
-    first, total = [EOT, *tokens], 0.0
-    for i in range(len(tokens)):  # the last window reaches back
-        start = i // 16 * 16
-        start = start if start + 16 <= len(tokens) else min(start, len(tokens) - 16)
-        total += one_by_one(longer.model, first[start : i + 1], [tokens[i]], 0, "causal")[0]
-    assert rolling == pytest.approx([total], abs=1e-3)
-    lm.generate_until(instances("generate_until", (LONG, {"max_gen_toks": 5})))
-    assert lm.engine.max_length == 16 and lm.n_cut == 2
 
 
 def score(lm, *pair):
@@ -327,7 +308,6 @@ def generate(lm, **options):
     (lambda m: Harness(m, GPT2, attention="both"), "attention='both' is neither 'causal' nor 'prefix'"),
     (lambda m: Harness(m, GPT2, pauses=64), "pauses=64 must be 0 to 63"),
     (lambda m: Harness(m, GPT2, pauses=-1), "pauses=-1 must be"),
-    (lambda m: Harness(m, GPT2, max_length=65), "max_length=65 must be 1 to 64"),
     (lambda m: Harness(m, GPT2, batch_size=0), "batch_size=0 must be 1 to"),
     (lambda m: Harness(GPT(GPTConfig(vocab_size=50257)), GPT2, 1), "has the id 50257, and the model's .* only 50257"),
     (lambda m: Harness(GPT(GPTConfig()), GPT2), "'gpt2' has the id 50256, and the model's vocabulary only 258 rows"),

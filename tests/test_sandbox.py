@@ -22,9 +22,8 @@ from nanopause.tasks.metrics import pass_at_k
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("NANOPAUSE_DATA", ROOT.parent / "shared/data")) / "tasks"
-FOUND = sandbox.protections()
-isolated = pytest.mark.skipif(not FOUND.active, reason=str(FOUND))
-filtered = pytest.mark.skipif("system calls" not in FOUND.active, reason=str(FOUND))
+WHY_NOT = sandbox.unavailable()
+isolated = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 C = """
 import ctypes, errno
 C = ctypes.CDLL(None, use_errno=True)
@@ -76,8 +75,8 @@ def wait_for(condition, seconds=10):
 
 
 def test_missing_protections_are_due_to_the_system():
-    why = FOUND.missing.get("files", "")
-    assert not why or re.search("no namespaces|^(unshare|setgroups|uid_map|gid_map|program: (mount|syscall)): ", why)
+    system = "no namespaces|no system-call filter|^(unshare|setgroups|uid_map|gid_map|program: (mount|syscall)): "
+    assert not WHY_NOT or re.search(system, WHY_NOT)
 
 
 # A program and its tests
@@ -527,8 +526,7 @@ if not child:
 print(*[called("ptrace", request, pid, 0, 0) for request in (16, 0x4206) for pid in (child, 1, {os.getpid()})])
 """
     )
-    allowed = {"EPERM"} if "system calls" in FOUND.active else {"EPERM", "ESRCH", "done"}
-    assert set(seen.split()) <= allowed
+    assert set(seen.split()) == {"EPERM"}
 
 
 # Privileges
@@ -550,7 +548,7 @@ def test_kernel_status_of_a_running_program(name):
     assert {*map(int, status["Uid"].split())} == {user}
     assert {int(status[f"Cap{kind}"], 16) for kind in ("Inh", "Prm", "Eff", "Amb")} == {0}
     assert status["NoNewPrivs"] == "1" and (os.geteuid() != 0 or not groups)
-    assert status["Seccomp"] == ("2" if "system calls" in FOUND.active else "0")
+    assert status["Seccomp"] == "2"
 
 
 @isolated
@@ -563,7 +561,7 @@ def test_capabilities_cannot_be_regained():
         assert run(f"import os; os.{user}").output.splitlines()[-1].partition(":")[0] in ("PermissionError", "OSError")
 
 
-@filtered
+@isolated
 def test_system_calls():
     denied = sandbox.DENIED[platform.machine()][1]
     output = printed(C + f"print(*[called('syscall', n, 0, 0, 0, 0, 0) for n in {denied}])")
@@ -619,7 +617,6 @@ from nanopause.errors import run
 from nanopause.tasks import get_task
 sandbox._call("unshare", 0x10000000)
 Path("/proc/sys/user/max_user_namespaces").write_text("0")
-print(sandbox.protections())
 run(lambda: get_task("mbpp").permitted(True))
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -627,30 +624,26 @@ run(lambda: get_task("mbpp").permitted(True))
         pytest.skip("this system does not let a namespace forbid others")
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
     assert ended.stderr.startswith("error: code that a model wrote cannot be isolated here (unshare: No space left")
-    assert ended.stdout.startswith("sandbox: none; missing: files (unshare: ")
 
 
 @pytest.fixture
 def fresh():
-    sandbox.protections.cache_clear()
+    sandbox.unavailable.cache_clear()
     yield
-    sandbox.protections.cache_clear()
+    sandbox.unavailable.cache_clear()
 
 
-def test_missing_protections_are_reported(fresh, monkeypatch):
-    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+@pytest.mark.parametrize("platform, machine, reason", [
+    ("darwin", "arm64", "Darwin has no namespaces"),
+    ("linux", "riscv64", "there is no system-call filter for riscv64"),
+])  # fmt: skip
+def test_other_systems_are_refused(fresh, monkeypatch, platform, machine, reason):
+    monkeypatch.setattr(sandbox.sys, "platform", platform)
     monkeypatch.setattr(sandbox.platform, "system", lambda: "Darwin")
-    assert sandbox.protections().active == () and "files (Darwin has no namespaces)" in str(sandbox.protections())
-    with pytest.raises(UserError, match=r"cannot be isolated here \(Darwin has no namespaces\): use Linux") as error:
+    monkeypatch.setattr(sandbox.platform, "machine", lambda: machine)
+    with pytest.raises(UserError, match=rf"cannot be isolated here \({reason}\): use Linux") as error:
         sandbox.run("")
     assert "\n" not in str(error.value)
-
-
-@isolated
-def test_other_protections_work_without_a_filter(fresh, monkeypatch):
-    monkeypatch.setattr(sandbox.platform, "machine", lambda: "riscv64")
-    assert str(sandbox.protections()) == ("sandbox: files, network, processes, privileges, limits, secrets; "
-                                          "missing: system calls (no list for riscv64)")  # fmt: skip
 
 
 # MBPP
