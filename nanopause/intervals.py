@@ -55,8 +55,12 @@ def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> Interval 
         return None
     # The mean of a resample depends only on how often it has each distinct value, and there are three of them where
     # every score is 0 or 1. 100 resamples at a time limit the memory.
-    n, rng = len(differences), np.random.default_rng(seed)
-    means = [rng.multinomial(n, counts / n, 100) @ values / n for _ in range(N_RESAMPLES // 100)]
+    n, rng, rounds = len(differences), np.random.default_rng(seed), range(N_RESAMPLES // 100)
+    if len(values) < 100:
+        means = [rng.multinomial(n, counts / n, 100) @ values / n for _ in rounds]
+    else:  # drawing the values themselves is faster
+        ordered = np.sort(differences)
+        means = [ordered[rng.integers(n, size=(100, n))].mean(1) for _ in rounds]
     low, high = np.percentile(means, (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
     return float(low), float(high)
 
