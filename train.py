@@ -17,8 +17,6 @@ Ctrl-C and SIGTERM save a checkpoint after the running step; a second Ctrl-C sto
 
 import contextlib
 import math
-import os
-import shlex
 import signal
 import sys
 import time
@@ -261,7 +259,7 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, processes: Processes, out_dir: Path, signals: list[int], ticker: Ticker) -> None:
-    device, how_to_continue = processes.device, resume_command(config, processes)
+    device = processes.device
     ticker.begin("loading the model")
     config, model, tokenizer, state, found = load_start(config, device, ticker)
     ticker.begin("loading the data")
@@ -413,7 +411,7 @@ def _train(config: Config, processes: Processes, out_dir: Path, signals: list[in
         log.finish()
     if is_stopped:
         name = signal.Signals(signals[0]).name if signals else "a signal to another process"
-        message = f"stopped by {name} after step {step}; continue with: {how_to_continue}"
+        message = f"stopped by {name} after step {step}: the same command with --resume continues"
         if signal.SIGINT in signals:
             raise KeyboardInterrupt(message)
         ticker.say(message)
@@ -424,17 +422,6 @@ def about_pauses(config: Config) -> str:
     if config.placement == "between":
         return "the same text, with pauses between its tokens"
     return "they replace text in a block: less context per token"
-
-
-def resume_command(config: Config, processes: Processes) -> str:
-    """What continues this run."""
-    if config.arguments is None:
-        return "train() of the same Config with resume=True"
-    launcher = ["python"]
-    if processes.count > 1:
-        launcher = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes.count)}"]
-    arguments = [argument for argument in config.arguments if not argument.startswith("--resume")]
-    return shlex.join([*launcher, "train.py", *arguments, "--resume"])
 
 
 def show_end(config: Config, model: GPT, tokenizer: Tokenizer, data: Data, ticker: Ticker) -> None:

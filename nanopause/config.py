@@ -48,7 +48,7 @@ class Config(GPTConfig):
         "logging": "eval_interval",
         "hardware": "device",
     }
-    arguments: ClassVar[tuple[str, ...] | None] = None  # of load_config; None: this Config was made in Python
+    given: ClassVar[frozenset[str]] = frozenset()  # the keys on the command line, without those of config files
 
     vocab_size: tyro.conf.Suppress[int] = 0  # set to the tokenizer's
 
@@ -231,13 +231,12 @@ class Config(GPTConfig):
         """This config with the architecture and the tokenizer of an existing model, which override those of config
         files. Raises UserError if the command line contradicts them, or block_size is longer than the model's: only
         RoPE can be extended, and only by the command line."""
-        in_command = _keys(self.arguments or ())
-        is_extended = model.position == "rope" and "block_size" in in_command
+        is_extended = model.position == "rope" and "block_size" in self.given
         if self.block_size > model.block_size and not is_extended:
             raise UserError(f"block_size={self.block_size} is more than the {model.block_size} tokens of "
                             f"{self.init_from}: lower --block_size")  # fmt: skip
         theirs = asdict(model) | {"tokenizer": tokenizer.name}
-        for key in sorted(in_command & set(theirs) - {"block_size"}):
+        for key in sorted(self.given & set(theirs) - {"block_size"}):
             value = getattr(self, key)
             is_same_tokenizer = key == "tokenizer" and load_tokenizer(value).sha256 == tokenizer.sha256
             if value != theirs[key] and not is_same_tokenizer:
@@ -245,9 +244,9 @@ class Config(GPTConfig):
         return replace(self, **theirs | {"vocab_size": 0, "block_size": self.block_size or model.block_size})
 
 
-def _keys(arguments: Sequence[str]) -> set[str]:
+def _keys(arguments: list[str]) -> frozenset[str]:
     """The keys of --key=value arguments."""
-    return {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+    return frozenset(argument[2:].partition("=")[0].replace("-", "_") for argument in arguments)
 
 
 def _arguments(file: str) -> list[str]:
@@ -291,7 +290,7 @@ def load_config(args: Sequence[str], description: str | None = None) -> Config:
     from_recipe = get_recipe(recipes[-1]).arguments() if recipes and recipes[-1] else []
     arguments = from_files + from_recipe + settings
     config = parsed(arguments)
-    config.arguments = tuple(args)
+    config.given = _keys(settings)
     if files and not config.task and "out_dir" not in _keys(arguments):
         config.out_dir = str(Path("out", "-".join(Path(file).stem for file in files)))
     return config
