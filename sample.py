@@ -234,7 +234,7 @@ def added_seconds(engine: Engine, policy: Policy, prompt_lengths: list[int]) -> 
     if engine.n_paused_decodes:
         differences = [seconds(n, context, 1 + n_pauses, 2) - seconds(n, context, 1, 1) for _ in range(4)]
         added += engine.n_paused_decodes * statistics.median(differences[1:])
-    return added
+    return max(added, 0.0)  # differences of short times can be negative
 
 
 # ---------------------------------------------------------------------------------------------------------------------

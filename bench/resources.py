@@ -78,7 +78,7 @@ def intercepted_launches(arch: str, compiled: bool):
 def launch(case: dict) -> None:
     """Call the launchers of a case on small tensors; a compiled kernel depends on their dtype and strides only."""
     # import_module, because the package's attributes of these names are functions
-    attention, loss = import_module("nanopause.kernels.attention"), import_module("kernels.linear_cross_entropy")
+    attention, loss = (import_module(f"nanopause.kernels.{name}") for name in ("attention", "linear_cross_entropy"))
     tfloat32 = case["precision"] == "tfloat32"
     dtype = torch.float32 if tfloat32 else getattr(torch, case["precision"])
     torch.set_float32_matmul_precision("high" if tfloat32 else "highest")

@@ -17,7 +17,7 @@ from nanopause.errors import UserError, needs, run
 from nanopause.prepare import prepare
 from nanopause.scripts.data import DATA
 
-NAMES = re.compile(r".*\.((txt|jsonl)(\.gz|\.xz|\.zst)?|parquet)", re.IGNORECASE | re.DOTALL)
+NAMES = re.compile(r".*\.((txt|md|jsonl)(\.gz|\.xz|\.zst)?|parquet)", re.IGNORECASE | re.DOTALL)
 # Parquet's types without a logical type are bytes: some programs write text so.
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
@@ -34,7 +34,7 @@ def prepare_text(
     """Tokenize a corpus into data_dir/name/tokenizer/. An interrupted run resumes when started again.
 
     Args:
-        files: pattern of local files or of any URL that fsspec supports: .txt with a line <|endoftext|> between
+        files: pattern of local files or of any URL that fsspec supports: .txt or .md with a line <|endoftext|> between
             documents, .jsonl with a field `text`, both also as .gz, .xz or .zst, or Parquet with a column `text`.
         name: name of the corpus for `--dataset` of train.py.
         tokenizer: bytes, gpt2, a transformers folder or a hub id.
@@ -62,7 +62,7 @@ def find(pattern: str) -> list[str]:
     if not sources:
         raise UserError(f"no file matches {pattern}: change --files")
     if unknown:
-        raise UserError(f"{unknown[0]} is none of .txt, .jsonl (or .gz, .xz, .zst) and Parquet: change --files")
+        raise UserError(f"{unknown[0]} is none of .txt, .md, .jsonl (or .gz, .xz, .zst) and Parquet: change --files")
     return sources
 
 

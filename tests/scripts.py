@@ -25,6 +25,7 @@ def _main(args: list[str], folder: Path, stdout: Connection, stderr: Connection)
     os.dup2(stdout.fileno(), 1)
     os.dup2(stderr.fileno(), 2)
     stdout.close(), stderr.close()
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
     sys.path[0] = str(ROOT)
     if args[0] == "-m":
         sys.argv = args[1:]

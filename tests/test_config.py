@@ -149,7 +149,7 @@ def test_help_of_keys_in_one_group(capsys):
     with pytest.raises(SystemExit):
         cli.parse(sample.Settings, ["--help"], "python sample.py", sample.__doc__)
     shown = capsys.readouterr().out
-    assert "\n    python sample.py --prompt_file=-\nPauses " in shown
+    assert "\n    python sample.py --prompt_file=-\n" in shown
 
 
 def test_the_default_folder():

@@ -355,10 +355,10 @@ def test_inconsistent_settings_are_refused(args, text):
 def test_only_rope_is_extended_and_only_on_request():
     config = load_config(["--init_from=x", "--block_size=512"])
     assert config.shaped(GPTConfig(), BYTES).block_size == 512
-    with pytest.raises(UserError, match="block_size=512 is more than the 256 tokens that x reads"):
+    with pytest.raises(UserError, match="block_size=512 is more than the 256 tokens of x"):
         config.shaped(GPTConfig(position="learned"), BYTES)
     config.given = frozenset()  # by a config file
-    with pytest.raises(UserError, match="block_size=512 is more than the 256 tokens that x reads"):
+    with pytest.raises(UserError, match="block_size=512 is more than the 256 tokens of x"):
         config.shaped(GPTConfig(), BYTES)
     model, tokens = GPT(SMALL_GPT), torch.arange(100)[None]
     expected = model(tokens[:, :64])

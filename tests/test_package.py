@@ -74,7 +74,7 @@ def test_commands_of_a_wheel(wheel, tmp_path):
     assert (tmp_path / "data/pydocs/bytes/meta.json").exists()
     assert run(*command, "sample", "--prompt=Return", "--max_new_tokens=3", folder=tmp_path, path=[wheel])
     ended = subprocess.run([*command, "pretrain"], capture_output=True, text=True, env={"PYTHONPATH": str(wheel)})
-    assert ended.returncode == 1 and ended.stderr.startswith("usage: nanopause train|sample|evaluate")
+    assert ended.returncode == 1 and ended.stderr.startswith("usage: nanopause prepare|train|sample")
 
 
 def test_notebook(wheel, tmp_path, monkeypatch):

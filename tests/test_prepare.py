@@ -369,7 +369,7 @@ def test_bad_files_end_in_a_sentence(capsys, tmp_path):
         "latin.txt": "latin.txt is not UTF-8 text",
         "wide.txt": "wide.txt is not UTF-8 text .*: convert it, for example by iconv",
         "field.jsonl": "field.jsonl, line 3 is not a JSON object with text in the field `text`",
-        "table.csv": "table.csv is none of .txt, .jsonl",
+        "table.csv": "table.csv is none of .txt, .md, .jsonl",
     }.items():
         keys = {"name": f"from {file}", "files": str(tmp_path / file), "tokenizer": "bytes"}
         assert re.search(said, command(capsys, data_dir=tmp_path, **keys)), file

@@ -310,8 +310,8 @@ def opener(name):
     return {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}.get(Path(name).suffix, open)
 
 
-def write(file, rows):
-    with opener(file)(file, "wt", encoding="utf-8-sig") as stream:  # with a byte order mark
+def write(file, rows, encoding="utf-8-sig"):
+    with opener(file)(file, "wt", encoding=encoding) as stream:  # by default with a byte order mark
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -342,7 +342,7 @@ def test_compressions(tmp_path, ending):
 
 def test_zstd_file_with_two_frames(tmp_path):
     for i in range(2):
-        write(tmp_path / f"{i}.zst", sums(10)[i::2])
+        write(tmp_path / f"{i}.zst", sums(10)[i::2], "utf-8")
     frames = [(tmp_path / f"{i}.zst").read_bytes() for i in range(2)]
     (tmp_path / "gsm8k_test.jsonl.zst").write_bytes(b"".join(frames))
     assert len(load(TASKS["gsm8k"], "test", tmp_path)[0]) == 10

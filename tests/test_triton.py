@@ -295,9 +295,9 @@ def test_blocks_outside_the_intervals_are_skipped(products, split_keys):
     split_keys(False)
     executed = []
     for T in (128, 512):
-        lo = torch.arange(T, device=DEVICE)[None] // 128 * 128
+        lo = (torch.arange(T, device=DEVICE)[None] // 128 * 128).int()
         q, k, v, dout = attention_inputs(1, T, T, 1, 1, 16, torch.float32)
-        hi = torch.arange(1, T + 1, device=DEVICE)[None]
+        hi = torch.arange(1, T + 1, dtype=torch.int32, device=DEVICE)[None]
         attention_results(attention, q, k, v, dout, lo, hi, torch.float32, impl="triton")
         executed.append(products())
     assert executed[1] == 4 * executed[0]
