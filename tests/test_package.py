@@ -26,8 +26,8 @@ print(nanopause.kernels.__file__)
 """
 NOTEBOOK = """
 import nanopause
-nanopause.train(nanopause.Config(out_dir="out/notebook", max_steps=2, n_layer=1, n_embd=16, n_head=1, block_size=32,
-                                 pause_rate=0.1, eval_blocks=2))
+nanopause.train(nanopause.Config(dataset="CORPUS", out_dir="out/notebook", max_steps=2, n_layer=1, n_embd=16, n_head=1,
+                                 block_size=32, pause_rate=0.1, eval_blocks=2))
 model = nanopause.load("out/notebook")
 print("generated", model.generate("Return a", pauses=3, max_new_tokens=5).pauses)
 """
@@ -77,9 +77,9 @@ def test_commands_of_a_wheel(wheel, tmp_path):
     assert ended.returncode == 1 and ended.stderr.startswith("usage: nanopause prepare|train|sample")
 
 
-def test_notebook(wheel, tmp_path, monkeypatch):
+def test_notebook(wheel, tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(wheel))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.replace("CORPUS", str(tiny_corpus)))])
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = notebook.cells[0].outputs
     printed = "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)

@@ -65,12 +65,12 @@ def test_run_writes_metrics_figure_and_checkpoint(train, tmp_path):
     assert "a sample:" in ended.stdout and "step 10: loss" in ended.stdout and "\x1b" not in ended.stdout
     assert "kernels: torch on cpu" in ended.stderr
 
-    sample = [sys.executable, "sample.py", f"--out_dir={out}", "--prompt=the model", "--max_new_tokens=5"]
-    plain = subprocess.run(sample, cwd=ROOT, capture_output=True, text=True, check=True)
+    sample = ["sample.py", f"--out_dir={out}", "--prompt=the model", "--max_new_tokens=5"]
+    plain = scripts.run(*sample)
     assert plain.stdout.startswith("the model") and "<|pause|>" not in plain.stdout
-    shown = subprocess.run([*sample, "--pauses=3", "--show_pauses"], cwd=ROOT, capture_output=True, text=True)
+    shown = scripts.run(*sample, "--pauses=3", "--show_pauses")
     assert shown.stdout.startswith("the model<|pause|>×3") and shown.stdout.count("<|pause|>") == 1
-    long = subprocess.run([*sample, "--pauses=30"], cwd=ROOT, capture_output=True, text=True)
+    long = scripts.run(*sample, "--pauses=30")
     assert long.returncode == 1 and long.stderr.count("\n") == 1 and "lower the number of pauses" in long.stderr, (
         long.stderr
     )
@@ -186,7 +186,7 @@ thread.join()
         assert (tmp_path / folder / "loss.png").exists() and (tmp_path / folder / "latest").exists()
 
 
-def test_resume_of_nothing(tiny_corpus, tmp_path):
+def test_resume_of_nothing(train, tiny_corpus, tmp_path):
     """At a terminal a mistyped folder is refused; a job's command may contain --resume from its first start on."""
     args = [sys.executable, "train.py", *TINY, f"--dataset={tiny_corpus}", f"--out_dir={tmp_path / 'run'}",
             "--max_steps=1", "--resume"]  # fmt: skip
@@ -194,7 +194,7 @@ def test_resume_of_nothing(tiny_corpus, tmp_path):
     ended = subprocess.run(args, cwd=ROOT, stdin=terminal, capture_output=True, text=True)
     sentence(ended, "holds no run: check --out_dir")
     assert not (tmp_path / "run").exists()
-    ended = subprocess.run(args, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    ended = train(tmp_path / "run", "--max_steps=1", "--resume")
     assert f"resume: there is no checkpoint in {tmp_path / 'run'}, so this run starts at step 0" in ended.stdout
 
 
