@@ -33,10 +33,9 @@ if __name__ == "kernels":
     # In the root of a clone `import kernels` finds this folder, but other libraries mean Hugging Face's package.
     _root = Path(__file__).resolve().parent.parent
     _spec = PathFinder.find_spec("kernels", [path for path in sys.path if Path(path).resolve() != _root])
-    if _spec is None:
-        raise ModuleNotFoundError("No module named 'kernels'; this project's are nanopause.kernels", name="kernels")
-    sys.modules["kernels"] = module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["kernels"])
+    if _spec:
+        sys.modules["kernels"] = module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
 
 
 def choose(impl: str | None, device: torch.device) -> str:

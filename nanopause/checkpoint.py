@@ -26,7 +26,7 @@ from nanopause.config import Config
 from nanopause.errors import UserError
 from nanopause.files import replace_file, sha256, sync
 from nanopause.model import GPT, GPTConfig
-from nanopause.tokenizer import Tokenizer, load_tokenizer
+from nanopause.tokenizer import Tokenizer, first_line, load_tokenizer
 
 PARTS = {"config": Config, "model": GPTConfig}  # keys of checkpoint.json that hold dataclasses
 
@@ -201,10 +201,14 @@ def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
 
 
 def read_model(folder: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
-    """Model, tokenizer and checkpoint.json of one intact checkpoint."""
+    """Model, tokenizer and checkpoint.json of one intact checkpoint. Raises UserError if its settings are damaged."""
     state = read_state(folder)
     saved_tokenizer = folder.parent / "tokenizer"
-    tokenizer = load_tokenizer(str(saved_tokenizer) if saved_tokenizer.is_dir() else state["config"]["tokenizer"])
-    model = GPT(GPTConfig(**state["model"]))
-    safetensors.torch.load_model(model, str(folder / "model.safetensors"), device=str(device))
+    try:
+        tokenizer = load_tokenizer(str(saved_tokenizer if saved_tokenizer.is_dir() else state["config"]["tokenizer"]))
+        model = GPT(GPTConfig(**state["model"]))
+        safetensors.torch.load_model(model, str(folder / "model.safetensors"), device=str(device))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}/checkpoint.json is damaged ({first_line(error)}): use another checkpoint of "
+                        f"{folder.parent}") from None  # fmt: skip
     return model.to(device).eval(), tokenizer, state

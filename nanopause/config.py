@@ -170,7 +170,10 @@ class Config(GPTConfig):
             if value is not None and not low <= value <= high:
                 raise UserError(f"{key}={value} must be " + (f"{low} to {high}" if high < BIG else f"at least {low}"))
         if self.block_size == 0 and not (self.init_from or self.resume):
-            raise UserError("block_size=0 is the context length of an existing model: name one with --init_from")
+            raise UserError(
+                "this config starts from a trained model (block_size=0 is its context length): add "
+                "--init_from=out/pause, say"
+            )
         self.placement = self.placement or ("appd" if self.task else "random")
         check_placement(self.placement, of_task=bool(self.task))
         if self.pauses and not self.task and self.placement == "random":

@@ -40,7 +40,9 @@ class Corpus:
             hashes = [shard["sha256"] for of_split in shards.values() for shard in of_split]
             self.sha256 = hashlib.sha256(" ".join(hashes).encode()).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{folder} has no meta.json: prepare the corpus with its script in data/, "
+            others = sorted(file.parent.name for file in folder.parent.glob("*/meta.json"))
+            fix = f"it is prepared for {' and '.join(others)}: add --tokenizer={others[0]}, or " if others else ""
+            raise UserError(f"{folder} has no meta.json: {fix}prepare the corpus with its script in data/, "
                             f"--tokenizer={tokenizer.name}") from None  # fmt: skip
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{folder}/meta.json is damaged: delete {folder} and prepare it again") from None

@@ -122,3 +122,15 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, state):
     with pytest.raises(UserError, match="after step 2 there are weights that are not finite"):
         save(tmp_path, 2, state)
     assert checkpoint.find(tmp_path, warn=pytest.fail) == before
+
+
+@pytest.mark.parametrize("key, value", [
+    ("n_head", 0), ("n_head", "2"), ("n_embd", None), ("block_size", {}), ("n_layer", 2), ("n_kv_head", "x"),
+])  # fmt: skip
+def test_damaged_settings_are_one_sentence(tmp_path, state, key, value):
+    folder = save(tmp_path, 1, state)
+    about = json.loads((folder / "checkpoint.json").read_text())
+    about["model"][key] = value
+    (folder / "checkpoint.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="checkpoint.json is damaged .*: use another checkpoint of"):
+        checkpoint.load(folder, torch.device("cpu"))

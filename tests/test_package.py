@@ -55,6 +55,23 @@ def wheel(tmp_path_factory) -> Path:
     return folder / "site"
 
 
+WITHOUT_IT = """
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: (
+    None if (spec := find_spec(name, *args)) and name == "kernels" and "site-packages" in str(spec.origin) else spec
+)
+from transformers.models.qwen3 import modeling_qwen3
+from transformers import GenerationMixin
+from nanopause.kernels import attention
+"""
+
+
+def test_a_clone_without_hugging_face_kernels():
+    """transformers finds our folder instead, in the root of a clone."""
+    run(sys.executable, "-c", WITHOUT_IT, folder=ROOT, path=[])
+
+
 @pytest.mark.parametrize("is_wheel", [True, False], ids=["wheel", "clone"])
 def test_beside_hugging_face_kernels(is_wheel, wheel, tmp_path):
     from transformers.utils.import_utils import KERNELS_MIN_VERSION
