@@ -22,7 +22,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -41,6 +41,8 @@ SECONDS_BETWEEN_LINES = 15.0  # of progress, without a terminal
 
 @dataclass
 class Settings(PauseOptions):
+    GROUPS: ClassVar[dict[str, str]] = {"evaluation": "out_dir", "policy": "pause_when"}  # of --help: first key
+
     out_dir: str = "out/pause"
     """Folder of a run (its newest intact checkpoint is used), out_dir/best (lowest validation loss), a transformers
     folder, a GGUF file or a hub id."""

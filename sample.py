@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
@@ -44,6 +44,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that a term
 
 @dataclass
 class Settings(PauseOptions):
+    GROUPS: ClassVar[dict[str, str]] = {"generation": "out_dir", "policy": "pause_when"}  # of --help: first key
+
     out_dir: str = "out/pause"
     """Folder of a run (its newest intact checkpoint is used), a transformers folder, a GGUF file or a hub id."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

@@ -221,7 +221,7 @@ def open_data(config: Config, tokenizer: Tokenizer, processes: Processes) -> Dat
             return task_validation_batches(held_out, n, config.micro_batch_size, *layout, *share)
 
         batches = TaskBatches(training, config.batch_size, *layout, config.seed, *share, target_pauses)
-        about += f"\nvalidation: {about_validation}\nan example: {described(config)}"
+        about += f"\ndata: {about_validation}\nan example: {described(config)}"
         return Data(batches, validation, held_out, about, sha256_of(training + held_out), target_pauses)
 
     folder = DATA / config.dataset / tokenizer.name

@@ -452,7 +452,7 @@ def test_finetuning_on_a_task_file(train, data_dir, tmp_path, attention):
     out = tmp_path / "run"
     args = (f"--data_dir={data_dir}", "--pauses=10", f"--attention={attention}", "--trainable=all")
     ended = finetune(train, out, *args, "--max_steps=10", "--eval_interval=5")
-    assert "gsm8k, train: " in ended.stdout and "validation: gsm8k, validation: " in ended.stdout
+    assert "gsm8k, train: " in ended.stdout and "data: gsm8k, validation: " in ended.stdout
     assert "appended to the prefix [Goyal et al. 2023, Algorithm 2]: 10 (pause_position append)" in ended.stdout
     assert f"attention {attention}" in ended.stdout
     last = rows(out)[-1]
