@@ -342,7 +342,7 @@ def test_best_checkpoint_is_kept_and_loaded(tmp_path):
     [
         (["--pauses=10"], "add --task=gsm8k"),
         (["--task=gsm8k", "--pause_rate=0.1"], "pause_rate=0.1 is for pretraining"),
-        (["--block_size=0"], "name one with --init_from"),
+        (["--block_size=0"], "add --init_from=out/pause"),
         (["--task=gsm8k", "--pauses=-1"], "pauses=-1 must be at least 0"),
         (["--task=gsm8k", "--trainable=pause"], "there are no pauses: add --pauses=10"),
     ],
