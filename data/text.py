@@ -13,7 +13,7 @@ from itertools import groupby
 import fsspec
 import tyro
 
-from nanopause.errors import UserError, needs, run
+from nanopause.errors import UserError, first_line, needs, run
 from nanopause.prepare import prepare
 from nanopause.scripts.data import DATA
 
@@ -56,9 +56,9 @@ def find(pattern: str) -> list[str]:
         sources = [filesystem.unstrip_protocol(name).removeprefix("file://") for name in names]
         unknown = [source for source in sources if not (NAMES.fullmatch(source) or _is_parquet(source))]
     except ImportError as error:
-        raise UserError(f"{pattern} needs more packages ({_first_line(error)}): pip install -e '.[data]'") from error
+        raise UserError(f"{pattern} needs more packages ({first_line(error)}): pip install -e '.[data]'") from error
     except Exception as error:  # depends on the HTTP library
-        raise UserError(f"cannot reach {pattern} ({_first_line(error)}): name local files by --files") from error
+        raise UserError(f"cannot reach {pattern} ({first_line(error)}): name local files by --files") from error
     if not sources:
         raise UserError(f"no file matches {pattern}: change --files")
     if unknown:
@@ -77,7 +77,7 @@ def read(source: str) -> Iterator[str]:
         raise UserError(f"{source} is not UTF-8 text ({error.reason}): convert it, for example by "
                         f"iconv -f UTF-16 -t UTF-8") from error  # fmt: skip
     except Exception as error:  # Arrow, lzma and HTTP libraries raise many types
-        raise UserError(f"cannot read {source}, which is damaged or unreachable ({_first_line(error)}): download it "
+        raise UserError(f"cannot read {source}, which is damaged or unreachable ({first_line(error)}): download it "
                         f"again or check the connection") from error  # fmt: skip
 
 
@@ -131,10 +131,6 @@ def _read_json(source: str) -> Iterator[str]:
                 raise UserError(f"{source}, line {number} is not a JSON object with text in the field `text`: fix or "
                                 f"delete that line")  # fmt: skip
             yield text
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def main(args: list[str] | None = None) -> None:

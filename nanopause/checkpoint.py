@@ -23,10 +23,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nanopause.config import Config
-from nanopause.errors import UserError
+from nanopause.errors import UserError, first_line
 from nanopause.files import replace_file, sha256, sync
 from nanopause.model import GPT, GPTConfig
-from nanopause.tokenizer import Tokenizer, first_line, load_tokenizer
+from nanopause.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = {"config": Config, "model": GPTConfig}  # keys of checkpoint.json that hold dataclasses
 

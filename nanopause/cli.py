@@ -22,7 +22,7 @@ def parse(settings: type[T], args: list[str], prog: str, description: str | None
     separated by commas. --help prints the description, then the keys with their docstrings. A class variable `GROUPS`
     of the dataclass, {title: first key}, divides them into groups, shown in the order of GROUPS.
 
-    An invalid argument exits with code 2 and prints its name and the nearest valid one."""
+    An invalid argument exits with code 2 and prints its name, and a similar valid one if tyro finds any."""
     if {"-h", "--help"} & {*args}:
         print(filled(inspect.cleandoc(description or settings.__doc__), shutil.get_terminal_size().columns) + "\n")
     booleans = {f"--{each.name}" for each in fields(settings) if each.type in (bool, bool | None)}

@@ -35,6 +35,11 @@ def needs(package: str, extra: str) -> ModuleType:
         raise UserError(f"{package} is not installed: pip install -e '.[{extra}]'") from None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main. UserError and OSError print one sentence to stderr and exit with code 1;
     KeyboardInterrupt with 130."""

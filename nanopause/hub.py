@@ -26,9 +26,9 @@ from torch import Tensor
 from nanopause import checkpoint, cli, errors
 from nanopause.card import card
 from nanopause.config import Config
-from nanopause.errors import UserError, needs
+from nanopause.errors import UserError, first_line, needs
 from nanopause.model import GPT, GPTConfig, rope_tables
-from nanopause.tokenizer import PAUSE, Tokenizer, first_line, pretrained_tokenizer
+from nanopause.tokenizer import PAUSE, Tokenizer, pretrained_tokenizer
 
 KINDS = ("gpt2", "llama", "qwen2", "qwen3")  # SmolLM2 is a llama
 CHUNK_ELEMENTS = 1 << 20  # of a tensor copied at a time

@@ -14,7 +14,7 @@ import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from nanopause.errors import UserError, needs
+from nanopause.errors import UserError, first_line, needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -241,11 +241,6 @@ def pretrained_tokenizer(source: str, vocab_size: int = 0, folder: Path | None =
     made = PretrainedTokenizer(source, tokenizer, vocab_size or saved.get("vocab_size", 0), generation)
     made.name, made.pad_id = saved.get("name", made.name), saved.get("pad_id")
     return made
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_json(file: Path) -> dict:
